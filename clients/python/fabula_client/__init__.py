@@ -1,0 +1,1 @@
+"""Typed client of Fabula, async and sync."""

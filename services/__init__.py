@@ -1,0 +1,1 @@
+"""The services of Fabula and the libraries they share; see services/README.md."""
