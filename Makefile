@@ -96,7 +96,7 @@ lock: ## Resolve requirements/*.in again in a scratch environment and rewrite th
 	build/lock/bin/python -m pip install --quiet wheel $$(grep -hE '^torch==' requirements/cpu.in)
 	build/lock/bin/python -m pip install --quiet -r requirements/cpu.in -r requirements/dev.in
 	{ echo "# Every package of the CPU environment, pinned. Made by \`make lock\`; installed with --no-deps after torch."; \
-	  build/lock/bin/python -m pip freeze --all | grep '==' | sed 's,+cpu$$,,' | grep -viE '^(pip|torchaudio|torchcodec|nvidia-.*|triton)==' | sort -f; } > requirements/cpu.lock
+	  build/lock/bin/python -m pip freeze --all | grep '==' | sed 's,+cpu$$,,' | grep -viE '^(pip|torchaudio|torchcodec|nvidia-.*)==' | sort -f; } > requirements/cpu.lock
 
 clean: ## Remove what setup, tests and demo made (asks nothing, keeps your stories in FABULA_HOME)
 	rm -rf $(VENV) protos/gen build demo-stories bench-results .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
