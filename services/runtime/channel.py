@@ -10,8 +10,8 @@ Retries are the caller's business: only it knows what may be repeated.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -91,7 +91,7 @@ class ServiceChannel:
         return limit_s, metadata
 
     def _failure(self, error: grpc.aio.AioRpcError) -> FabulaError:
-        trailing = [(str(key), value) for key, value in error.trailing_metadata() or ()]
+        trailing = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
         found = error_from_status(error.code(), error.details() or "", trailing)
         if found.code is Code.UNAVAILABLE and type(found) is Unavailable:
             found.metadata.setdefault("service", self.application)

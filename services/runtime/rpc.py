@@ -14,7 +14,8 @@
 The same servicer runs under plain grpc.aio and as a Ray Serve deployment. Serve passes its own context by the keyword
 `grpc_context`; that one can only set code, details and trailing metadata, and loses them if the method raises or if a
 stream ends without another message. So an error sets them and then *returns*, with an empty message: callers of a
-stream skip messages whose `event` is not set. Nothing but these errors, cancellation and GeneratorExit ever leaves a method.
+stream skip messages whose `event` is not set. Nothing but these errors, cancellation and GeneratorExit ever leaves a
+method.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def error_from_status(
     """The error behind a failed call.
 
     A status without our ErrorInfo was not made by a service but by what stands between (Ray Serve's proxy, the
-    network): INTERNAL, UNKNOWN, CANCELLED and ABORTED then mean that a replica was lost with the call in flight, NOT_FOUND and
-    UNIMPLEMENTED that the application is not deployed (yet), RESOURCE_EXHAUSTED that its queue is full.
+    network): INTERNAL, UNKNOWN, CANCELLED and ABORTED then mean that a replica was lost with the call in flight,
+    NOT_FOUND and UNIMPLEMENTED that the application is not deployed (yet), RESOURCE_EXHAUSTED that its queue is full.
     """
     for key, value in trailing_metadata:
         if key == STATUS_DETAILS and isinstance(value, bytes):
