@@ -1,0 +1,1 @@
+"""Every network, sampler and pack. Knows no transport, no Ray and no service."""
