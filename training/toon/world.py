@@ -1,0 +1,159 @@
+"""Draws lots: seeded frames and stories, and the wall between the splits.
+
+Two things are held out of "train" and "validation". Whole characters: `cast.NEW` occurs in "new" only. Combinations:
+one in ten of all (character, setting, action, prop) quadruples, chosen by a stable hash, occurs in "test" only, where
+every frame has at least one. So scores on "test" and "new" are generalisation and not recall. Pure: same arguments, same
+frame, on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from training.toon.cast import MAIN, NEW, SIDE, random_look
+from training.toon.render import hsv
+from training.toon.scene import (
+    ACTIONS,
+    INDOORS,
+    MAX_ACTORS,
+    MOODS,
+    PROPS,
+    SETTINGS,
+    SIDES,
+    TIMES,
+    Actor,
+    Character,
+    Grade,
+    Scene,
+)
+from training.toon.seeding import generator, stable_number
+
+SPLITS = ("train", "validation", "test", "new")
+BREADTHS = ("scene", "wide")
+HELD_OUT_SHARE = 0.10
+MAIN_SHARE = 0.65  # of the characters in "scene" frames; the others are side characters
+_NEW_IDS = frozenset(character.id for character in NEW)
+_HOLDABLE_IN_A_CROWD = tuple(prop for prop in PROPS if prop not in ("umbrella", "guitar", "kite"))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A scene and the seed of its wording."""
+
+    scene: Scene
+    wording_seed: int
+
+    @property
+    def description(self) -> str:
+        """The scene in words, always the same ones for this frame."""
+        from training.toon.grammar import describe
+
+        return describe(self.scene, random.Random(self.wording_seed))
+
+
+def is_held_out(actor: Actor, setting: str) -> bool:
+    """Tell whether this actor's (character, setting, action, prop) is one of those kept for "test"."""
+    key = stable_number("held out", actor.character.id, setting, actor.action, actor.prop)
+    return key % 10_000 < HELD_OUT_SHARE * 10_000
+
+
+def belongs(scene: Scene, split: str) -> bool:
+    """Tell whether `scene` may occur in `split`. Raises `ValueError` for an unknown split."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, not one of {', '.join(SPLITS)}")
+    new = any(actor.character.id in _NEW_IDS for actor in scene.actors)
+    held_out = any(is_held_out(actor, scene.setting) for actor in scene.actors)
+    if split == "new":
+        return new
+    if new:
+        return False
+    return held_out if split == "test" else not held_out
+
+
+def _who(rng: random.Random, split: str, count: int) -> tuple[Character, ...]:
+    chosen: list[Character] = [rng.choice(NEW)] if split == "new" else []
+    while len(chosen) < count:
+        character = rng.choice(MAIN) if rng.random() < MAIN_SHARE else rng.choice(SIDE)
+        if all(character.id != other.id for other in chosen):
+            chosen.append(character)
+    rng.shuffle(chosen)
+    return tuple(chosen)
+
+
+def _actor(rng: random.Random, character: Character, crowd: int, prop_taken: bool) -> Actor:
+    action = rng.choice(ACTIONS)
+    while prop_taken and action == "hold":
+        action = rng.choice(ACTIONS)
+    if rng.random() < 0.14 and not prop_taken:  # holding shows ten different things, so it needs more than its share
+        action = "hold"
+    mood = rng.choice(MOODS)
+    if action == "cry":
+        mood = "sad"
+    if action == "sleep":
+        mood = "sleepy"
+    prop = None
+    if action == "hold":
+        prop = rng.choice(PROPS if crowd < MAX_ACTORS else _HOLDABLE_IN_A_CROWD)
+    return Actor(character=character, action=action, mood=mood, prop=prop)
+
+
+def _draw_scene(rng: random.Random, split: str) -> Scene:
+    count = rng.choices((1, 2, 3), (0.5, 0.35, 0.15))[0]
+    actors: list[Actor] = []
+    for character in _who(rng, split, count):
+        taken = count == MAX_ACTORS and any(actor.prop for actor in actors)
+        actors.append(_actor(rng, character, count, taken))
+    setting = rng.choice(SETTINGS)
+    weather = "clear" if setting in INDOORS else rng.choices(("clear", "rain", "snow"), (0.84, 0.08, 0.08))[0]
+    ground = rng.choice(PROPS) if count < MAX_ACTORS and rng.random() < 0.22 else None
+    return Scene(
+        actors=tuple(actors),
+        setting=setting,
+        time=rng.choice(TIMES),
+        side=rng.choice(SIDES),
+        weather=weather,
+        ground_prop=ground,
+    )
+
+
+def _widened(scene: Scene, rng: random.Random) -> Scene:
+    """Give every actor a look that no words describe, and the picture a random grading."""
+    actors: list[Actor] = []
+    for index, actor in enumerate(scene.actors):
+        look = random_look("wide", rng.random())
+        if rng.random() < 0.7:
+            fur = hsv(rng.random(), rng.betavariate(1.4, 1.4), 1 - 0.75 * rng.betavariate(1, 2))
+            cloth = hsv(rng.random(), rng.uniform(0.0, 1.0), rng.uniform(0.25, 1.0))
+            light = None
+            if rng.random() < 0.4:
+                light = hsv(rng.random(), rng.uniform(0.0, 0.7), rng.uniform(0.5, 1.0))
+            look = replace(look, fur_rgb=fur, accessory_rgb=cloth, belly_rgb=light)
+        actors.append(replace(actor, character=Character(id=f"wide-{index}", name=None, pronoun="he", look=look)))
+    grade = None
+    if rng.random() < 0.4:
+        gains = tuple(rng.uniform(0.8, 1.15) for _ in range(3))
+        hue = rng.uniform(-180, 180) if rng.random() < 0.5 else rng.uniform(-25, 25)
+        grade = Grade(hue_deg=hue, gains=(gains[0], gains[1], gains[2]))
+    return replace(scene, actors=tuple(actors), grade=grade)
+
+
+def sample_frame(seed: int, split: str = "train", breadth: str = "scene") -> Frame:
+    """Return the frame of `seed` in `split`.
+
+    `breadth` "scene" mixes main cast and side characters (and exactly one new character a frame in "new"); "wide" draws
+    characters of random species, colours and accessories under random grading, to teach a picture codec more than a
+    cast. Raises `ValueError` for an unknown split or breadth.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, not one of {', '.join(SPLITS)}")
+    if breadth not in BREADTHS:
+        raise ValueError(f"breadth is {breadth!r}, not one of {', '.join(BREADTHS)}")
+    rng = generator("frame", split, breadth, seed)
+    if breadth == "wide":
+        scene = _widened(_draw_scene(rng, "train"), rng)
+    else:
+        scene = _draw_scene(rng, split)
+        while not belongs(scene, split):
+            scene = _draw_scene(rng, split)
+    return Frame(scene=scene, wording_seed=stable_number("words", split, breadth, seed))
