@@ -34,11 +34,13 @@ def declare() -> None:
     import torch
 
     try:
-        torch.ops.load_library(str(Path(spec.origin).with_name("_C.so")))
+        torch.ops.load_library(str(Path(spec.origin).with_name("_C.so")))  # type: ignore[no-untyped-call]
     except OSError:
         library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for name in _SCHEMAS:
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(  # type: ignore[no-untyped-call]
+                f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
         _library = library
 
 
