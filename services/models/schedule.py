@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class ScheduleConfig:
 
     Raises ValueError for combinations that cannot work.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}  # when read from a manifest
 
     train_steps: int = 1000
     beta_start: float = 0.00085

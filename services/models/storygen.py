@@ -182,10 +182,11 @@ class StoryGenBlock(nn.Module):
             # A row without any reference still goes through the arithmetic of its batch; letting it attend to
             # something keeps its softmax defined, and its result is thrown away below.
             mask_BN = mask_BN | ~any_present_B[:, None]
-        image = self.attn3(self.norm4(h), references.features[self.key], references.rows_BN, mask_BN) + h
+        image: Tensor = self.attn3(self.norm4(h), references.features[self.key], references.rows_BN, mask_BN) + h
         if any_present_B is None:
             return image
-        return torch.where(any_present_B[:, None, None], image, torch.zeros_like(image))
+        kept: Tensor = torch.where(any_present_B[:, None, None], image, torch.zeros_like(image))
+        return kept
 
 
 class StoryGenUNet(_Base):
@@ -195,13 +196,13 @@ class StoryGenUNet(_Base):
     """
 
     # Keeps the parent's signature visible: diffusers reads it to know which config keys exist.
-    @functools.wraps(_Base.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
+    @functools.wraps(_Base.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for name, module in list(self.named_modules()):
             if isinstance(module, BasicTransformerBlock):
                 parent, _, child = name.rpartition(".")
-                self.get_submodule(parent)[int(child)] = StoryGenBlock(module, key=name)
+                self.get_submodule(parent).register_module(child, StoryGenBlock(module, key=name))
 
     @property
     def block_keys(self) -> tuple[str, ...]:
@@ -238,6 +239,6 @@ def build_storygen(config: StoryGenConfig) -> StoryGenUNet:
 
     Build it under `torch.device("meta")` to see its keys without its memory.
     """
-    unet = StoryGenUNet(**config.to_dict())
+    unet: StoryGenUNet = StoryGenUNet(**config.to_dict())
     unet.eval()
     return unet

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -41,7 +41,7 @@ class VaeShape:
         return asdict(self)
 
 
-def build_vae(shape: VaeShape) -> nn.Module:
+def build_vae(shape: VaeShape) -> AutoencoderKL:
     """An autoencoder with fresh weights from torch's global generator, in eval mode."""
     depth = len(shape.block_out_channels)
     vae: Any = AutoencoderKL(
@@ -59,6 +59,8 @@ def build_vae(shape: VaeShape) -> nn.Module:
 class LatentScaling:
     """Normalised latent = (raw − shift) · scale, per latent channel."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}  # when read from a manifest
+
     shift: tuple[float, ...]
     scale: tuple[float, ...]
 
@@ -74,13 +76,13 @@ class Codec:
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: Any,
         scaling: LatentScaling,
         *,
         reference_range: ReferenceRange = "signed",
         sample_latents: bool = True,
     ) -> None:
-        self.vae: Any = vae
+        self.vae = vae
         self.reference_range = reference_range
         self.sample_latents = sample_latents
         weight = next(self.vae.parameters())

@@ -1,0 +1,244 @@
+"""Packs: a folder with everything one look needs, described and sealed by its `pack.json`.
+
+    toon/
+      pack.json            the manifest: what it is, how to sample it, and the SHA-256 of every other file
+      MODEL_CARD.md
+      tokenizer/           tokenizer.json, shared by all networks
+      unet/ vae/ text_encoder/        config.json + weights, for the frame service
+      llava/ adapters/     for the caption service
+      clip/                for metrics
+
+Nothing is loaded from a pack before its files were checked against the manifest, and weights are safetensors only:
+a pickle can run code. Knows no network; `registry.py` turns a pack into models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from services.models.errors import (
+    PackFileDamaged,
+    PackFileMissing,
+    PackFileUnsafe,
+    PackManifestInvalid,
+    PackNotFound,
+)
+from services.models.schedule import ScheduleConfig
+from services.models.vae import LatentScaling, ReferenceRange
+
+MANIFEST = "pack.json"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_PLAIN_SUFFIXES = frozenset({".json", ".txt", ".md", ".png", ".jinja"})
+_WEIGHTS_SUFFIX = ".safetensors"
+_READ_BYTES = 1 << 20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileEntry(_Strict):
+    """One file of a pack."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+
+class Sampling(_Strict):
+    """How the pack's frames are drawn, unless a request says otherwise."""
+
+    sampler: str  # a name of `samplers.SAMPLERS`
+    default_steps: int = Field(ge=1, le=1000)
+    default_text_guidance: float = Field(ge=0.0, le=30.0)
+    default_image_guidance: float = Field(ge=0.0, le=30.0)
+
+
+class PackSettings(_Strict):
+    """What whoever makes a pack decides. The manifest adds the files and the date."""
+
+    name: str
+    architecture: str  # a name of `registry.ARCHITECTURES`
+    base: str  # the checkpoint training started from; "nothing" when it started from random weights
+    licence: str  # an SPDX expression
+    made_by: str  # the command that makes this pack again
+    width_px: int = Field(ge=8)
+    height_px: int = Field(ge=8)
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights as stored
+    max_references: int = Field(ge=0, le=3)
+    reference_range: ReferenceRange
+    # True: reference latents are drawn from the VAE's posterior with the job's seed, as StoryGen does. False: its mean.
+    sample_latents: bool = True
+    latents: LatentScaling
+    schedule: ScheduleConfig
+    sampling: Sampling
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_plain(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError("a pack's name is 1 to 63 lower-case letters, digits and dashes")
+        return name
+
+    @model_validator(mode="after")
+    def _size_is_drawable(self) -> PackSettings:
+        if self.width_px % 8 or self.height_px % 8:
+            raise ValueError("width_px and height_px must be multiples of 8")
+        return self
+
+
+class Manifest(PackSettings):
+    """`pack.json`."""
+
+    format: Literal[1] = 1
+    created: AwareDatetime
+    files: dict[str, FileEntry]
+
+    @field_validator("files")
+    @classmethod
+    def _paths_stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for path in files:
+            pure = PurePosixPath(path)
+            if pure.is_absolute() or ".." in pure.parts or "\\" in path or str(pure) != path or path == MANIFEST:
+                raise ValueError(f"{path!r} is not a plain path inside the pack")
+        return files
+
+    @property
+    def digest(self) -> str:
+        """Lower-case hex SHA-256 of the manifest in canonical form. Changes when any file or setting changes."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A pack on this machine whose files were checked."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """What requests call it."""
+        return self.manifest.name
+
+    @property
+    def digest(self) -> str:
+        """The manifest's digest."""
+        return self.manifest.digest
+
+    def path(self, relative: str) -> Path:
+        """The checked file at `relative`. Raises PackFileMissing when the manifest does not list it."""
+        if relative not in self.manifest.files:
+            raise PackFileMissing(f"pack {self.name!r} has no file {relative!r}")
+        return self.folder / relative
+
+
+def find_pack(name: str, search: Sequence[Path]) -> Path:
+    """The first folder called `name` with a manifest on the search path. Raises PackNotFound."""
+    if _NAME.fullmatch(name):
+        for folder in search:
+            if (folder / name / MANIFEST).is_file():
+                return folder / name
+    places = os.pathsep.join(str(folder) for folder in search) or "nowhere"
+    raise PackNotFound(f"no pack {name!r} in {places}; set FABULA_PACKS to the folder that holds it")
+
+
+def load_pack(folder: Path) -> Pack:
+    """Read the manifest of `folder` and check every file against it.
+
+    Raises PackManifestInvalid, PackFileMissing, PackFileDamaged or PackFileUnsafe.
+    """
+    manifest = read_manifest(folder)
+    for relative, entry in manifest.files.items():
+        _check_file(folder, relative, entry)
+    listed = set(manifest.files)
+    for relative in _files_of(folder):
+        # A library pointed at the folder may pick up a file by its name alone, so none may lie about unchecked.
+        if relative not in listed:
+            raise PackFileUnsafe(f"{relative} lies in the pack {manifest.name!r} but its manifest does not list it")
+    return Pack(folder, manifest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone; no file is checked. Raises PackManifestInvalid."""
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise PackManifestInvalid(f"cannot read {folder / MANIFEST}: {error.strerror}") from None
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(str(p) for p in e['loc']) or 'document'}: {e['msg']}" for e in error.errors())
+        raise PackManifestInvalid(f"{folder / MANIFEST}: {faults}") from None
+
+
+def write_pack(folder: Path, settings: PackSettings, *, created: datetime | None = None) -> Pack:
+    """Seal a folder whose files are all in place: write its manifest, then load it as a reader would.
+
+    Raises PackFileUnsafe when a file may not be in a pack.
+    """
+    files = {relative: _entry(folder / relative) for relative in _files_of(folder)}
+    manifest = Manifest(
+        **{name: getattr(settings, name) for name in PackSettings.model_fields},
+        created=created or datetime.now(UTC).replace(microsecond=0),
+        files=files,
+    )
+    temporary = folder / f".{MANIFEST}.new"
+    temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
+    return load_pack(folder)
+
+
+def _files_of(folder: Path) -> Iterator[str]:
+    """Every file below `folder` but the manifest, as sorted POSIX paths. Hidden files are not part of a pack."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_dir() or str(relative) == MANIFEST or any(part.startswith(".") for part in relative.parts):
+            continue
+        yield relative.as_posix()
+
+
+def _entry(path: Path) -> FileEntry:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return FileEntry(sha256=digest.hexdigest(), size_bytes=path.stat().st_size)
+
+
+def _check_file(folder: Path, relative: str, entry: FileEntry) -> None:
+    path = folder / relative
+    if path.suffix not in _PLAIN_SUFFIXES and path.suffix != _WEIGHTS_SUFFIX:
+        raise PackFileUnsafe(f"{relative}: a pack holds safetensors, JSON, Jinja, text and PNG files only")
+    if not path.is_file():
+        raise PackFileMissing(f"{relative} is listed in {folder / MANIFEST} but is not there")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise PackFileUnsafe(f"{relative} leads out of the pack's folder")
+    if path.suffix == _WEIGHTS_SUFFIX and not _looks_like_safetensors(path):
+        raise PackFileUnsafe(f"{relative} is not a safetensors file, whatever its name says")
+    found = _entry(path)
+    if found != entry:
+        raise PackFileDamaged(
+            f"{relative} has {found.size_bytes} bytes and SHA-256 {found.sha256}; "
+            f"the manifest says {entry.size_bytes} and {entry.sha256}"
+        )
+
+
+def _looks_like_safetensors(path: Path) -> bool:
+    """True when the file opens as safetensors does: the length of a JSON header, then the header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(9)
+    if len(start) < 9:
+        return False
+    (header_bytes,) = struct.unpack("<Q", start[:8])
+    return bool(header_bytes <= size - 8 and start[8:9] == b"{")

@@ -1,0 +1,155 @@
+"""From a pack to the models that draw its frames. `ARCHITECTURES` is the registry: a family is a line in it.
+
+Knows where the networks lie in a pack's folder, and nothing about serving.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from services.models.denoiser import StoryDenoiser
+from services.models.errors import PackManifestInvalid, PackWeightsMismatch
+from services.models.pack import Manifest, Pack
+from services.models.samplers import SAMPLERS, Sampler
+from services.models.schedule import Schedule
+from services.models.storygen import StoryGenConfig, build_storygen
+from services.models.text_encoder import TextEncoder, TextShape, build_text_encoder
+from services.models.tokenizer import StoryTokenizer
+from services.models.vae import Codec, VaeShape, build_vae
+
+CONFIG = "config.json"
+UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"  # the names diffusers and transformers give them
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+TEXT_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class FrameModel:
+    """Everything that draws frames of one pack, on one device."""
+
+    manifest: Manifest
+    denoiser: StoryDenoiser
+    codec: Codec
+    text: TextEncoder
+    sampler: Sampler
+    device: torch.device
+    dtype: torch.dtype  # of the UNet's arithmetic; latents are always float32 between steps
+
+
+def load_frame_model(pack: Pack, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FrameModel:
+    """Load the frame models of a checked pack.
+
+    Raises PackManifestInvalid, PackFileMissing or PackWeightsMismatch.
+    """
+    loader = ARCHITECTURES.get(pack.manifest.architecture)
+    if loader is None:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise PackManifestInvalid(f"architecture {pack.manifest.architecture!r} is unknown; known: {known}")
+    return loader(pack, torch.device(device), dtype)
+
+
+def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> FrameModel:
+    """The `storygen` architecture."""
+    manifest = pack.manifest
+    if manifest.sampling.sampler not in SAMPLERS:
+        known = ", ".join(sorted(SAMPLERS))
+        raise PackManifestInvalid(f"sampler {manifest.sampling.sampler!r} is unknown; known: {known}")
+    try:
+        tokenizer = StoryTokenizer.load(pack.path("tokenizer/tokenizer.json"))
+        unet = build_storygen(StoryGenConfig.from_dict(_config(pack, "unet")))
+        vae: Any = build_vae(VaeShape.from_dict(_config(pack, "vae")))
+        text: Any = build_text_encoder(
+            TextShape.from_dict(_config(pack, "text_encoder")),
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
+    except (ValueError, TypeError) as error:
+        raise PackManifestInvalid(f"pack {pack.name!r}: {error}") from None
+    load_weights(unet, pack.path(f"unet/{UNET_WEIGHTS}"))
+    load_weights(vae, pack.path(f"vae/{VAE_WEIGHTS}"))
+    load_weights(text, pack.path(f"text_encoder/{TEXT_WEIGHTS}"))
+    for network in (unet, vae, text):
+        network.requires_grad_(False)
+    # The VAE and the text encoder run once a frame and stay in float32: half-precision VAEs are where black frames
+    # come from, and reference latents must not depend on how fast the UNet is asked to be.
+    codec = Codec(
+        nn.Module.to(vae, device),
+        manifest.latents,
+        reference_range=manifest.reference_range,
+        sample_latents=manifest.sample_latents,
+    )
+    return FrameModel(
+        manifest=manifest,
+        denoiser=StoryDenoiser(nn.Module.to(unet, device, dtype), Schedule(manifest.schedule)),
+        codec=codec,
+        text=TextEncoder(nn.Module.to(text, device), tokenizer),
+        sampler=SAMPLERS[manifest.sampling.sampler],
+        device=device,
+        dtype=dtype,
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[Pack, torch.device, torch.dtype], FrameModel]] = {
+    "storygen": load_storygen,
+}
+"""Architecture name in a manifest → what loads it."""
+
+
+def save_network(
+    folder: Path, module: nn.Module, shape: StoryGenConfig | VaeShape | TextShape, dtype: torch.dtype
+) -> None:
+    """Write one network of a pack: `config.json` and its weights, in the layout `load_storygen` reads.
+
+    `folder` is the pack's `unet`, `vae` or `text_encoder` folder. Raises ValueError for weights that are not finite in
+    `dtype`: a pack that cannot draw must not be sealed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(shape.to_dict(), indent=2) + "\n", encoding="utf-8")
+    state = {
+        name: value.detach().to(device="cpu", dtype=dtype).contiguous() for name, value in module.state_dict().items()
+    }
+    broken = sorted(name for name, value in state.items() if not bool(value.isfinite().all()))
+    if broken:
+        raise ValueError(f"weights are not finite in {dtype}: {', '.join(broken[:5])}")
+    name = TEXT_WEIGHTS if isinstance(shape, TextShape) else UNET_WEIGHTS
+    save_file(state, str(folder / name), metadata={"format": "pt"})
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a network from a safetensors file, converting to its dtype.
+
+    Raises PackWeightsMismatch naming what is missing, unknown or of the wrong shape.
+    """
+    try:
+        found = load_file(str(path))
+    except SafetensorError as error:
+        raise PackWeightsMismatch(f"{path.name} of {path.parent.name}: {error}") from None
+    wanted = module.state_dict()
+    faults = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
+    faults += [f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())]
+    faults += [
+        f"{name} is {tuple(found[name].shape)} and should be {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & found.keys())
+        if found[name].shape != wanted[name].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise PackWeightsMismatch(f"{path.name} of {path.parent.name}: {'; '.join(faults[:5])}{more}")
+    module.load_state_dict(found)
+
+
+def _config(pack: Pack, network: str) -> dict[str, Any]:
+    document = json.loads(pack.path(f"{network}/{CONFIG}").read_bytes())
+    if not isinstance(document, dict):
+        raise ValueError(f"{network}/{CONFIG} is not a JSON object")
+    return document
