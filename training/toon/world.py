@@ -75,7 +75,7 @@ def _who(rng: random.Random, split: str, count: int) -> tuple[Character, ...]:
     chosen: list[Character] = [rng.choice(NEW)] if split == "new" else []
     while len(chosen) < count:
         character = rng.choice(MAIN) if rng.random() < MAIN_SHARE else rng.choice(SIDE)
-        if all(character.id != other.id for other in chosen):
+        if all(character.id != other.id and (character.name or other.id) != other.name for other in chosen):
             chosen.append(character)
     rng.shuffle(chosen)
     return tuple(chosen)
