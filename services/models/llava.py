@@ -51,7 +51,7 @@ class LlavaShape:
     vision_heads: int = 5
     text_width: int = 192
     text_layers: int = 5
-    text_heads: int = 6
+    text_heads: int = 3
     text_mlp_width: int = 512
     context_tokens: int = 512  # image, prompt and answer together
 
@@ -260,7 +260,9 @@ def save_adapter(adapted: Any, folder: Path, base_name: str = "llava") -> None:
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
-        "target_modules": config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules),
+        "target_modules": config.target_modules
+        if isinstance(config.target_modules, str)
+        else sorted(config.target_modules),
     }
     _write_json(folder / ADAPTER_CONFIG_FILE, document)
 
