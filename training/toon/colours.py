@@ -6,6 +6,8 @@ behind it is tinted.
 
 from __future__ import annotations
 
+import colorsys
+
 RGB = tuple[int, int, int]
 
 OUTLINE: RGB = (46, 36, 50)
@@ -75,3 +77,9 @@ def ink_on(colour: RGB) -> RGB:
 def shade(colour: RGB) -> RGB:
     """Return the darker shade of a colour that stripes and folds have."""
     return mix(colour, OUTLINE, 0.32)
+
+
+def hsv(hue: float, saturation: float, value: float) -> RGB:
+    """Return an RGB triple (0..255) of a colour given in 0..1."""
+    r, g, b = (round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+    return r, g, b

@@ -5,8 +5,6 @@ Anti-aliased vectors through skia, so every size is the same picture; a scene al
 
 from __future__ import annotations
 
-import colorsys
-
 import numpy as np
 import numpy.typing as npt
 import skia
@@ -79,9 +77,3 @@ def render(scene: Scene, size_px: int = 128) -> npt.NDArray[np.uint8]:
             draw_ground_prop(pen, scene.ground_prop, 64.0, GROUND + 7, 0.8)
     pixels: npt.NDArray[np.uint8] = np.ascontiguousarray(surface.toarray(colorType=skia.kRGBA_8888_ColorType)[..., :3])
     return pixels if scene.grade is None else _graded(pixels, scene.grade)
-
-
-def hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
-    """Return an RGB triple (0..255) of a colour given in 0..1."""
-    r, g, b = (round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
-    return r, g, b

@@ -1,9 +1,7 @@
-"""Draws lots: seeded frames and stories, and the wall between the splits.
+"""Draws lots: seeded frames and stories of a split.
 
-Two things are held out of "train" and "validation". Whole characters: `cast.NEW` occurs in "new" only. Combinations:
-one in ten of all (character, setting, action, prop) quadruples, chosen by a stable hash, occurs in "test" only, where
-every frame has at least one. So scores on "test" and "new" are generalisation and not recall. Pure: same arguments, same
-frame, on every machine.
+Pure: the same arguments give the same frame on every machine. What may occur where is decided in `splits`; the ways
+stories go are told in `arcs`.
 """
 
 from __future__ import annotations
@@ -12,7 +10,8 @@ import random
 from dataclasses import dataclass, replace
 
 from training.toon.cast import MAIN, NEW, SIDE, random_look
-from training.toon.render import hsv
+from training.toon.colours import hsv
+from training.toon.grammar import describe
 from training.toon.scene import (
     ACTIONS,
     INDOORS,
@@ -28,12 +27,15 @@ from training.toon.scene import (
     Scene,
 )
 from training.toon.seeding import generator, stable_number
+from training.toon.splits import SPLITS, belongs, checked
+from training.toon.stories import Story, StoryFrame, draw_story
 
-SPLITS = ("train", "validation", "test", "new")
+__all__ = ["SPLITS", "Frame", "Story", "StoryFrame", "sample_frame", "sample_story"]
+
 BREADTHS = ("scene", "wide")
-HELD_OUT_SHARE = 0.10
 MAIN_SHARE = 0.65  # of the characters in "scene" frames; the others are side characters
-_NEW_IDS = frozenset(character.id for character in NEW)
+SIDE_HERO_SHARE = 0.25  # of the stories of the training splits; their heroes have names
+_NAMED_SIDE = tuple(character for character in SIDE if character.name is not None)
 _HOLDABLE_IN_A_CROWD = tuple(prop for prop in PROPS if prop not in ("umbrella", "guitar", "kite"))
 
 
@@ -47,28 +49,7 @@ class Frame:
     @property
     def description(self) -> str:
         """The scene in words, always the same ones for this frame."""
-        from training.toon.grammar import describe
-
         return describe(self.scene, random.Random(self.wording_seed))
-
-
-def is_held_out(actor: Actor, setting: str) -> bool:
-    """Tell whether this actor's (character, setting, action, prop) is one of those kept for "test"."""
-    key = stable_number("held out", actor.character.id, setting, actor.action, actor.prop)
-    return key % 10_000 < HELD_OUT_SHARE * 10_000
-
-
-def belongs(scene: Scene, split: str) -> bool:
-    """Tell whether `scene` may occur in `split`. Raises `ValueError` for an unknown split."""
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, not one of {', '.join(SPLITS)}")
-    new = any(actor.character.id in _NEW_IDS for actor in scene.actors)
-    held_out = any(is_held_out(actor, scene.setting) for actor in scene.actors)
-    if split == "new":
-        return new
-    if new:
-        return False
-    return held_out if split == "test" else not held_out
 
 
 def _who(rng: random.Random, split: str, count: int) -> tuple[Character, ...]:
@@ -145,8 +126,7 @@ def sample_frame(seed: int, split: str = "train", breadth: str = "scene") -> Fra
     characters of random species, colours and accessories under random grading, to teach a picture codec more than a
     cast. Raises `ValueError` for an unknown split or breadth.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, not one of {', '.join(SPLITS)}")
+    checked(split)
     if breadth not in BREADTHS:
         raise ValueError(f"breadth is {breadth!r}, not one of {', '.join(BREADTHS)}")
     rng = generator("frame", split, breadth, seed)
@@ -154,6 +134,33 @@ def sample_frame(seed: int, split: str = "train", breadth: str = "scene") -> Fra
         scene = _widened(_draw_scene(rng, "train"), rng)
     else:
         scene = _draw_scene(rng, split)
-        while not belongs(scene, split):
+        while not belongs((scene,), split):
             scene = _draw_scene(rng, split)
     return Frame(scene=scene, wording_seed=stable_number("words", split, breadth, seed))
+
+
+def sample_story(seed: int, split: str = "train") -> Story:
+    """Return the five-frame story of `seed` in `split`; in "new" its hero is a new character.
+
+    Raises `ValueError` for an unknown split.
+    """
+    checked(split)
+    rng = generator("story", split, seed)
+    heroes = NEW if split == "new" else MAIN
+    while True:
+        hero = rng.choice(heroes)
+        if split != "new" and rng.random() < SIDE_HERO_SHARE:
+            hero = rng.choice(_NAMED_SIDE)
+        story = draw_story(rng, hero, _company(rng, hero))
+        if belongs(tuple(frame.scene for frame in story.frames), split):
+            return story
+
+
+def _company(rng: random.Random, hero: Character) -> tuple[Character, Character]:
+    """Return a friend and a third, all three of different names."""
+    chosen = [hero]
+    while len(chosen) < 3:
+        character = rng.choice(MAIN) if rng.random() < MAIN_SHARE else rng.choice(SIDE)
+        if all(character.id != other.id and (character.name or other.id) != other.name for other in chosen):
+            chosen.append(character)
+    return chosen[1], chosen[2]
