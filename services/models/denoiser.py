@@ -1,7 +1,8 @@
-"""One story denoiser: a StoryGen UNet with its noise schedule. Training's `loss` stands beside serving's `guide`.
+"""One story denoiser: a StoryGen UNet with its noise schedule, and what is trained.
 
-Holds the three rules that make it StoryGen: how noisy a reference is made (`reference_levels`), which guidance branches
-a frame has and how they combine (`guide`), and what training drops so that those branches exist (`Dropout`).
+Holds the three rules that make it StoryGen: how noisy a reference is made (`reference_level`), how much each guidance
+branch of a frame counts (`guidance`), and what training drops so that those branches exist (`Dropout`). Sampling, which
+lives in `drawing.py`, uses the same three.
 Knows no text, picture, file, sampler or batch scheduling.
 
 Shapes: B training rows, N reference slots (oldest first, right-aligned: the last slot is the newest frame),
@@ -37,19 +38,27 @@ def reference_levels(t: Tensor, count: int) -> Tensor:
     return torch.div(t, REFERENCE_LEVEL_DIVISOR, rounding_mode="floor")[..., None] * distances
 
 
-def guide(
-    unconditional: Tensor, with_images: Tensor, with_all: Tensor, image_scale: float, text_scale: float
-) -> Tensor:
-    """Three-branch guidance: e_u + s_i·(e_img − e_u) + s_t·(e_all − e_img).
+@dataclass(frozen=True, kw_only=True)
+class Branches:
+    """How much each guidance branch counts. They sum to one; a branch that counts nothing need not be computed.
 
-    `unconditional` saw blank references and no text, `with_images` the references only, `with_all` everything.
+    `nothing` sees blank references and no text, `images` the references only, `everything` the references and the
+    description. Without references there are two: `nothing` and `everything`.
     """
-    return unconditional + image_scale * (with_images - unconditional) + text_scale * (with_all - with_images)
+
+    nothing: float
+    images: float
+    everything: float
 
 
-def guide_text(unconditional: Tensor, with_text: Tensor, text_scale: float) -> Tensor:
-    """Plain classifier-free guidance, for a frame without references: e_u + s_t·(e_text − e_u)."""
-    return unconditional + text_scale * (with_text - unconditional)
+def guidance(image_scale: float, text_scale: float, *, has_references: bool) -> Branches:
+    """StoryGen's e_u + s_i·(e_img − e_u) + s_t·(e_all − e_img), gathered by branch.
+
+    Without references e_img is e_u, which leaves plain classifier-free guidance: e_u + s_t·(e_all − e_u).
+    """
+    if not has_references:
+        return Branches(nothing=1.0 - text_scale, images=0.0, everything=text_scale)
+    return Branches(nothing=1.0 - image_scale, images=image_scale - text_scale, everything=text_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
