@@ -46,6 +46,7 @@ FabulaError
 ├── DataLoss                      DATA_LOSS                       500
 │   └── ObjectCorrupt             OBJECT_CORRUPT                  500
 └── Internal                      INTERNAL                        500  a bug: logged with an id, not shown
+    ├── RenderFailed              RENDER_FAILED                   500
     └── PoisonRequest             POISON_REQUEST                  500
 """
 
@@ -94,7 +95,7 @@ class FabulaError(Exception):
 
     code: ClassVar[Code] = Code.INTERNAL
     http_status: ClassVar[int] = 500
-    reason: ClassVar[str] = "INTERNAL"
+    reason: str = "INTERNAL"  # an error sent by a newer peer may carry a reason this tree does not know yet
     default_retry_after_s: ClassVar[float | None] = None
 
     def __init__(
@@ -410,6 +411,12 @@ class Internal(FabulaError):
     reason = "INTERNAL"
 
 
+class RenderFailed(Internal):
+    """The frame could not be drawn. Try another seed or description."""
+
+    reason = "RENDER_FAILED"
+
+
 class PoisonRequest(Internal):
     """This request took a worker down several times and was set aside."""
 
@@ -442,5 +449,6 @@ def error_from_reason(
     generic = {cls.code: cls for cls in FabulaError.__subclasses__()}
     cls = classes.get(reason) or generic.get(code, Internal)
     error = cls(message, metadata=metadata, field_violations=field_violations)
+    error.reason = reason or cls.reason
     error.retry_after_s = retry_after_s
     return error
