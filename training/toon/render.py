@@ -23,9 +23,10 @@ PLACES: dict[int, tuple[tuple[float, ...], float]] = {
     2: ((36.0, 93.0), 0.79),
     3: ((23.0, 64.0, 105.0), 0.64),
 }
+# Where they stand when the last of them holds something up on the right, which would else leave the picture.
+HOLDING_PLACES: dict[int, tuple[float, ...]] = {1: (54.0,), 2: (28.0, 82.0), 3: (19.0, 57.0, 96.0)}
 BESIDE_X = 104.0  # where a thing on the ground lies beside a single actor, who then steps aside
 ASIDE_X = 47.0
-HOLDING_X = 54.0  # a single actor makes room for what it holds up beside itself
 PROP_FACTOR = {1: 1.0, 2: 1.18, 3: 1.2}  # held things shrink less than who holds them, or they could not be seen
 
 
@@ -66,8 +67,8 @@ def render(scene: Scene, size_px: int = 128) -> npt.NDArray[np.uint8]:
     xs, scale = PLACES[count]
     if count == 1 and scene.ground_prop is not None:
         xs = (ASIDE_X,)
-    elif count == 1 and scene.actors[0].prop in SIDE_PROPS:
-        xs = (HOLDING_X,)
+    elif scene.actors[-1].prop in SIDE_PROPS:
+        xs = HOLDING_PLACES[count]
     for actor, x in zip(scene.actors, xs, strict=True):
         _actor(pen, actor, x, scale, PROP_FACTOR[count])
     if scene.ground_prop is not None:
