@@ -1,37 +1,37 @@
 """Trains the pack's LLaVA: its eyes on the world's labels, the base on every question, one LoRA adapter per question.
 
-    python -m training.captions --work ~/.cache/fabula/training/captions --out services/models/packs/toon
+    python -m training.captions --out services/models/packs/toon
 
-The vision tower first learns to read a scene's truth off its picture (`captions_sight`). The base then learns "Describe the picture.", the story question and the descriptive question in full weights; the adapters
-`story` and `descriptive` then refine their own question with the base frozen. Single-process and seeded: the rows of a
-step depend on the seed and the step only, so a run that was interrupted goes on from its last checkpoint as if it had
-not been. A checkpoint is one safetensors file, moved into place when it is complete.
+Phases, each with a checkpoint of its own in the training folder, so that an interrupted run goes on where it stopped:
 
-Optimiser: Muon for the matrices inside the networks, AdamW for tables, norms and biases; the learning rate rises over
-the first steps and falls to zero along a cosine.
+    sight        the vision tower reads a scene's truth off its picture (`captions_sight`)
+    words        the whole model says what it sees ("Describe the picture.") on single frames
+    base         all three questions on stories, full weights: this is the base that is shipped
+    story        a LoRA on the frozen base: the next caption
+    descriptive  a LoRA on the frozen base: the description of a caption
+
+Everything is drawn from the phase's seed and the step, so a resumed run sees what an uninterrupted one would have seen.
+Knows no serving.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from services.models import llava
 from services.models.tokenizer import StoryTokenizer
+from training import loop
 from training.captions_data import (
     FRAMES_PER_STORY,
     IGNORED,
@@ -49,75 +49,90 @@ from training.captions_data import (
     story_row,
 )
 from training.captions_sight import Sight, accuracy, targets
+from training.optimizer import OptimizerRecipe, Pace
+from training.storage import training_dir
+
+_HELD_OUT_STEPS = 4  # validation batches a look at the held-out loss takes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     """One training run: which questions, how long, how fast."""
 
     name: str
-    tasks: tuple[str, ...]
     steps: int
     rows_per_step: int
-    learning_rate: float
-    frames_ratio: float = 0.0  # steps that look at single frames instead of stories
-    warmup_steps: int = 60
-    weight_decay: float = 0.02
+    tasks: tuple[str, ...] = ()
+    frames_ratio: float = 0.0  # share of the steps that look at single frames instead of stories
+    matrix_rate: float = 0.02
+    rate: float = 2e-3
     seed: int = 0
 
+    @property
+    def loop(self) -> loop.LoopRecipe:
+        """The phase as the training loop takes it."""
+        return loop.LoopRecipe(
+            pace=Pace(steps=self.steps, warmup_steps=40),
+            optimizer=OptimizerRecipe(matrix_rate=self.matrix_rate, rate=self.rate),
+            seed=self.seed,
+            measure_every_s=300.0,
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class CaptionsRecipe:
     """The whole recipe of the shipped captioner."""
 
     cache: CacheRecipe = field(default_factory=CacheRecipe)
+    held_out: CacheRecipe = field(
+        default_factory=lambda: CacheRecipe(stories_count=40, frames_count=128, split="validation")
+    )
     shape: llava.LlavaShape = field(default_factory=llava.LlavaShape)
-    sight: Phase = Phase("sight", (), 500, 48, 2e-3)
-    base: Phase = Phase("base", ("describe", "story", "descriptive"), 3000, 10, 3e-3, frames_ratio=0.25)
-    story: Phase = Phase("story", ("story",), 300, 16, 1.5e-3, seed=1, warmup_steps=20)
-    descriptive: Phase = Phase("descriptive", ("descriptive",), 300, 16, 1.5e-3, seed=2, warmup_steps=20)
+    sight: Phase = Phase(name="sight", steps=500, rows_per_step=48)
+    words: Phase = Phase(name="words", steps=450, rows_per_step=32, tasks=("describe",), frames_ratio=1.0)
+    base: Phase = Phase(
+        name="base", steps=1300, rows_per_step=10, tasks=("describe", "story", "descriptive"), frames_ratio=0.15
+    )
+    story: Phase = Phase(name="story", steps=150, rows_per_step=16, tasks=("story",), matrix_rate=0.0, seed=1)
+    descriptive: Phase = Phase(
+        name="descriptive", steps=200, rows_per_step=16, tasks=("descriptive",), matrix_rate=0.0, seed=2
+    )
     adapter_rank: int = 8
     adapter_alpha: float = 16.0
-    checkpoint_every_steps: int = 100
     seed: int = 7
 
 
 def answer_loss(model: Any, given: Batch) -> Tensor:
-    """Mean cross entropy over the answers' tokens of one batch: what the model is trained on, and what is reported."""
-    llava_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Mean cross entropy over the answers' tokens of one batch: what is trained, and what is reported."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     labels_BN = torch.from_numpy(given.labels_BN)
-    hidden_BND = llava_model.model(
-        input_ids=torch.from_numpy(given.ids_BN),
-        pixel_values=llava.pixels(given.images_BHWC),
-        attention_mask=_additive(given.visible_B1NN),
-        position_ids=torch.from_numpy(given.positions_BN),
-        use_cache=False,
-    ).last_hidden_state
-    asked_BN = labels_BN[:, 1:] != IGNORED  # the logits of all other places are never computed
-    logits = llava_model.lm_head(hidden_BND[:, :-1][asked_BN])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden_BND = whole.model(
+            input_ids=torch.from_numpy(given.ids_BN),
+            pixel_values=llava.pixels(given.images_BHWC),
+            attention_mask=_additive(given.visible_B1NN),
+            position_ids=torch.from_numpy(given.positions_BN),
+            use_cache=False,
+        ).last_hidden_state
+        asked_BN = labels_BN[:, 1:] != IGNORED  # the logits of all other places are never computed
+        logits = whole.lm_head(hidden_BND[:, :-1][asked_BN])
     return nn.functional.cross_entropy(logits.float(), labels_BN[:, 1:][asked_BN])
 
 
 def _additive(visible_B1NN: npt.NDArray[np.bool_]) -> Tensor:
-    """The mask as zeros and a large negative number; plain attention adds it to the scores."""
+    """The mask as zeros and a large negative number, which attention adds to its scores."""
     visible = torch.from_numpy(visible_B1NN)
     return torch.zeros(visible.shape, dtype=torch.bfloat16).masked_fill_(~visible, -1e4)
 
 
-def rate_at(phase: Phase, step: int) -> float:
-    """Learning rate of a step (0-based): a linear rise, then a cosine to zero at the last step. Pure."""
-    rise = min(1.0, (step + 1) / phase.warmup_steps)
-    return phase.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
-
-
 def draw_rows(
-    frames: Frames, stories: Stories, phase: Phase, step: int, tokenizer: StoryTokenizer, shape: llava.LlavaShape
+    frames: Frames, stories: Stories | None, phase: Phase, recipe: RowRecipe, tokenizer: StoryTokenizer, step: int
 ) -> Iterator[Row]:
-    """The rows of one step, from the seed and the step alone."""
+    """The rows of one step, from the phase's seed and the step alone."""
     rng = random.Random(f"{phase.name} {phase.seed} {step}")
-    recipe = RowRecipe(phase.tasks, shape.image_tokens_count, shape.context_tokens)
-    if rng.random() < phase.frames_ratio:
-        for _ in range(2 * phase.rows_per_step):  # these rows are less than half as long
+    if stories is None or rng.random() < phase.frames_ratio:
+        count = phase.rows_per_step if stories is None else 3 * phase.rows_per_step  # a third as long as story rows
+        for _ in range(count):
             yield frame_row(frames, rng.choice(frames.frames), recipe, tokenizer, rng)
     else:
         # One place in the story per step keeps the rows of a batch about equally long.
@@ -126,199 +141,116 @@ def draw_rows(
             yield story_row(stories, rng.choice(stories.stories), index, recipe, tokenizer, rng)
 
 
-def sight_batch(frames: Frames, phase: Phase, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pictures [B,C,H,W] and labels of one step of the sight phase."""
-    rng = random.Random(f"{phase.name} {phase.seed} {step}")
-    chosen = [rng.choice(frames.frames) for _ in range(phase.rows_per_step)]
-    images_BHWC = np.stack([degrade(frames.images_NHWC[frame.picture], rng) for frame in chosen])
-    return llava.pixels(images_BHWC), targets([frame.scene for frame in chosen])
+class SightTrainee:
+    """The sight phase."""
 
-
-class Optimiser:
-    """Muon and AdamW behind one step; its state is plain tensors."""
-
-    def __init__(self, model: nn.Module, phase: Phase) -> None:
-        inner, outer = [], []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                matrix = parameter.ndim == 2 and "embed" not in name and "lora_" not in name
-                (inner if matrix else outer).append((name, parameter))
-        self.parts: list[torch.optim.Optimizer] = []
-        self.names: list[list[str]] = []
-        if inner:
-            parameters = [parameter for _, parameter in inner]
-            self.parts.append(
-                torch.optim.Muon(
-                    parameters, lr=0.0, weight_decay=phase.weight_decay, ns_steps=4, adjust_lr_fn="match_rms_adamw"
-                )
-            )
-            self.names.append([name for name, _ in inner])
-        if outer:
-            parameters = [parameter for _, parameter in outer]
-            self.parts.append(torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, foreach=True))
-            self.names.append([name for name, _ in outer])
-
-    def step(self, rate: float) -> None:
-        """Update at a learning rate and forget the gradients."""
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate
-            part.step()
-            part.zero_grad(set_to_none=True)
-
-    def state(self) -> dict[str, Tensor]:
-        """Every moment, named `<parameter>/<moment>`."""
-        found: dict[str, Tensor] = {}
-        for part, names in zip(self.parts, self.names, strict=True):
-            for index, moments in part.state_dict()["state"].items():
-                found |= {f"{names[index]}/{key}": torch.as_tensor(value) for key, value in moments.items()}
-        return found
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-        for part, names in zip(self.parts, self.names, strict=True):
-            document = part.state_dict()
-            document["state"] = {
-                index: {key.rsplit("/", 1)[1]: value for key, value in state.items() if key.rsplit("/", 1)[0] == name}
-                for index, name in enumerate(names)
-            }
-            part.load_state_dict(document)
-
-
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors a phase changes."""
-    return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-
-
-def save_checkpoint(file: Path, step: int, model: nn.Module, optimiser: Optimiser) -> None:
-    """Write a checkpoint that is complete or invisible."""
-    tensors = {f"model/{name}": tensor.detach().contiguous() for name, tensor in trainable(model).items()}
-    tensors |= {f"optimiser/{name}": tensor.contiguous() for name, tensor in optimiser.state().items()}
-    draft = file.with_suffix(".draft")
-    save_file(tensors, draft, metadata={"step": str(step)})
-    draft.replace(file)
-
-
-def load_checkpoint(file: Path, model: nn.Module, optimiser: Optimiser) -> int:
-    """Put a checkpoint back and return the step to go on with; 0 when there is none."""
-    if not file.exists():
-        return 0
-    with safe_open(file, framework="pt") as archive:
-        tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118 - not a mapping
-        step = int((archive.metadata() or {})["step"])
-    with torch.no_grad():
-        for name, parameter in trainable(model).items():
-            parameter.copy_(tensors[f"model/{name}"])
-    prefix = "optimiser/"
-    optimiser.load({key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)})
-    return step
-
-
-def run_phase(
-    model: nn.Module,
-    phase: Phase,
-    loss_at: Callable[[int], Tensor],
-    file: Path,
-    checkpoint_every_steps: int,
-    say: Callable[[str], None] = print,
-) -> None:
-    """Train until the phase's last step, from `file` when it holds a checkpoint. `loss_at(step)` is a step's loss."""
-    optimiser = Optimiser(model, phase)
-    first = load_checkpoint(file, model, optimiser)
-    model.train()
-    started, recent = time.monotonic(), 0.0
-    for step in range(first, phase.steps):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_at(step)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(list(trainable(model).values()), 1.0)
-        optimiser.step(rate_at(phase, step))
-        recent = loss.item() if step == first else 0.95 * recent + 0.05 * loss.item()
-        done = step + 1
-        if done % 25 == 0 or done == phase.steps:
-            pace = (time.monotonic() - started) / (done - first)
-            left_s = pace * (phase.steps - done)
-            say(f"{phase.name} {done}/{phase.steps} loss {recent:.3f} {pace:.2f} s/step, {left_s / 60:.1f} min left")
-        if done % checkpoint_every_steps == 0 or done == phase.steps:
-            save_checkpoint(file, done, model, optimiser)
-    model.eval()
-
-
-@dataclass(frozen=True)
-class Workshop:
-    """A recipe, the folder it works in, and what is the same for all its phases."""
-
-    recipe: CaptionsRecipe
-    work: Path
-
-    def say(self, line: str) -> None:
-        """Print at once: the run is watched through a log file."""
-        print(line, flush=True)
-
-    def run(self, model: nn.Module, phase: Phase, loss_at: Callable[[int], Tensor]) -> None:
-        """`run_phase` with this run's files."""
-        file = self.work / f"{phase.name}.safetensors"
-        run_phase(model, phase, loss_at, file, self.recipe.checkpoint_every_steps, self.say)
-
-    def learn_to_see(self, model: Any) -> None:
-        """The sight phase: changes the model's vision tower."""
-        frames = draw_frames(self.work / "cache", self.recipe.cache)
-        self.say(f"{len(frames.frames)} frames drawn")
-        phase = self.recipe.sight
+    def __init__(self, model: Any, phase: Phase, frames: Frames, held_out: Frames) -> None:
+        self.phase, self.frames, self.held_out = phase, frames, held_out
+        tower = model.model.vision_tower
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(phase.seed)
-            sight = Sight(model.model.vision_tower, self.recipe.shape.vision_width)
+            self.sight = Sight(tower, tower.config.hidden_size)
+        self.networks = nn.ModuleDict({"sight": self.sight})
 
-        def loss_at(step: int) -> Tensor:
-            pixels_BCHW, truth = sight_batch(frames, phase, step)
-            return sight.loss(pixels_BCHW, truth)
+    def _batch(self, frames: Frames, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        rng = random.Random(f"{self.phase.name} {self.phase.seed} {step}")
+        chosen = [rng.choice(frames.frames) for _ in range(self.phase.rows_per_step)]
+        images_BHWC = np.stack([degrade(frames.images_NHWC[frame.picture], rng) for frame in chosen])
+        return llava.pixels(images_BHWC), targets([frame.scene for frame in chosen])
 
-        self.run(sight, phase, loss_at)
-        with torch.no_grad():
-            pixels_BCHW, truth = sight_batch(frames, phase, -1)
-            self.say(json.dumps({name: round(value, 2) for name, value in accuracy(sight(pixels_BCHW), truth).items()}))
+    def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
+        """Mean cross entropy over all labels."""
+        pixels_BCHW, truth = self._batch(self.frames, step)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.sight.loss(pixels_BCHW, truth)
 
-    def learn_to_speak(self, model: Any, phase: Phase, tokenizer: StoryTokenizer) -> None:
-        """The base phase or an adapter's phase."""
-        frames = draw_frames(self.work / "cache", self.recipe.cache)
-        stories = draw_stories(self.work / "cache", self.recipe.cache)
-        self.say(f"{len(stories.stories)} stories drawn")
+    def measure(self) -> dict[str, float]:
+        """Accuracy of each label on held-out frames."""
+        pixels_BCHW, truth = self._batch(self.held_out, 0)
+        return accuracy(self.sight(pixels_BCHW), truth)
 
-        def loss_at(step: int) -> Tensor:
-            rows = list(draw_rows(frames, stories, phase, step, tokenizer, self.recipe.shape))
-            return answer_loss(model, batch(rows, tokenizer.pad_id))
 
-        self.run(model, phase, loss_at)
+class SpeechTrainee:
+    """A phase that learns answers to questions: words, base, or an adapter's."""
+
+    def __init__(
+        self,
+        model: Any,
+        phase: Phase,
+        shape: llava.LlavaShape,
+        tokenizer: StoryTokenizer,
+        drawn: tuple[Frames, Stories | None],
+        held_out: tuple[Frames, Stories | None],
+    ) -> None:
+        self.model, self.phase, self.tokenizer = model, phase, tokenizer
+        self.drawn, self.held_out = drawn, held_out
+        self.rows = RowRecipe(phase.tasks, shape.image_tokens_count, shape.context_tokens)
+        self.networks = nn.ModuleDict({"llava": model})
+
+    def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
+        """Mean cross entropy of the answers."""
+        rows = list(draw_rows(*self.drawn, self.phase, self.rows, self.tokenizer, step))
+        return answer_loss(self.model, batch(rows, self.tokenizer.pad_id))
+
+    def measure(self) -> dict[str, float]:
+        """The same loss on the validation split."""
+        losses = []
+        for step in range(_HELD_OUT_STEPS):
+            rows = list(draw_rows(*self.held_out, self.phase, self.rows, self.tokenizer, step))
+            losses.append(answer_loss(self.model, batch(rows, self.tokenizer.pad_id)).item())
+        return {"loss": sum(losses) / len(losses)}
+
+
+def stays_with_adam(name: str) -> bool:
+    """Parameters that Muon is not made for: token and position tables, the first convolution, LoRA factors."""
+    return "embed" in name or "lora_" in name or "lm_head" in name or "queries" in name or ".heads." in name
 
 
 def train(recipe: CaptionsRecipe, tokenizer: StoryTokenizer, work: Path, out: Path) -> None:
     """Run every phase and write `llava/` and `adapters/` under `out`. Goes on where an earlier run stopped."""
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
-    workshop = Workshop(recipe, work)
+
+    def speak(model: Any, phase: Phase) -> None:
+        with_stories = phase.frames_ratio < 1.0
+        drawn = (
+            draw_frames(work / "train", recipe.cache),
+            draw_stories(work / "train", recipe.cache) if with_stories else None,
+        )
+        held_out = (
+            draw_frames(work / "validation", recipe.held_out),
+            draw_stories(work / "validation", recipe.held_out) if with_stories else None,
+        )
+        trainee = SpeechTrainee(model, phase, recipe.shape, tokenizer, drawn, held_out)
+        print(f"phase {phase.name}", flush=True)
+        loop.train(trainee, phase.loop, work / f"{phase.name}.safetensors", adam_only=stays_with_adam)
+
     base = llava.build(recipe.shape, tokenizer, recipe.seed)
-    workshop.learn_to_see(base)
-    workshop.learn_to_speak(base, recipe.base, tokenizer)
+    sight = SightTrainee(
+        base, recipe.sight, draw_frames(work / "train", recipe.cache), draw_frames(work / "validation", recipe.held_out)
+    )
+    print("phase sight", flush=True)
+    loop.train(sight, recipe.sight.loop, work / "sight.safetensors", adam_only=stays_with_adam)
+    speak(base, recipe.words)
+    speak(base, recipe.base)
     llava.save_base(base, tokenizer, out / "llava")
     for number, phase in enumerate((recipe.story, recipe.descriptive), start=1):
         # An adapter is trained on the weights it will be served with: those rounded to fp16.
         rounded = llava.load_base(out / "llava")
         adapted = llava.add_adapter(rounded, recipe.adapter_rank, recipe.adapter_alpha, recipe.seed + number)
-        workshop.learn_to_speak(adapted, phase, tokenizer)
+        speak(adapted, phase)
         llava.save_adapter(adapted, out / "adapters" / phase.name)
+    print(json.dumps({"written": str(out)}), flush=True)
 
 
 def main() -> None:
     """Train the captioner."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of drawings and checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="pack folder; its tokenizer/ is read")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     tokenizer = StoryTokenizer.load(arguments.out / "tokenizer")
-    train(CaptionsRecipe(), tokenizer, arguments.work, arguments.out)
+    train(CaptionsRecipe(), tokenizer, training_dir() / "captions", arguments.out)
 
 
 if __name__ == "__main__":

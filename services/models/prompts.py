@@ -6,8 +6,8 @@ The wording is the report's (§5.1) with the image token it left out and, for th
     Story so far: 'c1' 'c2' Current frame story caption: 'c3', What is the next frame story caption?<assistant>
 
 User text is data. It is encoded without special-token recognition, so `<image>` or `<assistant>` in a caption are
-ordinary bytes and a prompt holds exactly one image token; quotes are escaped, so a caption cannot close its own; control
-characters and bidirectional overrides are dropped.
+ordinary bytes and a prompt holds exactly one image token; quotes are escaped, so a caption cannot close its own;
+control characters and bidirectional overrides are dropped.
 
 Everything must fit the model's context. Captions are windowed by tokens: a single caption is read up to
 `CAPTION_TOKENS_MAX`; of the captions so far the newest and the first always stay (where the story is, and where it
