@@ -106,6 +106,7 @@ class Installation(Settings):
     database_url: str = ""  # SQLAlchemy URL; empty: SQLite files in home. One setting moves all state to PostgreSQL
     object_store_url: str = ""  # file://, s3://, gs:// or az:// URL; empty: home/objects
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    instance: str = ""  # set by `fabula up` on what it starts, so that `down` can tell its processes from all others
 
     @property
     def story_http_port(self) -> int:
