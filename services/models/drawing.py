@@ -145,17 +145,20 @@ def begin(model: FrameModel, sketch: Sketch) -> Drawing:
 
 @torch.inference_mode()
 def advance(model: FrameModel, drawings: Sequence[Drawing]) -> None:
-    """One denoising step of every drawing. They must have the same latent size and not be finished."""
+    """One denoising step of every drawing. They must have the same latent size and not be finished.
+
+    When it raises, no drawing has changed.
+    """
     rows, references = _Rows(), _ReferenceRows()
     for owner, drawing in enumerate(drawings):
         _add_rows(model, owner, drawing, rows, references)
     answers = _forward(model, rows, references)
-    for drawing, output in zip(drawings, _combine(rows, answers, len(drawings)), strict=True):
-        t = drawing.steps[drawing.done]
-        t_next = model.denoiser.schedule.step_after(t, len(drawing.steps))
-        drawing.latents_CHW, drawing.history = model.sampler(
-            model.denoiser.schedule, output, drawing.latents_CHW, t, t_next, drawing.history
-        )
+    stepped = [
+        _sample(model, drawing, output)
+        for drawing, output in zip(drawings, _combine(rows, answers, len(drawings)), strict=True)
+    ]
+    for drawing, (latents, history) in zip(drawings, stepped, strict=True):
+        drawing.latents_CHW, drawing.history = latents, history
         drawing.done += 1
 
 
@@ -271,6 +274,13 @@ def _forward(model: FrameModel, rows: _Rows, references: _ReferenceRows) -> Tens
         torch.stack([row.text_SD for row in rows]).to(dtype),
         looked_at,
     ).float()
+
+
+def _sample(model: FrameModel, drawing: Drawing, output_CHW: Tensor) -> tuple[Tensor, History]:
+    schedule = model.denoiser.schedule
+    t = drawing.steps[drawing.done]
+    t_next = schedule.step_after(t, len(drawing.steps))
+    return model.sampler(schedule, output_CHW, drawing.latents_CHW, t, t_next, drawing.history)
 
 
 def _combine(rows: _Rows, answers_BCHW: Tensor, drawing_count: int) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""The frame service: draws one picture from a description and the frames before it."""

@@ -1,0 +1,47 @@
+"""Settings of the frame service: `FABULA_FRAME_*`, section `[frame]` of config.toml."""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import SettingsConfigDict
+
+from services.runtime.config import Settings
+
+
+class FrameSettings(Settings):
+    """How frames are drawn here."""
+
+    model_config = SettingsConfigDict(env_prefix="FABULA_FRAME_", frozen=True, extra="forbid")
+    section: ClassVar[str] = "frame"
+
+    packs: str = "toon"  # packs to load, comma-separated; the first is the default
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # The UNet's arithmetic. "auto" is bfloat16 on a GPU and float32 on a CPU; bfloat16 on a CPU with AVX512-BF16 takes
+    # two thirds of the time and moves pixels by a few levels.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int = Field(default=0, ge=0, le=256)  # CPU threads of the networks; 0: every core this process may use
+    max_running: int = Field(default=8, ge=1, le=256)  # frames denoised together
+    max_queued: int = Field(default=32, ge=1, le=10_000)  # frames that wait; one more is refused at once
+    max_rows: int = Field(default=64, ge=1, le=4096)  # network rows in one step; memory grows with it
+    stall_s: float = Field(default=60.0, gt=0.0)  # a single step that takes longer means the engine hangs
+    warm_up: bool = True  # draw once before calling itself ready
+
+    @field_validator("packs")
+    @classmethod
+    def _names_a_pack(cls, packs: str) -> str:
+        if not [name for name in packs.split(",") if name.strip()]:
+            raise ValueError("name at least one pack")
+        return packs
+
+    @property
+    def pack_names(self) -> tuple[str, ...]:
+        """The packs to load, default first."""
+        return tuple(name.strip() for name in self.packs.split(",") if name.strip())
+
+    @property
+    def thread_count(self) -> int:
+        """CPU threads of the networks."""
+        return self.threads or len(os.sched_getaffinity(0))

@@ -1,0 +1,193 @@
+"""The frame service's RPCs, and the process parts around them: from protobuf, engine, to protobuf.
+
+The same `FrameServicer` runs under plain grpc.aio (`python -m services.frame`) and as a Ray Serve deployment (`app`).
+What may go wrong becomes a status in `services.runtime.rpc`; no foreign exception leaves the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import structlog
+import torch
+from fabula.frame.v1 import frame_service_pb2 as pb
+from fabula.frame.v1 import frame_service_pb2_grpc as pb_grpc
+
+from services.frame.config import FrameSettings
+from services.frame.engine import EngineSettings, FrameEngine, Observer
+from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
+from services.frame.metrics import MeteredObserver, ServeMeters
+from services.models.pack import find_pack, load_pack
+from services.models.registry import load_frame_model
+from services.runtime.call import current_call
+from services.runtime.config import Installation
+from services.runtime.rpc import stream_method, unary_method
+from services.runtime.telemetry import configure_logging
+
+log = structlog.get_logger("fabula.frame")
+
+
+class FrameServicer(pb_grpc.FrameServiceServicer):  # type: ignore[misc]
+    """FrameService over an engine. `token` is the installation's; None switches the check off."""
+
+    def __init__(self, engine: FrameEngine, token: str | None) -> None:
+        self.engine = engine
+        self.token = token
+
+    @stream_method(pb.RenderFrameResponse)
+    async def RenderFrame(self, request: pb.RenderFrameRequest, context: Any) -> AsyncIterator[pb.RenderFrameResponse]:
+        """Draws one frame; the last message is the picture."""
+        async with aclosing(self.engine.render(job_from_pb(request))) as events:
+            async for event in events:
+                yield event_to_pb(event)
+
+    @unary_method(pb.ListPacksResponse)
+    async def ListPacks(self, request: pb.ListPacksRequest, context: Any) -> pb.ListPacksResponse:
+        """The loaded packs, the default first."""
+        return packs_to_pb(self.engine)
+
+
+def job_from_pb(request: pb.RenderFrameRequest) -> FrameJob:
+    """The job of a request, due when the current call is."""
+    call = current_call()
+    return FrameJob(
+        description=request.description,
+        seed=request.seed,
+        pack=request.pack,
+        references=tuple(ReferenceImage(image=r.image, description=r.description) for r in request.references),
+        width_px=request.width_px,
+        height_px=request.height_px,
+        steps=request.steps,
+        text_guidance=request.text_guidance if request.HasField("text_guidance") else None,
+        image_guidance=request.image_guidance if request.HasField("image_guidance") else None,
+        preview_every_steps=request.preview_every_steps,
+        deadline_s=call.deadline_s if call is not None else None,
+    )
+
+
+def event_to_pb(event: Event) -> pb.RenderFrameResponse:
+    """One message of the stream."""
+    match event:
+        case Queued():
+            return pb.RenderFrameResponse(queued=pb.Queued(ahead_count=event.ahead_count))
+        case Progress():
+            progress = pb.Progress(step=event.step, step_count=event.step_count, eta_s=event.eta_s)
+            return pb.RenderFrameResponse(progress=progress)
+        case Preview():
+            return pb.RenderFrameResponse(preview=pb.Preview(image=event.image, step=event.step))
+        case RenderedFrame():
+            sketch = event.sketch
+            frame = pb.RenderedFrame(
+                image=event.image,
+                sha256=event.sha256,
+                width_px=sketch.width_px,
+                height_px=sketch.height_px,
+                seed=sketch.seed,
+                steps=sketch.steps,
+                text_guidance=sketch.text_guidance,
+                image_guidance=sketch.image_guidance,
+                pack_digest=event.pack_digest,
+                queue_s=event.queue_s,
+                render_s=event.render_s,
+            )
+            return pb.RenderFrameResponse(frame=frame)
+
+
+def packs_to_pb(engine: FrameEngine) -> pb.ListPacksResponse:
+    """The engine's packs, the default first."""
+    names = sorted(engine.models, key=lambda name: (name != engine.default_pack, name))
+    packs = []
+    for name in names:
+        manifest = engine.models[name].manifest
+        packs.append(
+            pb.Pack(
+                name=name,
+                digest=manifest.digest,
+                architecture=manifest.architecture,
+                width_px=manifest.width_px,
+                height_px=manifest.height_px,
+                default_steps=manifest.sampling.default_steps,
+                max_references=manifest.max_references,
+                default_text_guidance=manifest.sampling.default_text_guidance,
+                default_image_guidance=manifest.sampling.default_image_guidance,
+            )
+        )
+    return pb.ListPacksResponse(packs=packs)
+
+
+def load_engine(settings: FrameSettings, installation: Installation, observer: Observer | None = None) -> FrameEngine:
+    """A started, warmed engine with the packs the settings name.
+
+    Sets torch's thread count for the whole process. Raises ModelError when a pack cannot be loaded.
+    """
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "auto": torch.bfloat16 if device == "cuda" else torch.float32,
+    }[settings.dtype]
+    torch.set_num_threads(settings.thread_count)
+    packs = [load_pack(find_pack(name, installation.pack_folders)) for name in settings.pack_names]
+    engine = FrameEngine(
+        {pack.name: load_frame_model(pack, device=device, dtype=dtype) for pack in packs},
+        default_pack=packs[0].name,
+        settings=EngineSettings(
+            max_running=settings.max_running,
+            max_queued=settings.max_queued,
+            max_rows=settings.max_rows,
+            stall_s=settings.stall_s,
+        ),
+        observer=observer,
+    )
+    engine.start()
+    if settings.warm_up:
+        engine.warm_up()
+    log.info("frame_ready", packs=[pack.name for pack in packs], device=device, dtype=str(dtype))
+    return engine
+
+
+class FrameDeployment(FrameServicer):
+    """The servicer as a Ray Serve replica. Constructed means warmed; unhealthy means replaced."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        installation = Installation.load()
+        configure_logging("frame", installation.log_level)
+        try:
+            engine = load_engine(FrameSettings.load(**settings), installation, observer=MeteredObserver(ServeMeters()))
+        # Ray would pickle the exception and every process that reads it would import torch to do so.
+        except Exception as error:
+            log.exception("frame_cannot_start")
+            raise RuntimeError(f"the frame service cannot start: {type(error).__name__}: {error}") from None
+        super().__init__(engine, installation.read_token())
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve every few seconds."""
+        if not self.engine.is_healthy:
+            raise RuntimeError("the frame engine's thread has died or hangs")
+
+    def __del__(self) -> None:
+        if (engine := getattr(self, "engine", None)) is not None:
+            engine.stop(timeout_s=2.0)
+
+
+def app(args: dict[str, Any]) -> Any:
+    """The Ray Serve application. `args` are FrameSettings' fields and win over the environment."""
+    from ray import serve
+
+    settings = FrameSettings.load(**args)
+    deployment = serve.deployment(
+        FrameDeployment,
+        name="FrameDeployment",
+        # All that the engine takes, and some more: so the engine is who refuses, at once and with advice.
+        max_ongoing_requests=settings.max_running + settings.max_queued + 16,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if settings.device == "cuda" else 0},
+        health_check_period_s=2.0,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_timeout_s=20.0,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    return deployment.bind(settings.model_dump())
