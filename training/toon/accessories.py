@@ -1,7 +1,7 @@
 """Draws the one loud thing each character wears.
 
-Hats, flowers, bows and glasses in head coordinates; scarves, ties, bandanas and capes in neck coordinates (the neck is
-the origin, shoulders about 12 to each side).
+Hats, flowers, bows and glasses in head coordinates; scarves, ties, bandanas and capes in neck coordinates (the neck
+is the origin, shoulders about 12 to each side).
 """
 
 from __future__ import annotations

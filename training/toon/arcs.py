@@ -1,10 +1,10 @@
 """The stories that are told: each arc is five beats with what is seen and the ways to tell it.
 
 Data and nothing else; `stories` reads it. A beat's `cast` says who does what, "role=action/mood/prop" with
-alternatives between bars; PROP is the story's own thing. `on_ground` lies there. `place` is "a" or "b", the story's two
-places, so that a scene stays where it is unless the story moves. In `ways`, [x|y] is a choice, and {hero}, {friend},
-{other}, {he}, {him}, {his}, {fhe}, {fhim}, {fhis}, {prop}, {at}, {at_b}, {place} are slots; a capital letter in a slot
-begins a sentence.
+alternatives between bars; PROP is the story's own thing. `on_ground` lies there. `place` is "a" or "b", the story's
+two places, so that a scene stays where it is unless the story moves. In `ways`, [x|y] is a choice, and {hero},
+{friend}, {other}, {he}, {him}, {his}, {fhe}, {fhim}, {fhis}, {prop}, {at}, {at_b}, {place} are slots; a capital
+letter in a slot begins a sentence.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ ARCS: dict[str, Arc] = {
                 ways=(
                     "{hero} [took|brought] {his} [favourite|beloved|new] {prop} to {place}.",
                     "One [fine|lovely] day, {hero} went to play with {his} {prop} {at}.",
-                    "{hero} loved {his} {prop} more than [anything|everything else], and today it came along to {place}.",
+                    "{hero} loved {his} {prop} more than [anything|everything else], "
+                    "and today it came along to {place}.",
                 ),
             ),
             Beat(
@@ -484,7 +485,7 @@ ARCS: dict[str, Arc] = {
                 ways=(
                     "{Friend} and {other} cheered. {hero} was a star!",
                     "Everyone wanted to hear it again, even {other}.",
-                    "What a night! {hero} would [never|not ever] be afraid of a song again.",
+                    "What a night! Even {other} [clapped|cheered], and {hero} would never be afraid again.",
                 ),
             ),
         ),
@@ -550,7 +551,7 @@ ARCS: dict[str, Arc] = {
                 on_ground="PROP",
                 ways=(
                     "{hero} and {friend} wanted to play with the {prop}.",
-                    "There was only one {prop}, and two friends who wanted it.",
+                    "There was only one {prop}, and both {hero} and {friend} wanted it.",
                     "It started as a [lovely|perfect] day for {hero} and {friend}.",
                 ),
             ),
@@ -748,7 +749,7 @@ ARCS: dict[str, Arc] = {
                 ways=(
                     "Ready, steady, go! {hero} raced against {friend}.",
                     '"I bet I am faster," said {hero}, and {friend} laughed.',
-                    "It was the day of the big race {at}.",
+                    "It was the day of the big race {at}: {hero} against {friend}!",
                 ),
             ),
             Beat(

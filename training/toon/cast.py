@@ -57,7 +57,7 @@ def combination(look: Look) -> tuple[str, str, str]:
 
 
 def random_look(*seed: object) -> Look:
-    """Return a look drawn evenly from all species, colours and accessories; the accessory never has the fur's colour."""
+    """Return a look drawn evenly from all there are; the accessory never has the fur's colour."""
     rng = generator("look", *seed)
     colour = rng.choice(tuple(FUR))
     return Look(

@@ -1,7 +1,7 @@
 """Named colours of the world and the tint that a time of day lays over a background.
 
-Colours are RGB triples, 0..255. A character keeps its colours at night, so that it can be recognised; only what stands
-behind it is tinted.
+Colours are RGB triples, 0..255. A character keeps its colours at night, so that it can be recognised; only what
+stands behind it is tinted.
 """
 
 from __future__ import annotations

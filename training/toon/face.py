@@ -1,7 +1,7 @@
 """Eyes, brows, mouths and tears: how a mood looks on every species.
 
-Drawn in head coordinates: the middle of the head is (0, 0), its radii about 23 and 20. A mood is never told by the mouth
-alone, because beaks and trunks hide mouths: eyes and brows change too.
+Drawn in head coordinates: the middle of the head is (0, 0), its radii about 23 and 20. A mood is never told by the
+mouth alone, because beaks and trunks hide mouths: eyes and brows change too.
 """
 
 from __future__ import annotations

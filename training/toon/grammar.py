@@ -1,7 +1,8 @@
 """Describes a scene literally: who, where in the picture, doing what, feeling how, in which place and light.
 
-The words come from `lexicon`, their order from here; `parse` (in `reading`) inverts it exactly. Everything that can be seen
-to vary is said, because a model averages what the text leaves out. The wording is drawn from the generator passed in.
+The words come from `lexicon`, their order from here; `parse` (in `reading`) inverts it exactly. Everything that can
+be seen to vary is said, because a model averages what the text leaves out. The wording is drawn from the generator
+passed in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The words of descriptions: for every value of a scene, the ways to say it.
 
-Each way belongs to one value only, which is what lets `reading` invert `grammar`. Phrases about the whole scene (place,
-time, weather, light) and phrases about one actor never share a cue.
+Each way belongs to one value only, which is what lets `reading` invert `grammar`. Phrases about the whole scene
+(place, time, weather, light) and phrases about one actor never share a cue.
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ ACTION_CUES: dict[str, str] = {
     "point": r"point(?:s|ing)?",
 }
 MOOD_WAYS: dict[str, tuple[str, ...]] = {
-    "happy": ("happily", "with a smile", "smiling", "looking happy", "with a happy face", "and looks happy", "and smiles"),
+    "happy": (
+        "happily", "with a smile", "smiling", "looking happy", "with a happy face", "and looks happy", "and smiles",
+    ),
     "delighted": (
-        "laughing", "looking delighted", "with a laugh", "overjoyed", "and laughs", "and looks delighted", "full of joy",
+        "laughing", "looking delighted", "with a laugh", "overjoyed", "and laughs", "and looks delighted",
+        "full of joy",
     ),
     "sad": ("sadly", "looking sad", "with a sad face", "and looks sad", "feeling sad", "looking unhappy"),
-    "surprised": ("looking surprised", "with a surprised face", "in surprise", "astonished", "and looks surprised", "amazed"),
+    "surprised": (
+        "looking surprised", "with a surprised face", "in surprise", "astonished", "and looks surprised", "amazed",
+    ),
     "angry": ("angrily", "looking angry", "with an angry face", "and looks cross", "looking cross", "crossly"),
     "scared": ("looking scared", "with a scared face", "frightened", "in fear", "and looks afraid", "nervously"),
     "sleepy": ("sleepily", "looking sleepy", "with sleepy eyes", "and looks tired", "looking tired", "drowsily"),
@@ -85,8 +90,8 @@ PROP_CUES: dict[str, str] = {
     "book": r"book", "ball": r"ball", "lantern": r"lantern", "guitar": r"guitar", "boat": r"boat",
 }  # fmt: skip
 GROUND_WAYS = (
-    "{} lies on the ground", "there is {} on the ground", "{} is on the ground", "{} rests nearby", "on the ground is {}",
-    "{} lies nearby", "there is {} nearby",
+    "{} lies on the ground", "there is {} on the ground", "{} is on the ground", "{} rests nearby",
+    "on the ground is {}", "{} lies nearby", "there is {} nearby",
 )  # fmt: skip
 SETTING_WAYS: dict[str, tuple[str, ...]] = {
     "beach": ("at the beach", "on the beach", "on a sandy beach", "by the sea", "at the seaside"),

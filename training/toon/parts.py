@@ -1,7 +1,7 @@
 """Draws the parts that make a species: ears, muzzles, tails and markings.
 
-Ears, muzzles and marks are drawn in head coordinates (middle of the head at the origin), tails from their root. Each part
-is a function of a `Coat`; the tables at the end give them their names.
+Ears, muzzles and marks are drawn in head coordinates (middle of the head at the origin), tails from their root. Each
+part is a function of a `Coat`; the tables at the end give them their names.
 """
 
 from __future__ import annotations
@@ -355,7 +355,7 @@ def _muzzle_cow(pen: Pen, coat: Coat, mood: str, closed: bool) -> None:
     draw_mouth(pen, mood, 0, 11.4, 0.86, closed)
 
 
-# --- tails, drawn first, from the root at the origin; they go to the picture's left ------------------------------------
+# --- tails, drawn first, from the root at the origin; they go to the picture's left -----------------------------------
 
 
 def _tail_puff(pen: Pen, coat: Coat) -> None:

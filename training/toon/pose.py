@@ -1,8 +1,8 @@
 """Where the limbs of a character are for each action.
 
 One big-headed skeleton for every species: origin between the feet, y downwards, so up is negative; units are picture
-units at scale 1. Everything is fixed per action (who waves, waves with the hand on the picture's right), because what a
-text does not tell a model would average.
+units at scale 1. Everything is fixed per action (who waves, waves with the hand on the picture's right), because what
+a text does not tell a model would average.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Draws the things that characters hold or that lie on the ground.
 
-Each is drawn around its grip: the origin is where a hand takes it. A prop has one look, so that a word is enough for it,
-and is at least 35 units in its longer direction.
+Each is drawn around its grip: the origin is where a hand takes it. A prop has one look, so that a word is enough for
+it, and is at least 35 units in its longer direction.
 """
 
 from __future__ import annotations

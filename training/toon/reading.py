@@ -1,8 +1,8 @@
 """Reads a description back into labels.
 
-Exact on what `grammar` writes; on other text (a language model's) it returns what it recognises and None for the rest. It
-never raises. The order of work is: phrases about the whole scene are taken out, then every mention of a character owns the
-text up to the next mention.
+Exact on what `grammar` writes; on other text (a language model's) it returns what it recognises and None for the
+rest. It never raises. The order of work is: phrases about the whole scene are taken out, then every mention of a
+character owns the text up to the next mention.
 """
 
 from __future__ import annotations
@@ -89,10 +89,11 @@ _NAMES = {character.name for character in MAIN + NEW if character.name} | {name 
 _BY_NAME = {character.name: character.id for character in MAIN + NEW}
 _BY_LOOK = {(c.look.species, c.look.colour, c.look.accessory, c.look.accessory_colour): c.id for c in BY_ID.values()}
 _NOT_NAMES = "While|And|Here|There|On|In|At|With|Then|It|By|Beside|Next|The|A|An|He|She|One|As|During|Late|After|Among"
+_NAME = rf"(?!(?:{_NOT_NAMES})\b)[A-Z][a-z]+"
 _WEAR = rf"(?:,? (?:with|wearing|in) (?:a |an |the )?(?P<cloth>{_any(CLOTH)}) (?P<accessory>{_any(ACCESSORIES)}))"
 _NOUN = rf"(?P<colour>{_any(FUR)}) (?P<species>{_any(SPECIES)})"
 _MENTION = re.compile(
-    rf"(?:\b(?P<name>(?!(?:{_NOT_NAMES})\b)[A-Z][a-z]+),? )?\b(?i:a|an|the|one) {_NOUN}\b(?: (?P<inner>(?!(?:{_NOT_NAMES})\b)[A-Z][a-z]+)\b)?{_WEAR}?,?"
+    rf"(?:\b(?P<name>{_NAME}),? )?\b(?i:a|an|the|one) {_NOUN}\b(?: (?P<inner>{_NAME})\b)?{_WEAR}?,?"
     rf"|\b(?P<only>{_any(_NAMES)})\b"
 )
 _LIGHT = re.compile(
@@ -103,7 +104,8 @@ _LANDMARK = re.compile(rf"\b(?:a|an|the) (?:{_ALL_LANDMARKS})(?: \w+)? (?:on|at)
 _PROP_WORD = rf"(?P<prop>{'|'.join(PROP_CUES.values())})"
 _GROUND = (
     re.compile(
-        rf"\b(?:an?|the)(?: \w+){{0,4}}? {_PROP_WORD}\b(?: is| lies| rests| stands| lying)*(?: on the (?:ground|floor)| nearby)",
+        rf"\b(?:an?|the)(?: \w+){{0,4}}? {_PROP_WORD}\b(?: is| lies| rests| stands| lying)*"
+        r"(?: on the (?:ground|floor)| nearby)",
         re.IGNORECASE,
     ),
     re.compile(rf"\bon the (?:ground|floor)(?: there)? (?:is|lies)(?: \w+){{0,4}}? {_PROP_WORD}\b", re.IGNORECASE),

@@ -53,7 +53,8 @@ def _graded(pixels: npt.NDArray[np.uint8], grade: Grade) -> npt.NDArray[np.uint8
         ]
     )
     flat = pixels.astype(np.float64) @ turn.T * np.array(grade.gains)
-    return np.clip(np.rint(flat), 0, 255).astype(np.uint8)
+    graded: npt.NDArray[np.uint8] = np.clip(np.rint(flat), 0, 255).astype(np.uint8)
+    return graded
 
 
 def render(scene: Scene, size_px: int = 128) -> npt.NDArray[np.uint8]:

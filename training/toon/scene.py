@@ -171,4 +171,5 @@ class Scene:
 
 
 def _look(raw: dict[str, Any]) -> Look:
-    return Look(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    return Look(**values)

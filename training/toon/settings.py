@@ -1,7 +1,7 @@
 """Draws the places, tinted by the time of day.
 
-Every place is drawn with the sun, moon or window on the picture's right and its landmark on the left; the caller mirrors
-it. Nothing here is random: a setting, a time, a side and a weather are the whole picture.
+Every place is drawn with the sun, moon or window on the picture's right and its landmark on the left; the caller
+mirrors it. Nothing here is random: a setting, a time, a side and a weather are the whole picture.
 """
 
 from __future__ import annotations

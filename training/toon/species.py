@@ -1,6 +1,7 @@
 """What each species is built of: parts by name, as data.
 
-A species is a row of a table; `parts` draws the rows. Adding an animal adds a row here and its name in `scene.SPECIES`.
+A species is a row of a table; `parts` draws the rows. Adding an animal adds a row here and its name in
+`scene.SPECIES`.
 """
 
 from __future__ import annotations

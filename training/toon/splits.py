@@ -1,8 +1,8 @@
 """The wall between the splits.
 
-Two things are held out of "train" and "validation". Whole characters: `cast.NEW` occurs in "new" only. Combinations: one in
-ten of all (character, setting, action, prop) quadruples, chosen by a stable hash, occurs in "test" only, where every frame
-or story has at least one. So scores on "test" and "new" are generalisation and not recall.
+Two things are held out of "train" and "validation". Whole characters: `cast.NEW` occurs in "new" only. Combinations:
+one in ten of all (character, setting, action, prop) quadruples, chosen by a stable hash, occurs in "test" only, where
+every frame or story has at least one. So scores on "test" and "new" are generalisation and not recall.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def is_held_out(actor: Actor, setting: str) -> bool:
 
 
 def belongs(scenes: tuple[Scene, ...], split: str) -> bool:
-    """Tell whether a frame (one scene) or a story (five) may occur in `split`. Raises `ValueError` for an unknown split."""
+    """Tell whether a frame (one scene) or a story (five) may occur in `split`; `ValueError` for no such split."""
     checked(split)
     new = any(actor.character.id in _NEW_IDS for scene in scenes for actor in scene.actors)
     held_out = any(is_held_out(actor, scene.setting) for scene in scenes for actor in scene.actors)

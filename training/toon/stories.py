@@ -1,7 +1,8 @@
 """Tells a story: casts an arc, chooses its places, times and thing, and words its captions.
 
-A caption is narrative (names, pronouns, feelings); the description of the same frame is literal and comes from `grammar`.
-The hero is in every frame, places and sides stay as they are until the story moves, and time never goes back.
+A caption is narrative (names, pronouns, feelings); the description of the same frame is literal and comes from
+`grammar`. The hero is in every frame, places and sides stay as they are until the story moves, and time never goes
+back.
 """
 
 from __future__ import annotations
@@ -30,6 +31,18 @@ _PLACE: dict[str, tuple[str, str]] = {  # bare, and with its preposition
 _PRONOUNS: dict[str, dict[str, str]] = {
     "she": {"he": "she", "him": "her", "his": "her"},
     "he": {"he": "he", "him": "him", "his": "his"},
+}
+_OPENING_SHARE, _ARRIVAL_SHARE = 0.25, 0.5  # of the sentences that begin with somebody
+_OPENINGS: tuple[tuple[str, ...], ...] = (
+    ("One day,", "Once upon a time,", "One fine morning,"),
+    ("Then", "But then", "A little later,", "All of a sudden,"),
+    ("Soon", "After a while,", "A moment later,"),
+    ("Just then,", "And then", "Before long,"),
+    ("In the end,", "At last,", "Finally,"),
+)
+_ARRIVALS: dict[str, tuple[str, ...]] = {
+    "sunset": ("That evening,", "As the sun went down,", "When evening came,"),
+    "night": ("That night,", "When the moon came up,", "When night came,"),
 }
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -101,9 +114,12 @@ class _Teller:
         self.rng, self.casting = rng, casting
         self.introduced: set[str] = set()
 
-    def caption(self, beat: Beat) -> str:
-        """Return one wording of `beat`."""
+    def caption(self, beat: Beat, index: int, arrived: str | None) -> str:
+        """Return one wording of beat `index`; `arrived` is the time of day when it has just changed to that."""
         text = self.rng.choice(beat.ways)
+        openings = _OPENINGS[index] if arrived is None else _ARRIVALS[arrived]
+        if text.startswith("{") and self.rng.random() < (_OPENING_SHARE if arrived is None else _ARRIVAL_SHARE):
+            text = f"{self.rng.choice(openings)} {{{text[1].lower()}{text[2:]}"
         text = _CHOICE.sub(lambda match: self.rng.choice(match[1].split("|")), text)
         return _SLOT.sub(lambda match: self._filled(match[1], beat), text)
 
@@ -161,9 +177,14 @@ def draw_story(rng: random.Random, hero: Character, company: tuple[Character, Ch
     frames: list[StoryFrame] = []
     for index, (beat, letter) in enumerate(zip(arc.beats, times, strict=True)):
         scene = _scene(rng, beat, _TIMES[letter], casting)
+        arrived = scene.time if index and letter != times[index - 1] else None
         frames.append(
             StoryFrame(
-                scene=scene, caption=teller.caption(beat), description=describe(scene, rng), arc=name, beat=index
+                scene=scene,
+                caption=teller.caption(beat, index, arrived),
+                description=describe(scene, rng),
+                arc=name,
+                beat=index,
             )
         )
     return Story(arc=name, hero=hero, frames=tuple(frames))
