@@ -22,10 +22,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import inspect
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -43,6 +42,7 @@ log = structlog.get_logger("fabula.rpc")
 
 UnaryMethod = Callable[[Any, Any, Any], Awaitable[Any]]
 StreamMethod = Callable[[Any, Any, Any], AsyncIterator[Any]]
+Method = TypeVar("Method", UnaryMethod, StreamMethod)
 
 
 def unary_method(response_type: type) -> Callable[[UnaryMethod], UnaryMethod]:
@@ -94,11 +94,10 @@ def stream_method(response_type: type) -> Callable[[StreamMethod], StreamMethod]
     return guard
 
 
-def _like(guarded: Any, method: Any) -> Any:
+def _like(guarded: Method, method: Method) -> Method:
     """Names the wrapper after the method, but keeps its own signature: Serve looks for `grpc_context` there."""
-    guarded.__name__, guarded.__qualname__, guarded.__doc__ = method.__name__, method.__qualname__, method.__doc__
-    guarded.__module__ = method.__module__
-    guarded.__signature__ = inspect.signature(guarded)
+    for name in ("__name__", "__qualname__", "__doc__", "__module__"):
+        setattr(guarded, name, getattr(method, name))
     return guarded
 
 

@@ -91,7 +91,7 @@ class ObjectStore:
         except (BaseError, OSError) as error:
             raise _failure(error) from error
 
-    async def list(self) -> AsyncIterator[StoredObject]:
+    async def every(self) -> AsyncIterator[StoredObject]:
         """Every object. What else lies in the store is not ours and is not shown."""
         try:
             async for batch in obstore.list(self._backend, prefix=PREFIX):

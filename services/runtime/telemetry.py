@@ -52,7 +52,9 @@ def configure_logging(service: str, level: str = "info") -> None:
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(level.upper())
+    # Libraries tell of themselves only when something is wrong, or when somebody is looking.
+    root.setLevel(level.upper() if level in ("debug", "error") else "WARNING")
+    logging.getLogger("fabula").setLevel(level.upper())
 
 
 def _call_ids(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

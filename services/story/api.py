@@ -1,0 +1,189 @@
+"""What the story service can do, once. gRPC and HTTP only translate to and from these methods.
+
+Every method raises FabulaError and nothing else that a client should see.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import structlog
+import uuid_utils
+
+from services.runtime.call import current_call
+from services.runtime.errors import ImageNotFound, PageTokenInvalid, ShuttingDown, StoryNotFound
+from services.runtime.store import ObjectStore
+from services.story.config import StorySettings
+from services.story.events import Broadcaster, watch
+from services.story.intake import (
+    PackCheck,
+    StoryRequest,
+    check_caption,
+    check_image,
+    check_options,
+    check_request_id,
+)
+from services.story.metrics import CREATED, ENDED
+from services.story.records import ACTIVE, Event, Frame, State, Story
+from services.story.repository import Repository
+from services.story.sandbox import Sandbox
+from services.story.workflow import StoryWorkflows
+
+DEFAULT_PAGE = 50
+MOST_PAGE = 200
+STORY_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+log = structlog.get_logger("fabula.story.api")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A page of stories; an empty token is the end."""
+
+    stories: tuple[Story, ...]
+    next_page_token: str
+
+
+class StoryApi:
+    """The operations of the public API."""
+
+    def __init__(
+        self,
+        *,
+        repository: Repository,
+        store: ObjectStore,
+        workflows: StoryWorkflows,
+        broadcaster: Broadcaster,
+        sandbox: Sandbox,
+        packs: PackCheck,
+        settings: StorySettings,
+    ) -> None:
+        self._repository = repository
+        self._store = store
+        self._workflows = workflows
+        self._broadcaster = broadcaster
+        self._sandbox = sandbox
+        self._packs = packs
+        self._settings = settings
+        self.accepting = True  # false once the process is stopping
+
+    async def create(self, request: StoryRequest) -> tuple[Story, bool]:
+        """Accepts a story; says whether it is new. Once this returns, the story is never lost."""
+        if not self.accepting:
+            raise ShuttingDown()
+        check_request_id(request.request_id)
+        body_sha256 = request.body_sha256()
+        known = await self._repository.find_by_request(request.request_id, body_sha256)
+        if known is not None:
+            return known, False
+        options = check_options(request, default_pack=self._settings.default_pack)
+        caption = check_caption(request.caption)
+        check_image(request.image)
+        await self._packs.check(options.pack, now_s=time.monotonic())
+        image = await self._sandbox.decode(request.image)
+        given = Frame(
+            index=0,
+            caption=caption,
+            description=caption,
+            image_sha256=await self._store.put(image.png),
+            width_px=image.width_px,
+            height_px=image.height_px,
+        )
+        call = current_call()
+        story, is_new = await self._repository.create(
+            story_id=str(uuid_utils.uuid7()),
+            options=options,
+            given=given,
+            request_id=request.request_id,
+            body_sha256=body_sha256,
+            max_queued=self._settings.max_queued,
+            traceparent=call.traceparent if call else "",
+            call_id=call.request_id if call else "",
+        )
+        if is_new:
+            CREATED.inc()
+            try:
+                await self._workflows.enqueue(story.story_id)
+            except Exception as error:
+                log.warning("enqueue_failed", story_id=story.story_id, exc_info=error)
+        return story, is_new
+
+    async def get(self, story_id: str) -> Story:
+        """A story as it stands."""
+        return await self._repository.get(_checked(story_id))
+
+    async def list(self, *, page_size: int, page_token: str) -> Page:
+        """Stories, newest first, without frames."""
+        size = min(page_size or DEFAULT_PAGE, MOST_PAGE)
+        found = await self._repository.page(limit=size + 1, before=_before(page_token))
+        more = len(found) > size
+        return Page(
+            stories=tuple(found[:size]),
+            next_page_token=_token(found[size - 1].story_id) if more else "",
+        )
+
+    async def watch(self, story_id: str, *, after: int) -> AsyncGenerator[Event, None]:
+        """Durable events above `after`, then what happens, until the story has ended."""
+        events = watch(
+            self._repository, self._broadcaster, _checked(story_id), after=after, poll_s=self._settings.poll_s
+        )
+        async for event in events:
+            yield event
+
+    async def cancel(self, story_id: str) -> Story:
+        """Stops a story. Finished frames stay; a story that has ended stays as it is."""
+        _checked(story_id)
+        cancelled = await self._repository.change_state(story_id, State.CANCELLED, only_from=ACTIVE)
+        if cancelled:
+            ENDED.labels(state=State.CANCELLED.value).inc()
+            self._workflows.cancel(story_id)
+            self._broadcaster.durable(story_id)
+        return await self._repository.get(story_id)
+
+    async def delete(self, story_id: str) -> None:
+        """Deletes a story, after cancelling it. Its pictures go when no story has them any more."""
+        await self.cancel(story_id)
+        await self._repository.delete(story_id)
+        self._broadcaster.durable(story_id)
+        try:
+            await self._workflows.forget(story_id)
+        except Exception as error:
+            log.warning("forget_failed", story_id=story_id, exc_info=error)
+
+    async def read_image(self, story_id: str, sha256: str) -> bytes:
+        """A picture of a story, as PNG."""
+        if not await self._repository.has_image(_checked(story_id), sha256):
+            raise ImageNotFound(metadata={"story_id": story_id, "sha256": sha256[:64]})
+        return await self._store.get(sha256)
+
+    async def check_database(self) -> None:
+        """Raises FabulaError when the database does not answer."""
+        await self._repository.page(limit=1)
+
+
+def _checked(story_id: str) -> str:
+    # What cannot be an id is not looked up; the answer is the same as for an id that does not exist.
+    if not STORY_ID.fullmatch(story_id):
+        raise StoryNotFound(metadata={"story_id": story_id[:64]})
+    return story_id
+
+
+def _token(story_id: str) -> str:
+    return base64.urlsafe_b64encode(story_id.encode()).decode().rstrip("=")
+
+
+def _before(token: str) -> str:
+    if not token:
+        return ""
+    try:
+        story_id = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode("ascii")
+    except (binascii.Error, ValueError):
+        raise PageTokenInvalid(field="page_token") from None
+    if not STORY_ID.fullmatch(story_id):
+        raise PageTokenInvalid(field="page_token")
+    return story_id

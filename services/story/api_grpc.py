@@ -1,0 +1,165 @@
+"""The public API over gRPC: StoryService, grpc.health.v1, reflection."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+from fabula.story.v1 import story_service_pb2 as pb
+from fabula.story.v1 import story_service_pb2_grpc as pb_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.runtime.rpc import stream_method, unary_method
+from services.story.api import StoryApi
+from services.story.intake import MOST_IMAGE_BYTES, StoryRequest
+from services.story.metrics import REQUEST_SECONDS
+from services.story.protobuf import event_to_pb, story_to_pb
+
+SERVICE = pb.DESCRIPTOR.services_by_name["StoryService"].full_name
+CHUNK_BYTES = 64 * 1024
+# Twice what is accepted, so that somewhat too large a picture gets our answer and not the transport's.
+MOST_MESSAGE_BYTES = 2 * MOST_IMAGE_BYTES
+
+
+class StoryServicer(pb_grpc.StoryServiceServicer):  # type: ignore[misc]  # generated code is untyped
+    """From protobuf, API, to protobuf."""
+
+    token = None  # the public edge has no login; it is bound to loopback or behind a gateway
+
+    def __init__(self, api: StoryApi) -> None:
+        self._api = api
+
+    @unary_method(pb.CreateStoryResponse)
+    async def CreateStory(self, request: Any, context: Any) -> Any:
+        story, _ = await self._api.create(story_request_from_pb(request))
+        return pb.CreateStoryResponse(story=story_to_pb(story))
+
+    @unary_method(pb.GetStoryResponse)
+    async def GetStory(self, request: Any, context: Any) -> Any:
+        return pb.GetStoryResponse(story=story_to_pb(await self._api.get(request.story_id)))
+
+    @unary_method(pb.ListStoriesResponse)
+    async def ListStories(self, request: Any, context: Any) -> Any:
+        page = await self._api.list(page_size=request.page_size, page_token=request.page_token)
+        return pb.ListStoriesResponse(
+            stories=[story_to_pb(story) for story in page.stories], next_page_token=page.next_page_token
+        )
+
+    @stream_method(pb.WatchStoryResponse)
+    async def WatchStory(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for event in self._api.watch(request.story_id, after=request.after_sequence):
+            yield pb.WatchStoryResponse(event=event_to_pb(event))
+
+    @unary_method(pb.CancelStoryResponse)
+    async def CancelStory(self, request: Any, context: Any) -> Any:
+        return pb.CancelStoryResponse(story=story_to_pb(await self._api.cancel(request.story_id)))
+
+    @unary_method(pb.DeleteStoryResponse)
+    async def DeleteStory(self, request: Any, context: Any) -> Any:
+        await self._api.delete(request.story_id)
+        return pb.DeleteStoryResponse()
+
+    @stream_method(pb.ReadImageResponse)
+    async def ReadImage(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        image = await self._api.read_image(request.story_id, request.sha256)
+        for start in range(0, len(image), CHUNK_BYTES):
+            yield pb.ReadImageResponse(chunk=image[start : start + CHUNK_BYTES])
+
+
+def story_request_from_pb(request: Any) -> StoryRequest:
+    """CreateStory's fields; what is not set is None."""
+
+    def optional(name: str) -> Any:
+        return getattr(request, name) if request.HasField(name) else None
+
+    return StoryRequest(
+        request_id=request.request_id,
+        image=request.image,
+        caption=request.caption,
+        pack=request.pack,
+        **{
+            name: optional(name)
+            for name in ("frame_count", "seed", "steps", "text_guidance", "image_guidance", "temperature")
+        },
+    )
+
+
+class RequestMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg]  # the stubs make it generic
+    """Times every call of StoryService, by method and outcome."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Wraps the handler of one method."""
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith(f"/{SERVICE}/"):
+            return handler
+        method = details.method.rsplit("/", 1)[-1]
+
+        def observe(started: float, context: Any) -> None:
+            code = context.code()
+            name = code.name if hasattr(code, "name") else "OK"
+            REQUEST_SECONDS.labels(protocol="grpc", method=method, reason=name).observe(time.monotonic() - started)
+
+        if handler.unary_stream:
+            inner_stream = handler.unary_stream
+
+            async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+                started = time.monotonic()
+                try:
+                    async for message in inner_stream(request, context):
+                        yield message
+                finally:
+                    observe(started, context)
+
+            return grpc.unary_stream_rpc_method_handler(
+                stream, handler.request_deserializer, handler.response_serializer
+            )
+        inner = handler.unary_unary
+
+        async def unary(request: Any, context: Any) -> Any:
+            started = time.monotonic()
+            try:
+                return await inner(request, context)
+            finally:
+                observe(started, context)
+
+        return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+
+
+class GrpcEdge:
+    """The gRPC server and its health."""
+
+    def __init__(self, api: StoryApi, *, host: str, port: int) -> None:
+        self._server = grpc.aio.server(
+            interceptors=[RequestMetrics()],
+            options=[
+                ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),  # a second process on the port must fail, not share it
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ],
+        )
+        pb_grpc.add_StoryServiceServicer_to_server(StoryServicer(api), self._server)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no types
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        name = f"[{host}]" if ":" in host else host
+        self.port = self._server.add_insecure_port(f"{name}:{port}")
+
+    async def start(self) -> None:
+        """Starts to answer; health says NOT_SERVING until `serving`."""
+        await self.serving(False)
+        await self._server.start()
+
+    async def serving(self, is_serving: bool) -> None:
+        """What health answers from now on."""
+        status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no new calls; those in flight have `grace_s` seconds."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)

@@ -1,0 +1,158 @@
+"""The two services a story needs, as plain calls: text in and out, pixels in and out, no protobuf beyond this file."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fabula.caption.v1 import caption_service_pb2 as caption_pb
+from fabula.caption.v1 import caption_service_pb2_grpc as caption_grpc
+from fabula.frame.v1 import frame_service_pb2 as frame_pb
+from fabula.frame.v1 import frame_service_pb2_grpc as frame_grpc
+
+from services.runtime.channel import ServiceChannel
+from services.runtime.errors import ReplicaLost
+from services.story.records import FramePreview, FrameProgress, FrameQueued, Passing
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnFrame:
+    """A picture and how it came to be."""
+
+    image: bytes
+    width_px: int
+    height_px: int
+    steps: int
+    text_guidance: float
+    image_guidance: float
+    pack_digest: str
+    queue_s: float
+    render_s: float
+
+
+class CaptionBackend:
+    """Writes captions and descriptions. Every method raises FabulaError."""
+
+    def __init__(self, channel: ServiceChannel, *, timeout_s: float) -> None:
+        self._channel = channel
+        self._timeout_s = timeout_s
+        self._stub = caption_grpc.CaptionServiceStub(channel.grpc_channel)
+
+    async def write_caption(
+        self, *, pack: str, image: bytes, captions: Sequence[str], seed: int, temperature: float
+    ) -> str:
+        """The caption after `captions`, of which the last belongs to `image`."""
+        request = caption_pb.WriteCaptionRequest(
+            pack=pack,
+            image=image,
+            captions=captions,
+            sampling=caption_pb.Sampling(temperature=temperature, seed=seed),
+        )
+        response = await self._channel.call(self._stub.WriteCaption, request, timeout_s=self._timeout_s)
+        return str(response.caption)
+
+    async def describe(
+        self, *, pack: str, image: bytes, previous_caption: str, caption: str, seed: int, temperature: float
+    ) -> str:
+        """The description of `caption`; `image` and `previous_caption` are the frame before it."""
+        request = caption_pb.DescribeRequest(
+            pack=pack,
+            image=image,
+            previous_caption=previous_caption,
+            caption=caption,
+            sampling=caption_pb.Sampling(temperature=temperature, seed=seed),
+        )
+        response = await self._channel.call(self._stub.Describe, request, timeout_s=self._timeout_s)
+        return str(response.description)
+
+    async def packs(self, *, timeout_s: float) -> tuple[str, ...]:
+        """Names of the loaded packs, the default first."""
+        response = await self._channel.call(self._stub.ListPacks, caption_pb.ListPacksRequest(), timeout_s=timeout_s)
+        return tuple(pack.name for pack in response.packs)
+
+
+class FrameBackend:
+    """Draws frames. Every method raises FabulaError."""
+
+    def __init__(self, channel: ServiceChannel, *, timeout_s: float, preview_every_steps: int) -> None:
+        self._channel = channel
+        self._timeout_s = timeout_s
+        self._preview_every_steps = preview_every_steps
+        self._stub = frame_grpc.FrameServiceStub(channel.grpc_channel)
+
+    async def render(
+        self,
+        *,
+        frame_index: int,
+        pack: str,
+        description: str,
+        references: Sequence[tuple[bytes, str]],
+        seed: int,
+        steps: int | None,
+        text_guidance: float | None,
+        image_guidance: float | None,
+        on_passing: Callable[[Passing], None],
+    ) -> DrawnFrame:
+        """One picture. `references` are earlier pictures with their descriptions, oldest first.
+
+        `on_passing` hears of queue, progress and previews. Cancelling the task cancels the job.
+        """
+        request = frame_pb.RenderFrameRequest(
+            pack=pack,
+            description=description,
+            references=[frame_pb.Reference(image=image, description=text) for image, text in references],
+            seed=seed,
+            steps=steps or 0,
+            text_guidance=text_guidance,
+            image_guidance=image_guidance,
+            preview_every_steps=self._preview_every_steps,
+        )
+        drawn: DrawnFrame | None = None
+        started = time.monotonic()
+        async for message in self._channel.stream(self._stub.RenderFrame, request, timeout_s=self._timeout_s):
+            match message.WhichOneof("event"):
+                case "queued":
+                    on_passing(FrameQueued(frame_index=frame_index, ahead_count=message.queued.ahead_count))
+                case "progress":
+                    progress = message.progress
+                    on_passing(
+                        FrameProgress(
+                            frame_index=frame_index,
+                            step=progress.step,
+                            step_count=progress.step_count,
+                            eta_s=progress.eta_s,
+                        )
+                    )
+                case "preview":
+                    preview = message.preview
+                    on_passing(FramePreview(frame_index=frame_index, image=preview.image, step=preview.step))
+                case "frame":
+                    drawn = _drawn(message.frame, time.monotonic() - started)
+                case _:
+                    continue  # the empty message that closes a failed stream; its status follows
+        if drawn is None:
+            raise ReplicaLost("the frame service ended its answer before the picture")
+        return drawn
+
+    async def packs(self, *, timeout_s: float) -> tuple[str, ...]:
+        """Names of the loaded packs, the default first."""
+        response = await self._channel.call(self._stub.ListPacks, frame_pb.ListPacksRequest(), timeout_s=timeout_s)
+        return tuple(pack.name for pack in response.packs)
+
+
+def _drawn(frame: frame_pb.RenderedFrame, elapsed_s: float) -> DrawnFrame:
+    if hashlib.sha256(frame.image).hexdigest() != frame.sha256:
+        raise ReplicaLost("the picture was damaged on its way")
+    return DrawnFrame(
+        image=frame.image,
+        width_px=frame.width_px,
+        height_px=frame.height_px,
+        steps=frame.steps,
+        text_guidance=frame.text_guidance,
+        image_guidance=frame.image_guidance,
+        pack_digest=frame.pack_digest,
+        queue_s=frame.queue_s,
+        render_s=frame.render_s or elapsed_s,
+    )

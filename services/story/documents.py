@@ -1,0 +1,268 @@
+"""The JSON that HTTP speaks: the same nouns and field names as the protos; times as RFC 3339, durations as seconds.
+
+Numbers are JSON numbers: every seed is below 2^53.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from services.runtime.errors import FabulaError, FieldViolation, ImageUnreadable, InvalidArgument, UnknownField
+from services.story.intake import StoryRequest
+from services.story.records import Event, Frame, FrameFinished, FramePreview, StateChanged, Story, kind_of
+
+StateName = Literal[
+    "STATE_QUEUED", "STATE_RUNNING", "STATE_WAITING", "STATE_SUCCEEDED", "STATE_FAILED", "STATE_CANCELLED"
+]
+
+
+class CreateStoryBody(BaseModel):
+    """Asks for a story. What is left out has its default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str = Field(
+        default="",
+        description="The first picture, base64: PNG, JPEG, WebP, GIF or TIFF, at most 8 MiB.",
+        json_schema_extra={"contentEncoding": "base64"},
+    )
+    caption: str = Field(default="", description="The first story caption, 1 to 1000 characters.")
+    frame_count: int | None = Field(default=None, description="Frames to add, 1 to 20. Default 4.")
+    seed: int | None = Field(default=None, description="Below 2^53. Left out: the server picks one.")
+    pack: str = Field(default="", description="Empty means the default pack.")
+    steps: int | None = Field(default=None, description="Denoising steps a frame, 1 to 100. Default: the pack's.")
+    text_guidance: float | None = Field(default=None, description="0 to 30. Default: the pack's.")
+    image_guidance: float | None = Field(default=None, description="0 to 30. Default: the pack's.")
+    temperature: float | None = Field(default=None, description="Of the captions, 0 to 2. Default 0.2.")
+
+
+class CreateStoryForm(CreateStoryBody):
+    """The same as a form: the picture is a file."""
+
+    image: str = Field(default="", description="The first picture.", json_schema_extra={"format": "binary"})
+
+
+class StorySettingsDocument(BaseModel):
+    """What the story was asked for, defaults filled in. Null: the pack's default, known once a frame is drawn."""
+
+    frame_count: int
+    seed: int
+    pack: str
+    steps: int | None
+    text_guidance: float | None
+    image_guidance: float | None
+    temperature: float
+
+
+class StoryErrorDocument(BaseModel):
+    """Why a story stopped or waits."""
+
+    reason: str
+    message: str
+
+
+class FrameTimingsDocument(BaseModel):
+    """Where a frame's time went, in seconds."""
+
+    caption_s: float | None
+    description_s: float | None
+    queue_s: float | None
+    render_s: float | None
+
+
+class FrameDocument(BaseModel):
+    """One frame; what is not made yet is empty."""
+
+    index: int
+    caption: str
+    description: str
+    image_sha256: str
+    image_url: str = Field(description="Path of the picture on this edge; empty while it is not drawn.")
+    width_px: int
+    height_px: int
+    image_seed: int
+    caption_seed: int
+    description_seed: int
+    timings: FrameTimingsDocument | None
+    pack_digest: str
+    create_time: datetime | None
+
+
+class StoryDocument(BaseModel):
+    """One story as it stands."""
+
+    story_id: str
+    state: StateName
+    settings: StorySettingsDocument
+    frames: list[FrameDocument]
+    create_time: datetime
+    update_time: datetime
+    error: StoryErrorDocument | None
+    last_sequence: int
+
+
+class StoryListDocument(BaseModel):
+    """A page of stories, newest first, without frames. An empty token is the end."""
+
+    stories: list[StoryDocument]
+    next_page_token: str
+
+
+class ProblemDocument(BaseModel):
+    """RFC 9457. `reason` is the stable name of what went wrong, the same as over gRPC."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    reason: str
+    metadata: dict[str, str] = {}
+    errors: list[dict[str, str]] = Field(default=[], description="Fields that are wrong: field, description.")
+    retry_after_s: float | None = Field(default=None, description="Set only when trying again can work.")
+
+
+class EventDocument(BaseModel):
+    """The data of one server-sent event; the event's name says which of the last fields is set."""
+
+    sequence: int = Field(description="Place in the story's log; 0 for passing events. Also the event's id.")
+    story_id: str
+    event_time: datetime
+    state_changed: dict[str, Any] | None = Field(default=None, description="state, error")
+    caption_written: dict[str, Any] | None = Field(default=None, description="frame_index, caption")
+    description_written: dict[str, Any] | None = Field(default=None, description="frame_index, description")
+    frame_finished: dict[str, Any] | None = Field(default=None, description="frame")
+    frame_queued: dict[str, Any] | None = Field(default=None, description="frame_index, ahead_count")
+    frame_progress: dict[str, Any] | None = Field(default=None, description="frame_index, step, step_count, eta_s")
+    frame_preview: dict[str, Any] | None = Field(default=None, description="frame_index, image (base64 WebP), step")
+
+
+class HealthDocument(BaseModel):
+    """How the process is."""
+
+    status: Literal["ok", "unavailable"]
+    detail: str = ""
+
+
+def read_json_body(data: bytes, request_id: str) -> StoryRequest:
+    """A CreateStory request from JSON. Raises UnknownField, InvalidArgument, ImageUnreadable."""
+    try:
+        body = CreateStoryBody.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        raise refusal(error) from None
+    try:
+        image = base64.b64decode(body.image, validate=True)
+    except (binascii.Error, ValueError):
+        raise ImageUnreadable("image is not base64", field="image") from None
+    return _request(body, image, request_id)
+
+
+def read_form(fields: dict[str, str], image: bytes, request_id: str) -> StoryRequest:
+    """A CreateStory request from a form. Raises UnknownField, InvalidArgument."""
+    try:
+        body = CreateStoryForm.model_validate(fields)
+    except ValidationError as error:
+        raise refusal(error) from None
+    return _request(body, image, request_id)
+
+
+def _request(body: CreateStoryBody, image: bytes, request_id: str) -> StoryRequest:
+    values = {name: getattr(body, name) for name in CreateStoryBody.model_fields if name != "image"}
+    return StoryRequest(image=image, request_id=request_id, **values)
+
+
+def refusal(error: ValidationError) -> InvalidArgument:
+    """What is wrong with a body or a form, every field of it."""
+    found = error.errors(include_url=False, include_input=False)
+    violations = tuple(FieldViolation(".".join(map(str, item["loc"])), item["msg"]) for item in found)
+    unknown = [item for item in found if item["type"] == "extra_forbidden"]
+    if unknown:
+        names = ", ".join(".".join(map(str, item["loc"])) for item in unknown)
+        return UnknownField(
+            f"there is no field {names}; check its spelling", metadata={"field": names}, field_violations=violations
+        )
+    text = "; ".join(f"{violation.field or 'body'}: {violation.description}" for violation in violations)
+    return InvalidArgument(text, field_violations=violations)
+
+
+def problem(error: FabulaError) -> ProblemDocument:
+    """An error as RFC 9457 has it."""
+    return ProblemDocument(
+        type=f"urn:fabula:error:{error.reason}",
+        title=(type(error).__doc__ or "").strip().split("\n", 1)[0],
+        status=error.http_status,
+        detail=error.message,
+        reason=error.reason,
+        metadata=error.metadata,
+        errors=[{"field": v.field, "description": v.description} for v in error.field_violations],
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def story_document(story: Story) -> StoryDocument:
+    """One story."""
+    options = story.options
+    return StoryDocument(
+        story_id=story.story_id,
+        state=f"STATE_{story.state.value}",  # type: ignore[arg-type]  # one of StateName, by construction
+        settings=StorySettingsDocument(**{name: getattr(options, name) for name in StorySettingsDocument.model_fields}),
+        frames=[frame_document(story.story_id, frame) for frame in story.frames],
+        create_time=_time(story.create_us),
+        update_time=_time(story.update_us),
+        error=StoryErrorDocument(reason=story.reason, message=story.message) if story.reason else None,
+        last_sequence=story.last_sequence,
+    )
+
+
+def frame_document(story_id: str, frame: Frame) -> FrameDocument:
+    """One frame."""
+    drawn_by_us = frame.caption_s is not None
+    return FrameDocument(
+        index=frame.index,
+        caption=frame.caption,
+        description=frame.description or "",
+        image_sha256=frame.image_sha256 or "",
+        image_url=f"/v1/stories/{story_id}/images/{frame.image_sha256}" if frame.image_sha256 else "",
+        width_px=frame.width_px,
+        height_px=frame.height_px,
+        image_seed=frame.image_seed,
+        caption_seed=frame.caption_seed,
+        description_seed=frame.description_seed,
+        timings=FrameTimingsDocument(**{name: getattr(frame, name) for name in FrameTimingsDocument.model_fields})
+        if drawn_by_us
+        else None,
+        pack_digest=frame.pack_digest,
+        create_time=None if frame.create_us is None else _time(frame.create_us),
+    )
+
+
+def event_document(event: Event) -> dict[str, Any]:
+    """One event, only the field that is set."""
+    what = event.what
+    content: dict[str, Any]
+    match what:
+        case StateChanged(state=state, reason=reason, message=message):
+            content = {
+                "state": f"STATE_{state.value}",
+                "error": {"reason": reason, "message": message} if reason else None,
+            }
+        case FrameFinished(frame=frame):
+            content = {"frame": frame_document(event.story_id, frame).model_dump(mode="json")}
+        case FramePreview(frame_index=index, image=image, step=step):
+            content = {"frame_index": index, "image": base64.b64encode(image).decode(), "step": step}
+        case _:
+            content = {name: getattr(what, name) for name in what.__dataclass_fields__}
+    return {
+        "sequence": event.sequence,
+        "story_id": event.story_id,
+        "event_time": _time(event.time_us).isoformat(),
+        kind_of(what): content,
+    }
+
+
+def _time(us: int) -> datetime:
+    return datetime.fromtimestamp(us / 1e6, UTC)

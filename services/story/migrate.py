@@ -1,0 +1,70 @@
+"""Brings the database up to date, and says whether it is. Also makes the workflow engine's own tables."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from dbos import DBOS
+from sqlalchemy import Engine, make_url, text
+
+from services.story.database import DatabaseUrls, open_for_migrations, prepare_sqlite
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+ADVISORY_LOCK = 0x66616275  # "fabu": one migration at a time in a PostgreSQL database
+
+
+def upgrade(urls: DatabaseUrls) -> None:
+    """Applies every migration that is missing. Of several processes that start together, one does and the rest wait."""
+    if urls.is_sqlite:
+        prepare_sqlite(urls)
+    engine = open_for_migrations(urls)
+    try:
+        with _alone(urls, engine), engine.begin() as connection:
+            config = _config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+        DBOS.migrate(urls.workflows)
+    finally:
+        engine.dispose()
+
+
+def is_current(urls: DatabaseUrls) -> bool:
+    """Whether every migration this code knows is applied."""
+    engine = open_for_migrations(urls)
+    try:
+        with engine.connect() as connection:
+            applied = MigrationContext.configure(connection).get_current_heads()
+    finally:
+        engine.dispose()
+    return set(applied) == set(ScriptDirectory.from_config(_config()).get_heads())
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    return config
+
+
+@contextmanager
+def _alone(urls: DatabaseUrls, engine: Engine) -> Iterator[None]:
+    if urls.is_sqlite:
+        database = Path(make_url(urls.migrations).database or "")
+        with database.with_name(database.name + ".migrate").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        return
+    with engine.connect() as connection:
+        connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": ADVISORY_LOCK})
+        connection.commit()
+        try:
+            yield
+        finally:
+            connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": ADVISORY_LOCK})
+            connection.commit()

@@ -1,0 +1,182 @@
+"""The nouns of the story service as plain data: a story, its frames, its events. Knows no database and no wire."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class State(StrEnum):
+    """Where a story stands; the same words as in the proto, without its prefix."""
+
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    WAITING = "WAITING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self in ENDED
+
+
+ENDED = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
+ACTIVE = frozenset(State) - ENDED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a story was asked for. None means the pack's default, which the first drawn frame reveals."""
+
+    frame_count: int
+    seed: int  # below 2^53; every other seed derives from it
+    pack: str
+    temperature: float
+    steps: int | None = None
+    text_guidance: float | None = None
+    image_guidance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One frame. Texts and picture come one after the other: what is not there yet is None."""
+
+    index: int
+    caption: str
+    description: str | None = None
+    image_sha256: str | None = None
+    width_px: int = 0
+    height_px: int = 0
+    caption_seed: int = 0
+    description_seed: int = 0
+    image_seed: int = 0
+    caption_s: float | None = None
+    description_s: float | None = None
+    queue_s: float | None = None
+    render_s: float | None = None
+    pack_digest: str = ""
+    create_us: int | None = None  # when its picture was committed, microseconds since 1970 UTC
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """One story as it stands."""
+
+    story_id: str
+    state: State
+    options: Options
+    frames: tuple[Frame, ...]
+    create_us: int
+    update_us: int
+    last_sequence: int
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateChanged:
+    """The story's state changed."""
+
+    state: State
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionWritten:
+    """A frame's caption was written."""
+
+    frame_index: int
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescriptionWritten:
+    """A frame's description was written."""
+
+    frame_index: int
+    description: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameFinished:
+    """A frame was committed."""
+
+    frame: Frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameQueued:
+    """Passing: a frame waits for room in the frame engine."""
+
+    frame_index: int
+    ahead_count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameProgress:
+    """Passing: a denoising step was taken."""
+
+    frame_index: int
+    step: int
+    step_count: int
+    eta_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FramePreview:
+    """Passing: how a frame looks so far, as a small WebP."""
+
+    frame_index: int
+    image: bytes
+    step: int
+
+
+Durable = StateChanged | CaptionWritten | DescriptionWritten | FrameFinished
+Passing = FrameQueued | FrameProgress | FramePreview
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened. Durable ones have gapless sequence numbers from 1, passing ones have 0."""
+
+    story_id: str
+    sequence: int
+    time_us: int
+    what: Durable | Passing
+
+
+KINDS: dict[str, type[Any]] = {
+    "state_changed": StateChanged,
+    "caption_written": CaptionWritten,
+    "description_written": DescriptionWritten,
+    "frame_finished": FrameFinished,
+    "frame_queued": FrameQueued,
+    "frame_progress": FrameProgress,
+    "frame_preview": FramePreview,
+}
+_NAMES = {cls: name for name, cls in KINDS.items()}
+
+
+def kind_of(what: Durable | Passing) -> str:
+    """The event's name, as in the proto's oneof."""
+    return _NAMES[type(what)]
+
+
+def durable_to_json(what: Durable) -> dict[str, Any]:
+    """What the event log keeps."""
+    return dataclasses.asdict(what)
+
+
+def durable_from_json(kind: str, payload: dict[str, Any]) -> Durable:
+    """The event behind a row of the log."""
+    if kind == "frame_finished":
+        return FrameFinished(frame=Frame(**payload["frame"]))
+    if kind == "state_changed":
+        return StateChanged(**{**payload, "state": State(payload["state"])})
+    what: Durable = KINDS[kind](**payload)
+    return what

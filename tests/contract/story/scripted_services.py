@@ -1,0 +1,175 @@
+"""Deterministic caption and frame services: the real protos over real gRPC, with texts and pictures made from the seed.
+
+Each answer depends only on what a real service's answer may depend on, so a story made twice is the same, and everything
+that was asked for is written down, so a test can count what was computed. Failures and pauses are switched on by tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc.aio
+from fabula.caption.v1 import caption_service_pb2 as caption_pb
+from fabula.caption.v1 import caption_service_pb2_grpc as caption_grpc
+from fabula.frame.v1 import frame_service_pb2 as frame_pb
+from fabula.frame.v1 import frame_service_pb2_grpc as frame_grpc
+from PIL import Image
+
+from services.runtime.call import current_call
+from services.runtime.errors import FabulaError
+from services.runtime.rpc import stream_method, unary_method
+
+TOKEN = "0123456789abcdef" * 4
+DIGEST = "sha256:scripted"
+STEPS = 8
+
+
+def picture(seed: int, description: str, references: list[tuple[bytes, str]]) -> bytes:
+    """A real PNG that depends on everything the frame service is given."""
+    digest = hashlib.sha256(f"{seed}/{description}".encode())
+    for image, text in references:
+        digest.update(hashlib.sha256(image).digest() + text.encode())
+    colours = digest.digest()
+    image = Image.new("RGB", (32, 32), tuple(colours[:3]))
+    image.paste(tuple(colours[3:6]), (8, 8, 8 + colours[6] % 16 + 4, 8 + colours[7] % 16 + 4))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+class Script:
+    """What the services were asked, and how they shall behave. `before` is awaited with (method, frame_index)."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, Any]] = []  # method, request, the call's ids and deadline
+        self.computed: Counter[tuple[str, int]] = Counter()  # (method, frame index): answers actually made
+        self.failures: dict[str, list[FabulaError]] = defaultdict(list)  # method: errors to raise, first ones first
+        self.before: Callable[[str, int], Awaitable[None]] | None = None
+        self.step_s = 0.0
+        self.steps_taken = 0  # denoising steps of every job, for the cancel test
+        self.cancelled = 0
+        self.packs = ["toon", "other"]
+        self.caption_tail = ""
+
+    async def enter(self, method: str, request: Any, frame_index: int) -> None:
+        self.calls.append((method, request, current_call()))
+        if self.before is not None:
+            await self.before(method, frame_index)
+        if self.failures[method]:
+            raise self.failures[method].pop(0)
+
+    def count(self, method: str) -> int:
+        return sum(1 for called, _, _ in self.calls if called == method)
+
+
+def _frame_index_of(text: str) -> int:
+    """Scripted texts say which frame they belong to."""
+    return int(text.split("frame ", 1)[1].split(" ", 1)[0].rstrip(".:,")) if "frame " in text else 0
+
+
+class ScriptedCaption(caption_grpc.CaptionServiceServicer):
+    def __init__(self, script: Script, token: str = TOKEN) -> None:
+        self.script = script
+        self.token = token
+
+    @unary_method(caption_pb.WriteCaptionResponse)
+    async def WriteCaption(self, request: Any, context: Any) -> Any:
+        index = len(request.captions)
+        await self.script.enter("WriteCaption", request, index)
+        self.script.computed["WriteCaption", index] += 1
+        mark = hashlib.sha256(repr((list(request.captions), request.sampling.seed)).encode() + request.image).hexdigest()[:8]
+        return caption_pb.WriteCaptionResponse(
+            caption=f"Then came frame {index} of the story ({mark}).{self.script.caption_tail}", pack_digest=DIGEST
+        )
+
+    @unary_method(caption_pb.DescribeResponse)
+    async def Describe(self, request: Any, context: Any) -> Any:
+        index = _frame_index_of(request.caption)
+        await self.script.enter("Describe", request, index)
+        self.script.computed["Describe", index] += 1
+        mark = hashlib.sha256(
+            repr((request.previous_caption, request.caption, request.sampling.seed)).encode() + request.image
+        ).hexdigest()[:8]
+        return caption_pb.DescribeResponse(description=f"A drawing of frame {index} : {mark}.", pack_digest=DIGEST)
+
+    @unary_method(caption_pb.ListPacksResponse)
+    async def ListPacks(self, request: Any, context: Any) -> Any:
+        return caption_pb.ListPacksResponse(packs=[caption_pb.Pack(name=name) for name in self.script.packs])
+
+
+class ScriptedFrame(frame_grpc.FrameServiceServicer):
+    def __init__(self, script: Script, token: str = TOKEN) -> None:
+        self.script = script
+        self.token = token
+
+    @stream_method(frame_pb.RenderFrameResponse)
+    async def RenderFrame(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        index = _frame_index_of(request.description)
+        yield frame_pb.RenderFrameResponse(queued=frame_pb.Queued(ahead_count=0))
+        await self.script.enter("RenderFrame", request, index)
+        try:
+            steps = request.steps or STEPS
+            for step in range(1, steps + 1):
+                await asyncio.sleep(self.script.step_s)
+                self.script.steps_taken += 1
+                yield frame_pb.RenderFrameResponse(
+                    progress=frame_pb.Progress(step=step, step_count=steps, eta_s=(steps - step) * self.script.step_s)
+                )
+                if request.preview_every_steps and step % request.preview_every_steps == 0 and step < steps:
+                    yield frame_pb.RenderFrameResponse(preview=frame_pb.Preview(image=b"RIFFpreview", step=step))
+        except (asyncio.CancelledError, GeneratorExit):
+            self.script.cancelled += 1
+            raise
+        self.script.computed["RenderFrame", index] += 1
+        image = picture(request.seed, request.description, [(ref.image, ref.description) for ref in request.references])
+        yield frame_pb.RenderFrameResponse(
+            frame=frame_pb.RenderedFrame(
+                image=image,
+                sha256=hashlib.sha256(image).hexdigest(),
+                width_px=32,
+                height_px=32,
+                seed=request.seed,
+                steps=steps,
+                text_guidance=request.text_guidance if request.HasField("text_guidance") else 7.0,
+                image_guidance=request.image_guidance if request.HasField("image_guidance") else 3.5,
+                pack_digest=DIGEST,
+                queue_s=0.25,
+                render_s=0.5,
+            )
+        )
+
+    @unary_method(frame_pb.ListPacksResponse)
+    async def ListPacks(self, request: Any, context: Any) -> Any:
+        return frame_pb.ListPacksResponse(packs=[frame_pb.Pack(name=name) for name in self.script.packs])
+
+
+class ScriptedServices:
+    """Both services on one port, as behind the ingress. `stop` and `start` again make an outage."""
+
+    def __init__(self, token: str = TOKEN) -> None:
+        self.script = Script()
+        self.port = 0
+        self._token = token
+        self._server: grpc.aio.Server | None = None
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        server = grpc.aio.server()
+        caption_grpc.add_CaptionServiceServicer_to_server(ScriptedCaption(self.script, self._token), server)
+        frame_grpc.add_FrameServiceServicer_to_server(ScriptedFrame(self.script, self._token), server)
+        self.port = server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await server.start()
+        self._server = server
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop(0)
+            self._server = None
