@@ -1,12 +1,15 @@
-"""One installation on one machine: starts the Ray side and the story service, keeps them running, ends them without a trace.
+"""One installation on one machine: starts the Ray side and the story service, keeps them running, ends them without a
+trace.
 
-    python -m services.runtime.cluster supervise [--serve-config FILE]   runs until it is told to stop (`fabula up` starts it)
-    python -m services.runtime.cluster down                              ends every process of the installation
-    python -m services.runtime.cluster show                              prints the record and the processes as JSON
+    python -m services.runtime.cluster supervise [--serve-config FILE]   runs until it is told to stop (`fabula up`
+    starts it) python -m services.runtime.cluster down                              ends every process of the
+    installation python -m services.runtime.cluster show                              prints the record and the
+    processes as JSON
 
-The installation is the one of FABULA_HOME and FABULA_PORT_BASE. The supervisor is small on purpose (no Ray, no gRPC): what it starts
-dies with it, what dies it starts again, and everything it knows is in `run/instance.json`, from which `down` can end what a
-crash left. It knows how the services are started and asked whether they are ready; nothing else about them.
+The installation is the one of FABULA_HOME and FABULA_PORT_BASE. The supervisor is small on purpose (no Ray, no gRPC):
+what it starts dies with it, what dies it starts again, and everything it knows is in `run/instance.json`, from which
+`down` can end what a crash left. It knows how the services are started and asked whether they are ready; nothing else
+about them.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class PortTaken(Exception):
     """Another program listens on a port of this installation."""
 
 
-# --- the record ---------------------------------------------------------------------------------------------------------
+# --- the record ---------------------------------------------------------------------------------------------------
 
 
 def instance_of(installation: Installation) -> str:
@@ -86,7 +89,8 @@ def supervisor_in(record: Mapping[str, Any]) -> ProcessIdentity | None:
 
 @contextlib.contextmanager
 def sole_supervisor(installation: Installation) -> Any:
-    """Holds the installation's lock; yields False if another supervisor has it. The kernel releases it however we end."""
+    """Holds the installation's lock; yields False if another supervisor has it. The kernel releases it however we
+    end."""
     with (installation.home / "run" / "supervisor.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,7 +100,7 @@ def sole_supervisor(installation: Installation) -> Any:
             yield True
 
 
-# --- what is started ----------------------------------------------------------------------------------------------------
+# --- what is started ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +159,8 @@ def child_environment(installation: Installation, inherited: Mapping[str, str]) 
             "TRANSFORMERS_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
-            # vLLM on a CPU: in the replica's own process, on cores it does not pin, as fast with one thread as with two.
+            # vLLM on a CPU: in the replica's own process, on cores it does not pin, as fast with one thread as with
+            # two.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_LOGGING_LEVEL": "WARNING",
@@ -215,7 +220,7 @@ def taken(ports: Mapping[str, int]) -> dict[str, int]:
     return busy
 
 
-# --- the supervisor -----------------------------------------------------------------------------------------------------
+# --- the supervisor -----------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -418,7 +423,7 @@ def story_ready(installation: Installation) -> bool:
         return False
 
 
-# --- the three verbs ----------------------------------------------------------------------------------------------------
+# --- the three verbs ----------------------------------------------------------------------------------------------
 
 
 def supervise(installation: Installation, serve_config: Path) -> int:
@@ -431,12 +436,16 @@ def supervise(installation: Installation, serve_config: Path) -> int:
         sweep(installation)
         if busy := taken(ports_of(installation)):
             named = ", ".join(f"{port} ({name})" for name, port in busy.items())
-            print(f"ports in use by another program: {named}. Free them or choose others with --port-base.", file=sys.stderr)
+            print(
+                f"ports in use by another program: {named}. Free them or choose others with --port-base.",
+                file=sys.stderr,
+            )
             return PORT_TAKEN
         installation.read_token()
         if not (installation.home / "ray_auth_token").exists():
             make_token(installation.home / "ray_auth_token")
-        # The parent of every Ray session folder: Ray makes its own files readable for all, so nobody else may come this far.
+        # The parent of every Ray session folder: Ray makes its own files readable for all, so nobody else may come
+        # this far.
         installation.ray_folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         installation.ray_folder.parent.chmod(0o700)
         environment = child_environment(installation, os.environ)
@@ -479,9 +488,7 @@ def show(installation: Installation) -> dict[str, Any]:
     record = read_record(installation)
     mine = {os.getpid(), os.getppid()}
     found = [
-        process
-        for process in processes.find(instance_of(installation), leaders_in(record))
-        if process.pid not in mine
+        process for process in processes.find(instance_of(installation), leaders_in(record)) if process.pid not in mine
     ]
     uses = processes.measure(found)
     return {
@@ -493,7 +500,8 @@ def show(installation: Installation) -> dict[str, Any]:
         "ports_in_use": sorted(taken(ports_of(installation)).values()),
         "record": {key: value for key, value in record.items() if key not in ("sessions",)},
         "processes": [
-            {"pid": use.pid, "parent_pid": use.parent_pid, "name": use.name, "memory_bytes": use.memory_bytes} for use in uses
+            {"pid": use.pid, "parent_pid": use.parent_pid, "name": use.name, "memory_bytes": use.memory_bytes}
+            for use in uses
         ],
         "memory_bytes": sum(use.memory_bytes for use in uses),
     }
@@ -501,7 +509,9 @@ def show(installation: Installation) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the top of the file."""
-    parser = argparse.ArgumentParser(prog="python -m services.runtime.cluster", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m services.runtime.cluster", description=(__doc__ or "").partition("\n")[0]
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("supervise").add_argument("--serve-config", type=Path, default=LAPTOP)
     verbs.add_parser("down")

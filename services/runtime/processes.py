@@ -1,8 +1,9 @@
 """Which processes belong to an installation, and how to end exactly those.
 
-A process is ours if it carries our mark in its environment, or if it lives in a session that we opened and wrote down. Both are
-needed: Ray's agents rewrite their environment, and a service may open a session of its own. A process id alone proves nothing, since
-the kernel uses it again, so every id is kept together with the start of its process. Knows neither Ray nor any service.
+A process is ours if it carries our mark in its environment, or if it lives in a session that we opened and wrote
+down. Both are needed: Ray's agents rewrite their environment, and a service may open a session of its own. A process
+id alone proves nothing, since the kernel uses it again, so every id is kept together with the start of its process.
+Knows neither Ray nor any service.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def start_of(pid: int) -> float | None:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             return None
-        fields = stat[stat.rindex(")") + 2 :].split()  # the name may hold spaces and parentheses; the state comes after it
+        fields = stat[
+            stat.rindex(")") + 2 :
+        ].split()  # the name may hold spaces and parentheses; the state comes after it
         return None if fields[0] in "ZX" else float(fields[19])
     try:
         process = psutil.Process(pid)
@@ -94,7 +97,8 @@ def mark_of(process: psutil.Process) -> str | None:
 def find(mark: str, leaders: Iterable[ProcessIdentity] = ()) -> Iterator[psutil.Process]:
     """Every living process that carries `mark` or lives in a session opened by one of `leaders`; never the caller.
 
-    A session whose leader's id now belongs to another process is not ours, and neither is a process older than the leader.
+    A session whose leader's id now belongs to another process is not ours, and neither is a process older than the
+    leader.
     """
     opened = {leader.pid: leader.start for leader in leaders}
     for process in psutil.process_iter():
@@ -149,7 +153,9 @@ def name_of(command: list[str]) -> str:
     return Path(scripts[0] if scripts else words[0]).stem
 
 
-def end(mark: str, leaders: Iterable[ProcessIdentity] = (), *, spare: Iterable[int] = (), within_s: float = 10.0) -> int:
+def end(
+    mark: str, leaders: Iterable[ProcessIdentity] = (), *, spare: Iterable[int] = (), within_s: float = 10.0
+) -> int:
     """Kills every process of the installation until none is left, and says how many there were.
 
     `spare` are ids to leave alone. Raises TimeoutError naming what would not die.

@@ -1,9 +1,9 @@
 """Keeps one Ray node of this installation and the Serve applications on it, and writes down how they are.
 
-A process of its own (`python -m services.runtime.ray_head`), started and watched by `services.runtime.cluster`. Ray's processes share
-its fate: when it ends, in whatever way, the kernel ends them. It builds the node itself because `ray start` cannot be told to leave
-out Ray's client server, and because every port of this node has to be known and bound to loopback. Knows no service: which
-applications run is in the Serve config.
+A process of its own (`python -m services.runtime.ray_head`), started and watched by `services.runtime.cluster`. Ray's
+processes share its fate: when it ends, in whatever way, the kernel ends them. It builds the node itself because `ray
+start` cannot be told to leave out Ray's client server, and because every port of this node has to be known and bound
+to loopback. Knows no service: which applications run is in the Serve config.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def applications() -> dict[str, dict[str, Any]]:
         for deployment in application.deployments.values():
             faults += [deployment.message] if deployment.message else []
             for state, count in deployment.replica_states.items():
-                replicas[str(getattr(state, "value", state))] = replicas.get(str(getattr(state, "value", state)), 0) + count
+                replicas[str(getattr(state, "value", state))] = (
+                    replicas.get(str(getattr(state, "value", state)), 0) + count
+                )
         seen[name] = {
             "status": str(getattr(application.status, "value", application.status)),
             "message": "\n".join(dict.fromkeys(faults)),

@@ -1,1 +1,100 @@
-"""Typed client of Fabula, async and sync."""
+"""Typed client of Fabula, async and sync: one picture and one sentence become a story.
+
+    from fabula_client import Client
+
+    with Client() as client:
+        story = client.stories.create(image="first.png", caption="Pip finds a kite.", frame_count=4, seed=7)
+        for event in story.watch():
+            print(event)
+        open("frame1.png", "wb").write(story.read_image(1))
+
+Calls are tried again only when that is safe and can help (`retrying`), `watch` survives restarts of the service, and
+every error says what to do (`errors`). Depends on grpcio and Fabula's protos only.
+"""
+
+from fabula_client.aio import DEFAULT_TARGET, AsyncClient, AsyncStories, AsyncStory
+from fabula_client.errors import (
+    Cancelled,
+    DataLoss,
+    DeadlineExceeded,
+    FabulaError,
+    FailedPrecondition,
+    FieldViolation,
+    IdempotencyKeyReused,
+    ImageCorrupt,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    ServerError,
+    StoryCancelled,
+    StoryFailed,
+    Unauthenticated,
+    Unavailable,
+    WaitTimedOut,
+)
+from fabula_client.retrying import RetryPolicy
+from fabula_client.story import (
+    CaptionWritten,
+    DescriptionWritten,
+    Frame,
+    FrameFinished,
+    FramePreview,
+    FrameProgress,
+    FrameQueued,
+    FrameTimings,
+    Reason,
+    State,
+    StateChanged,
+    Story,
+    StoryEvent,
+    StorySettings,
+)
+from fabula_client.sync import Client, Stories, StoryHandle
+from fabula_client.tracing import tracing
+
+__all__ = [
+    "DEFAULT_TARGET",
+    "AsyncClient",
+    "AsyncStories",
+    "AsyncStory",
+    "Cancelled",
+    "CaptionWritten",
+    "Client",
+    "DataLoss",
+    "DeadlineExceeded",
+    "DescriptionWritten",
+    "FabulaError",
+    "FailedPrecondition",
+    "FieldViolation",
+    "Frame",
+    "FrameFinished",
+    "FramePreview",
+    "FrameProgress",
+    "FrameQueued",
+    "FrameTimings",
+    "IdempotencyKeyReused",
+    "ImageCorrupt",
+    "Internal",
+    "InvalidArgument",
+    "NotFound",
+    "PermissionDenied",
+    "Reason",
+    "ResourceExhausted",
+    "RetryPolicy",
+    "ServerError",
+    "State",
+    "StateChanged",
+    "Stories",
+    "Story",
+    "StoryCancelled",
+    "StoryEvent",
+    "StoryFailed",
+    "StoryHandle",
+    "StorySettings",
+    "Unauthenticated",
+    "Unavailable",
+    "WaitTimedOut",
+    "tracing",
+]
