@@ -89,7 +89,7 @@ class CaptionsRecipe:
     )
     shape: llava.LlavaShape = field(default_factory=llava.LlavaShape)
     sight: Phase = Phase(name="sight", steps=500, rows_per_step=48)
-    words: Phase = Phase(name="words", steps=450, rows_per_step=32, tasks=("describe",), frames_ratio=1.0)
+    words: Phase = Phase(name="words", steps=260, rows_per_step=32, tasks=("describe",), frames_ratio=1.0)
     base: Phase = Phase(
         name="base", steps=1300, rows_per_step=10, tasks=("describe", "story", "descriptive"), frames_ratio=0.15
     )

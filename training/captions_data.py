@@ -145,7 +145,7 @@ def degrade(image_HWC: npt.NDArray[np.uint8], rng: random.Random) -> npt.NDArray
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=rng.randint(25, 85))
         picture = Image.open(file).convert("RGB")
-    pixels = np.asarray(picture).astype(np.float32)
+    pixels: npt.NDArray[np.floating] = np.asarray(picture).astype(np.float32)
     if rng.random() < 0.5:
         block_px = rng.choice((1, 4))  # fine grain, or the blotches of a decoder
         grid = (pixels.shape[0] // block_px, pixels.shape[1] // block_px, 3)
@@ -153,7 +153,7 @@ def degrade(image_HWC: npt.NDArray[np.uint8], rng: random.Random) -> npt.NDArray
         pixels = pixels + noise.repeat(block_px, axis=0).repeat(block_px, axis=1)
     if rng.random() < 0.5:
         gains = np.array([rng.uniform(0.93, 1.07) for _ in range(3)], dtype=np.float32)
-        pixels = pixels * gains + rng.uniform(-8.0, 8.0)
+        pixels = np.asarray(pixels * gains + rng.uniform(-8.0, 8.0))
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 

@@ -43,8 +43,9 @@ class StoryTokenizer:
     """Text to token ids and back. Immutable, safe to share between threads."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-        missing = [token for token, index in ids.items() if index is None]
+        found = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+        ids = {token: index for token, index in found.items() if index is not None}
+        missing = sorted(found.keys() - ids.keys())
         if missing:
             raise ValueError(f"tokenizer lacks the special tokens {missing}")
         # Without this the library would turn `<image>` typed by a user into the special token.

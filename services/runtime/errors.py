@@ -47,6 +47,7 @@ FabulaError
 │   └── ObjectCorrupt             OBJECT_CORRUPT                  500
 └── Internal                      INTERNAL                        500  a bug: logged with an id, not shown
     ├── RenderFailed              RENDER_FAILED                   500
+    ├── CaptionNotWritten         CAPTION_NOT_WRITTEN             500
     └── PoisonRequest             POISON_REQUEST                  500
 """
 
@@ -415,6 +416,12 @@ class RenderFailed(Internal):
     """The frame could not be drawn. Try another seed or description."""
 
     reason = "RENDER_FAILED"
+
+
+class CaptionNotWritten(Internal):
+    """The model wrote nothing. Try another seed, or write the caption yourself."""
+
+    reason = "CAPTION_NOT_WRITTEN"
 
 
 class PoisonRequest(Internal):

@@ -1,0 +1,253 @@
+"""The caption engine: from pictures and captions to a new caption or a description, in words.
+
+    written = await engine.write_caption(StoryJob(image=png, captions=("Momo found a kite.",)))
+
+It checks what it is given, builds the prompt, asks vLLM through a `Driver` with the right adapter, and hands back clean
+text: never empty, one line, no special tokens. Requests that are in flight together are decoded together. Every request
+has a seed of its own, so the same request alone gives the same text. Knows no transport: it runs in a notebook.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+from PIL import Image
+
+from services.caption.driver import Ask, Driver
+from services.caption.image import read_image
+from services.caption.job import DescribeJob, Sampling, StoryJob, Written
+from services.models import llava, prompts
+from services.models.pack import Pack
+from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
+from services.runtime.errors import CaptionEmpty, CaptionNotWritten, CaptionTooLong, FabulaError, PackUnknown, QueueFull
+
+log = structlog.get_logger("fabula.caption")
+
+CAPTION_CHARACTERS_MAX = 2000  # of one caption that comes in
+CAPTIONS_MAX = 1000  # captions so far; the prompt's window keeps what fits
+TEXT_CHARACTERS_MAX = 1000  # of a text that goes out
+STORY, DESCRIPTIVE = llava.ADAPTERS
+DEFAULT_TOKENS = {STORY: 64, DESCRIPTIVE: 96}  # the world's longest caption has 45 tokens, its longest description 90
+RETRY_TEMPERATURE = 0.7  # at least this for another try: a greedy try would only repeat itself
+
+_EXAMPLE = "Once upon a time there was a small bear who found a red kite."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionModel:
+    """What the engine needs to know of a pack's LLaVA; its weights are the driver's business."""
+
+    pack_name: str
+    pack_digest: str
+    architecture: str
+    tokenizer: StoryTokenizer
+    image_px: int
+    image_tokens_count: int
+    context_tokens: int
+
+
+def read_model(pack: Pack) -> CaptionModel:
+    """The sizes of a checked pack's LLaVA. Raises PackFileMissing when the pack has none."""
+    config = json.loads(pack.path("llava/config.json").read_text(encoding="utf-8"))
+    vision = config["vision_config"]
+    return CaptionModel(
+        pack_name=pack.name,
+        pack_digest=pack.digest,
+        architecture="llava",
+        tokenizer=StoryTokenizer.load(pack.path("tokenizer/tokenizer.json")),
+        image_px=vision["image_size"],
+        image_tokens_count=(vision["image_size"] // vision["patch_size"]) ** 2,
+        context_tokens=config["text_config"]["max_position_embeddings"],
+    )
+
+
+def adapter_folders(pack: Pack) -> dict[str, Path]:
+    """The pack's adapters by name. Raises PackFileMissing when one is not there."""
+    return {name: pack.path(f"adapters/{name}/{llava.ADAPTER_CONFIG_FILE}").parent for name in llava.ADAPTERS}
+
+
+def adapter_rank_max(folders: Sequence[Path]) -> int:
+    """The largest LoRA rank among PEFT folders."""
+    configs = (json.loads((folder / llava.ADAPTER_CONFIG_FILE).read_text(encoding="utf-8")) for folder in folders)
+    return max(int(config["r"]) for config in configs)
+
+
+class Observer(Protocol):
+    """Who wants to know what the engine does; `services.caption.metrics` is one."""
+
+    def load_changed(self, *, running: int) -> None:
+        """How many requests are in the engine now."""
+
+    def text_done(self, *, adapter: str, outcome: str, tokens: int, seconds: float) -> None:
+        """A request has ended. `outcome` is `written` or an error's reason in lower case."""
+
+
+class _Nobody:
+    def load_changed(self, *, running: int) -> None: ...
+    def text_done(self, *, adapter: str, outcome: str, tokens: int, seconds: float) -> None: ...
+
+
+class CaptionEngine:
+    """Writes texts. `start` it before use and `stop` it after."""
+
+    def __init__(
+        self,
+        model: CaptionModel,
+        driver: Driver,
+        *,
+        max_requests: int = 80,
+        max_attempts: int = 3,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_requests` counts those being decoded and those that wait; one more is refused with QueueFull."""
+        self.model = model
+        self._driver = driver
+        self._max_requests = max_requests
+        self._max_attempts = max_attempts
+        self._observer = observer or _Nobody()
+        self._clock = clock
+        self._running = 0
+
+    async def start(self, *, warm_up: bool = True) -> None:
+        """Load the model, then write an example caption and description. Raises RuntimeError when it cannot."""
+        await self._driver.start()
+        if warm_up:
+            picture = Image.new("RGB", (self.model.image_px, self.model.image_px), (150, 190, 220))
+            tokenizer, budget = self.model.tokenizer, self._budget(0, STORY)
+            asks = {
+                STORY: prompts.story_prompt(tokenizer, [_EXAMPLE], budget),
+                DESCRIPTIVE: prompts.description_prompt(tokenizer, _EXAMPLE, _EXAMPLE, budget),
+            }
+            sampling = Sampling(max_tokens=16)
+            await asyncio.gather(
+                *(self._driver.generate(self._ask(prompt, picture, name, sampling, 0)) for name, prompt in asks.items())
+            )
+
+    async def stop(self) -> None:
+        """Release the model; requests in flight end with ShuttingDown."""
+        await self._driver.stop()
+
+    def check_health(self) -> None:
+        """Raises EngineDead once the engine has died or hangs; it does not come back by itself."""
+        self._driver.check_health()
+
+    @property
+    def unfinished_count(self) -> int:
+        """Requests inside vLLM now."""
+        return self._driver.unfinished_count
+
+    async def write_caption(self, job: StoryJob) -> Written:
+        """The caption after the last of `job.captions`.
+
+        Raises PackUnknown, CaptionEmpty, CaptionTooLong, ImageMissing, ImageTooLarge, ImageUnreadable, QueueFull,
+        CaptionNotWritten, EngineDead or ShuttingDown.
+        """
+        self._check_pack(job.pack)
+        if not job.captions:
+            raise CaptionEmpty("at least one caption is needed: that of the picture", field="captions")
+        if len(job.captions) > CAPTIONS_MAX:
+            raise CaptionTooLong(f"{len(job.captions)} captions are more than {CAPTIONS_MAX}", field="captions")
+        for number, caption in enumerate(job.captions):
+            check_caption(caption, f"captions[{number}]")
+        budget = self._budget(job.sampling.max_tokens, STORY)
+        prompt = prompts.story_prompt(self.model.tokenizer, job.captions, budget)
+        return await self._write(prompt, job.image, STORY, job.sampling)
+
+    async def describe(self, job: DescribeJob) -> Written:
+        """The description of `job.caption`. Raises the same errors as `write_caption`."""
+        self._check_pack(job.pack)
+        check_caption(job.previous_caption, "previous_caption")
+        check_caption(job.caption, "caption")
+        budget = self._budget(job.sampling.max_tokens, DESCRIPTIVE)
+        prompt = prompts.description_prompt(self.model.tokenizer, job.previous_caption, job.caption, budget)
+        return await self._write(prompt, job.image, DESCRIPTIVE, job.sampling)
+
+    async def _write(self, prompt: prompts.Prompt, image: bytes, adapter: str, sampling: Sampling) -> Written:
+        if self._running >= self._max_requests:
+            raise QueueFull(f"{self._running} captions are being written; try again after a pause")
+        started_s, tokens, outcome = self._clock(), 0, "cancelled"
+        self._count(1)
+        try:
+            picture = await asyncio.to_thread(read_image, image, self.model.image_px)
+            for attempt in range(self._max_attempts):
+                reply = await self._driver.generate(self._ask(prompt, picture, adapter, sampling, attempt))
+                tokens += len(reply.ids)
+                text = readable(self.model.tokenizer.decode(reply.ids))
+                if text:
+                    outcome = "written"
+                    return Written(
+                        text=text,
+                        finish=reply.finish,
+                        prompt_tokens=reply.prompt_tokens,
+                        completion_tokens=tokens,
+                        duration_s=self._clock() - started_s,
+                        pack_digest=self.model.pack_digest,
+                    )
+                log.info("empty_text", adapter=adapter, attempt=attempt)
+            raise CaptionNotWritten(f"the model wrote nothing in {self._max_attempts} tries")
+        except FabulaError as error:
+            outcome = error.reason.lower()
+            raise
+        finally:
+            self._count(-1)
+            seconds = self._clock() - started_s
+            self._observer.text_done(adapter=adapter, outcome=outcome, tokens=tokens, seconds=seconds)
+
+    def _ask(self, prompt: prompts.Prompt, picture: Image.Image, adapter: str, sampling: Sampling, attempt: int) -> Ask:
+        again = attempt > 0
+        return Ask(
+            ids=prompt.ids,
+            image=picture,
+            adapter=adapter,
+            temperature=max(sampling.temperature, RETRY_TEMPERATURE) if again else sampling.temperature,
+            top_p=sampling.top_p,
+            seed=derived_seed(sampling.seed, attempt),
+            max_tokens=sampling.max_tokens or DEFAULT_TOKENS[adapter],
+            stop_ids=tuple(sorted(self.model.tokenizer.special_ids)),
+        )
+
+    def _budget(self, max_tokens: int, adapter: str) -> int:
+        """Prompt tokens, the image counted as one, that leave room for the picture and the answer."""
+        return self.model.context_tokens - (self.model.image_tokens_count - 1) - (max_tokens or DEFAULT_TOKENS[adapter])
+
+    def _check_pack(self, name: str) -> None:
+        if name not in ("", self.model.pack_name):
+            raise PackUnknown(f"pack {name!r} is not loaded here; {self.model.pack_name!r} is", field="pack")
+
+    def _count(self, change: int) -> None:
+        self._running += change
+        self._observer.load_changed(running=self._running)
+
+
+def check_caption(text: str, field: str) -> None:
+    """Raises CaptionEmpty or CaptionTooLong, naming the field."""
+    if len(text) > CAPTION_CHARACTERS_MAX:
+        raise CaptionTooLong(
+            f"a caption has {len(text)} characters and at most {CAPTION_CHARACTERS_MAX} are taken",
+            field=field,
+            metadata={"limit": str(CAPTION_CHARACTERS_MAX)},
+        )
+    if not prompts.clean(text):
+        raise CaptionEmpty(field=field)
+
+
+def readable(text: str) -> str:
+    """What the model wrote as one clean line without special tokens, at most `TEXT_CHARACTERS_MAX` characters."""
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, " ")
+    return prompts.clean(text.replace("\ufffd", ""))[:TEXT_CHARACTERS_MAX].strip()
+
+
+def derived_seed(seed: int, attempt: int) -> int:
+    """The generator's seed for one try: 63 bits of a hash, so that tries are unrelated and any seed is welcome."""
+    digest = hashlib.sha256(f"caption {seed} {attempt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
