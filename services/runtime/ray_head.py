@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -85,21 +86,27 @@ def deploy(config: ServeDeploySchema) -> None:
     client.deploy_apps(config, _blocking=False)
 
 
+def last_words(message: str) -> str:
+    """The line of a traceback that says what is wrong, without terminal colours: Serve passes whole tracebacks on."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines() if line.strip()]
+    return lines[-1][:500] if lines else ""
+
+
 def applications() -> dict[str, dict[str, Any]]:
     """Each application's status, what is wrong with it, and how many replicas it has in each state."""
     seen = {}
     for name, application in serve.status().applications.items():
         replicas: dict[str, int] = {}
-        faults = [application.message] if application.message else []
+        faults = [application.message]
         for deployment in application.deployments.values():
-            faults += [deployment.message] if deployment.message else []
+            faults.append(deployment.message)
             for state, count in deployment.replica_states.items():
                 replicas[str(getattr(state, "value", state))] = (
                     replicas.get(str(getattr(state, "value", state)), 0) + count
                 )
         seen[name] = {
             "status": str(getattr(application.status, "value", application.status)),
-            "message": "\n".join(dict.fromkeys(faults)),
+            "message": "\n".join(dict.fromkeys(fault for fault in faults if fault)),
             "replicas": replicas,
         }
     return seen
@@ -126,11 +133,17 @@ def main(config_path: Path) -> int:
     deploy(read_serve_config(config_path, installation))
 
     last: dict[str, Any] | None = None
+    reported: set[str] = set()
     while True:
         if dead := node.dead_processes():
             print(f"Ray lost {sorted(kind for kind, _ in dead)}", file=sys.stderr, flush=True)
             os._exit(1)  # no clean-up that waits for what is dead; the kernel and the supervisor see to the rest
         now = applications()
+        for name, each in now.items():
+            if each["message"] and each["message"] not in reported:
+                reported.add(each["message"])
+                print(f"{name}: {each['status']}: {each['message']}", file=sys.stderr, flush=True)
+            each["message"] = last_words(each["message"])
         if now != last:
             write_json(status_path, {"pid": os.getpid(), "node_s": round(node_s, 2), "applications": now})
             last = now
