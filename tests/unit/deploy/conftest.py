@@ -18,7 +18,7 @@ KUSTOMIZATIONS = sorted(path.parent for path in (ROOT / "deploy" / "k8s").rglob(
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod template and what owns it: `story`, `story-migrate`, `fabula/head`, `fabula/<group>`."""
+    """A pod template and what owns it: `story`, `fabula/head`, `fabula/<group>`."""
 
     owner: str
     component: str
@@ -28,9 +28,14 @@ class Pod:
 
     @property
     def container(self) -> dict[str, Any]:
-        """Its one container."""
+        """Its one container that stays."""
         (container,) = self.spec["containers"]
         return dict(container)
+
+    @property
+    def containers(self) -> list[dict[str, Any]]:
+        """Its containers, those that run before the others included."""
+        return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
     @property
     def is_ray(self) -> bool:
@@ -73,7 +78,7 @@ class Rendered:
     def _pods(self) -> Iterator[Pod]:
         for one in self.objects:
             name = one["metadata"]["name"]
-            if one["kind"] in ("Deployment", "Job"):
+            if one["kind"] == "Deployment":
                 yield _pod(name, one["spec"]["template"])
             if one["kind"] == "RayService":
                 cluster = one["spec"]["rayClusterConfig"]

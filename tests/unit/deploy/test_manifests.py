@@ -28,7 +28,6 @@ def test_every_core_object_fits_the_kubernetes_schema(rendered):
         "Namespace",
         "Deployment",
         "Service",
-        "Job",
         "ConfigMap",
         "NetworkPolicy",
         "PodDisruptionBudget",

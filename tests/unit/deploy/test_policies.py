@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-ROLES = {"story", "story-migrate", "ray-head", "ray-worker"}
+ROLES = {"story", "ray-head", "ray-worker"}
 
 
 def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
@@ -41,7 +41,7 @@ def test_no_pod_has_privileges(rendered):
 
 def test_no_container_can_gain_privileges_or_write_its_image(rendered):
     cluster = rendered.ray_service["spec"]["rayClusterConfig"]
-    contexts = [pod.container["securityContext"] for pod in rendered.pods]
+    contexts = [container["securityContext"] for pod in rendered.pods for container in pod.containers]
     for context in [*contexts, cluster["autoscalerOptions"]["securityContext"]]:
         assert context == {
             "allowPrivilegeEscalation": False,
@@ -57,23 +57,21 @@ def test_the_namespace_refuses_unconfined_pods(rendered):
 
 def test_what_may_be_written_is_bounded(rendered):
     for pod in rendered.pods:
-        writable = {mount["name"]: mount["mountPath"] for mount in pod.container["volumeMounts"]}
-        assert {"/tmp", "/var/lib/fabula"} <= set(writable.values()), pod.owner
+        for container in pod.containers:
+            assert {"/tmp", "/var/lib/fabula"} <= {mount["mountPath"] for mount in container["volumeMounts"]}, pod.owner
         for volume in pod.spec["volumes"]:
             assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], pod.owner
 
 
 def test_every_container_states_what_it_takes(rendered):
     for pod in rendered.pods:
-        resources = pod.container["resources"]
-        for side in ("requests", "limits"):
-            assert resources[side].keys() >= {"cpu", "memory"}, pod.owner
+        for container in pod.containers:
+            for side in ("requests", "limits"):
+                assert container["resources"][side].keys() >= {"cpu", "memory"}, pod.owner
 
 
 def test_every_server_has_probes(rendered):
     for pod in rendered.pods:
-        if pod.component == "story-migrate":
-            continue
         assert pod.container.keys() >= {"readinessProbe", "livenessProbe"}, pod.owner
     story = next(pod for pod in rendered.pods if pod.component == "story").container
     assert "startupProbe" in story
@@ -96,14 +94,15 @@ def test_kubernetes_injects_no_variables_that_strict_settings_would_refuse(rende
 
 def test_every_image_is_pinned(rendered):
     for pod in rendered.pods:
-        image = pod.container["image"]
-        assert re.fullmatch(r"[a-z/.-]+(:\d+\.\d+\.\d+[a-z0-9.-]*|@sha256:[0-9a-f]{64})", image), image
+        for container in pod.containers:
+            image = container["image"]
+            assert re.fullmatch(r"[a-z/.-]+(:\d+\.\d+\.\d+[a-z0-9.-]*|@sha256:[0-9a-f]{64})", image), image
 
 
 def test_secrets_are_named_and_never_contained(rendered):
     assert not rendered.of("Secret")
     for pod in rendered.pods:
-        for variable in pod.container.get("env", []):
+        for variable in (variable for container in pod.containers for variable in container["env"]):
             if re.search(r"TOKEN$|DATABASE_URL|OBJECT_STORE_URL|PASSWORD|SECRET", variable["name"]):
                 assert "secretKeyRef" in variable.get("valueFrom", {}), variable["name"]
     for settings in rendered.of("ConfigMap"):
@@ -112,8 +111,6 @@ def test_secrets_are_named_and_never_contained(rendered):
 
 def test_the_installation_token_is_a_file_that_others_cannot_read(rendered):
     for pod in rendered.pods:
-        if pod.component == "story-migrate":
-            continue
         (volume,) = [volume for volume in pod.spec["volumes"] if "secret" in volume]
         assert volume["secret"]["secretName"] == "fabula-installation"
         assert volume["secret"]["defaultMode"] == 0o440
@@ -170,13 +167,12 @@ def ingress_to(rendered, component: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_only_namespaces_named_as_edge_reach_story_and_nothing_reaches_the_migration(rendered):
+def test_only_namespaces_named_as_edge_reach_story(rendered):
     callers = [(peer, open_ports(rule)) for rule in ingress_to(rendered, "story") for peer in rule["from"]]
     assert callers == [
         ({"namespaceSelector": {"matchLabels": {"fabula.io/edge": "true"}}}, {8470, 8471}),
         ({"namespaceSelector": {"matchLabels": {"fabula.io/monitoring": "true"}}}, {8470}),
     ]
-    assert ingress_to(rendered, "story-migrate") == []
 
 
 def test_story_reaches_one_port_of_the_ray_pods_and_no_port_of_the_head(rendered):
@@ -212,6 +208,13 @@ def test_ray_pods_reach_each_other_on_every_port_ray_was_told_to_use(rendered):
 def test_only_the_head_may_leave_for_the_kubernetes_api(rendered):
     worker = rendered.one("NetworkPolicy", "ray-worker")["spec"]["egress"]
     assert all("podSelector" in peer for rule in worker for peer in rule["to"])
+
+
+def test_the_database_is_migrated_before_the_process_that_needs_it(rendered):
+    story = next(pod for pod in rendered.pods if pod.component == "story")
+    (migration,) = story.spec["initContainers"]
+    assert migration["args"] == ["migrate"]
+    assert migration["image"] == story.container["image"]
 
 
 # -- Going and coming -------------------------------------------------------------------------------------------------
