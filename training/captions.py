@@ -67,12 +67,13 @@ class Phase:
     matrix_rate: float = 0.02
     rate: float = 2e-3
     seed: int = 0
+    minutes: float | None = None  # end earlier when this much time is over; the learning rate still ends at zero
 
     @property
     def loop(self) -> loop.LoopRecipe:
         """The phase as the training loop takes it."""
         return loop.LoopRecipe(
-            pace=Pace(steps=self.steps, warmup_steps=40),
+            pace=Pace(steps=self.steps, warmup_steps=40, minutes=self.minutes),
             optimizer=OptimizerRecipe(matrix_rate=self.matrix_rate, rate=self.rate),
             seed=self.seed,
             measure_every_s=300.0,
@@ -91,11 +92,18 @@ class CaptionsRecipe:
     sight: Phase = Phase(name="sight", steps=500, rows_per_step=48)
     words: Phase = Phase(name="words", steps=260, rows_per_step=32, tasks=("describe",), frames_ratio=1.0)
     base: Phase = Phase(
-        name="base", steps=1300, rows_per_step=10, tasks=("describe", "story", "descriptive"), frames_ratio=0.15
+        name="base",
+        steps=1000,
+        rows_per_step=10,
+        tasks=("describe", "story", "descriptive"),
+        frames_ratio=0.15,
+        minutes=30.0,
     )
-    story: Phase = Phase(name="story", steps=150, rows_per_step=16, tasks=("story",), matrix_rate=0.0, seed=1)
+    story: Phase = Phase(
+        name="story", steps=150, rows_per_step=16, tasks=("story",), matrix_rate=0.0, seed=1, minutes=5.0
+    )
     descriptive: Phase = Phase(
-        name="descriptive", steps=200, rows_per_step=16, tasks=("descriptive",), matrix_rate=0.0, seed=2
+        name="descriptive", steps=200, rows_per_step=16, tasks=("descriptive",), matrix_rate=0.0, seed=2, minutes=6.0
     )
     adapter_rank: int = 8
     adapter_alpha: float = 16.0

@@ -154,7 +154,8 @@ def degrade(image_HWC: npt.NDArray[np.uint8], rng: random.Random) -> npt.NDArray
     if rng.random() < 0.5:
         gains = np.array([rng.uniform(0.93, 1.07) for _ in range(3)], dtype=np.float32)
         pixels = np.asarray(pixels * gains + rng.uniform(-8.0, 8.0))
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    degraded: npt.NDArray[np.uint8] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    return degraded
 
 
 _ONSETS = (

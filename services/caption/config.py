@@ -19,8 +19,8 @@ class CaptionSettings(Settings):
     pack: str = Field(default="toon", min_length=1)  # the pack whose LLaVA and adapters are loaded
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # How vLLM's engine is driven. "in_process" is one thread here: ready in 3 s and 0.8 GB. "async" is vLLM's AsyncLLM
-    # with its engine in a child process: it keeps a GPU busy while this process decodes pictures. "auto" takes the first
-    # on a CPU and the second on a GPU.
+    # with its engine in a child process: it keeps a GPU busy while this process decodes pictures. "auto" takes the
+    # first on a CPU and the second on a GPU.
     drive: Literal["auto", "in_process", "async"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # "auto": float32 on a CPU, bfloat16 on a GPU
     threads: int = Field(default=1, ge=1, le=256)  # CPU threads of the networks; a small LLaVA gains nothing from more

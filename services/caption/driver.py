@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import threading
 import time
@@ -113,6 +114,7 @@ def prepare_environment(settings: DriverSettings) -> None:
         }
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # its warnings are about choices made here on purpose
 
 
 def engine_arguments(settings: DriverSettings) -> dict[str, Any]:

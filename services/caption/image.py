@@ -40,6 +40,8 @@ def read_image(data: bytes, size_px: int) -> Image.Image:
                 picture = _rgb(ImageOps.exif_transpose(file))
     except ImageTooLarge:
         raise
+    except Image.DecompressionBombError:
+        raise ImageTooLarge(f"the picture has more than {PIXELS_MAX} pixels", field="image") from None
     except Exception:  # noqa: BLE001 - decoders raise anything for damaged files; what they say is not for callers
         raise ImageUnreadable(field="image") from None
     if picture.size != (size_px, size_px):

@@ -125,7 +125,7 @@ def build(shape: LlavaShape, tokenizer: StoryTokenizer, seed: int) -> Any:
 
 def pixels(images_BHWC: npt.NDArray[np.uint8]) -> Tensor:
     """Model input [B,C,H,W] in -1..1 from RGB bytes already at the model's size."""
-    bytes_BHWC = torch.from_numpy(np.ascontiguousarray(images_BHWC))
+    bytes_BHWC = torch.tensor(images_BHWC)  # a copy: memory maps are read-only
     return bytes_BHWC.permute(0, 3, 1, 2).float().div(255.0).sub(PIXEL_MEAN).div(PIXEL_STD)
 
 
