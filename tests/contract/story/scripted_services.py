@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import threading
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -54,7 +55,7 @@ class Script:
         self.steps_taken = 0  # denoising steps of every job, for the cancel test
         self.cancelled = 0
         self.packs = ["toon", "other"]
-        self.caption_tail = ""
+        self.picture_bytes = 0  # least size of a picture, for the full disk
 
     async def enter(self, method: str, request: Any, frame_index: int) -> None:
         self.calls.append((method, request, current_call()))
@@ -84,7 +85,7 @@ class ScriptedCaption(caption_grpc.CaptionServiceServicer):
         self.script.computed["WriteCaption", index] += 1
         mark = hashlib.sha256(repr((list(request.captions), request.sampling.seed)).encode() + request.image).hexdigest()[:8]
         return caption_pb.WriteCaptionResponse(
-            caption=f"Then came frame {index} of the story ({mark}).{self.script.caption_tail}", pack_digest=DIGEST
+            caption=f"Then came frame {index} of the story ({mark}).", pack_digest=DIGEST
         )
 
     @unary_method(caption_pb.DescribeResponse)
@@ -126,7 +127,8 @@ class ScriptedFrame(frame_grpc.FrameServiceServicer):
             self.script.cancelled += 1
             raise
         self.script.computed["RenderFrame", index] += 1
-        image = picture(request.seed, request.description, [(ref.image, ref.description) for ref in request.references])
+        references = [(ref.image, ref.description) for ref in request.references]
+        image = picture(request.seed, request.description, references) + bytes(self.script.picture_bytes)
         yield frame_pb.RenderFrameResponse(
             frame=frame_pb.RenderedFrame(
                 image=image,
@@ -149,27 +151,41 @@ class ScriptedFrame(frame_grpc.FrameServiceServicer):
 
 
 class ScriptedServices:
-    """Both services on one port, as behind the ingress. `stop` and `start` again make an outage."""
+    """Both services on one port, as behind the ingress, in a thread of their own. `stop` and `start` make an outage."""
 
     def __init__(self, token: str = TOKEN) -> None:
         self.script = Script()
         self.port = 0
         self._token = token
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         self._server: grpc.aio.Server | None = None
 
     @property
     def target(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    async def start(self) -> None:
-        server = grpc.aio.server()
+    def start(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(20)
+
+    def stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(20)
+
+    def close(self) -> None:
+        self.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    async def _start(self) -> None:
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)])
         caption_grpc.add_CaptionServiceServicer_to_server(ScriptedCaption(self.script, self._token), server)
         frame_grpc.add_FrameServiceServicer_to_server(ScriptedFrame(self.script, self._token), server)
         self.port = server.add_insecure_port(f"127.0.0.1:{self.port}")
         await server.start()
         self._server = server
 
-    async def stop(self) -> None:
+    async def _stop(self) -> None:
         if self._server is not None:
             await self._server.stop(0)
             self._server = None
