@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def _pod(owner: str, template: dict[str, Any]) -> Pod:
     return Pod(owner=owner, component=component, labels=labels, spec=template["spec"], template=template)
 
 
-def render(folder: Path) -> Rendered:
+def build(folder: Path) -> Rendered:
     """Builds one kustomization. Skips the test, saying why, where kubectl is not installed."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
@@ -106,10 +106,16 @@ def render(folder: Path) -> Rendered:
 @pytest.fixture(scope="session")
 def renderings() -> dict[str, Rendered]:
     """Every kustomization of deploy/k8s, by its folder's name."""
-    return {folder.name: render(folder) for folder in KUSTOMIZATIONS}
+    return {folder.name: build(folder) for folder in KUSTOMIZATIONS}
 
 
 @pytest.fixture(params=[folder.name for folder in KUSTOMIZATIONS])
 def rendered(request: pytest.FixtureRequest, renderings: dict[str, Rendered]) -> Rendered:
     """Each kustomization in turn."""
     return renderings[request.param]
+
+
+@pytest.fixture
+def render() -> Callable[[Path], Rendered]:
+    """Builds any kustomization."""
+    return build
