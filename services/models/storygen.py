@@ -206,7 +206,7 @@ class StoryGenUNet(_Base):
 
     @property
     def block_keys(self) -> tuple[str, ...]:
-        """The keys of `features`, in the order the blocks run in."""
+        """The keys of `features`: each block's place in the network."""
         return tuple(m.key for m in self.modules() if isinstance(m, StoryGenBlock))
 
     def features(self, latents_RCHW: Tensor, timesteps_R: Tensor, text_RSD: Tensor) -> dict[str, Tensor]:
