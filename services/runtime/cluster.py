@@ -165,6 +165,8 @@ def child_environment(installation: Installation, inherited: Mapping[str, str]) 
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", "1"),
+            # A thread that waits for the others sleeps instead of spinning: two engines share these cores.
+            "OMP_WAIT_POLICY": inherited.get("OMP_WAIT_POLICY", "PASSIVE"),
             "TOKENIZERS_PARALLELISM": "false",
             # glibc keeps an arena per thread and core; two are enough here and save memory in every process.
             "MALLOC_ARENA_MAX": inherited.get("MALLOC_ARENA_MAX", "2"),

@@ -1,0 +1,64 @@
+"""The `fabula` command: what it can do, in one place. Each verb lives in a module of its own."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fabula_cli import exits
+from fabula_cli.demo import demo
+from fabula_cli.doctor import doctor
+from fabula_cli.installation import Installation
+from fabula_cli.options import AsJson, Home, PortBase
+from fabula_cli.services import down, status
+from fabula_cli.services import up as bring_services_up
+from fabula_cli.stories import app as stories
+
+app = typer.Typer(
+    name="fabula",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Continue a visual story from one picture and one sentence, on your own machine.",
+    epilog=exits.TABLE,
+)
+
+
+@app.command()
+def up(
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when everything is ready, or at once.")] = True,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Longest wait, seconds.")] = 300.0,
+    home: Home = None,
+    port_base: PortBase = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start the services in the background. Does nothing when they run already.
+
+    Examples:
+
+      fabula up
+
+      fabula up --home /tmp/second --port-base 9470 --json
+    """
+    bring_services_up(wait, timeout_s, Installation.find(home, port_base), as_json)
+
+
+app.command()(down)
+app.command()(status)
+app.command()(doctor)
+app.command()(demo)
+app.add_typer(stories, name="story")
+
+
+def main() -> None:
+    """The entry point."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(exits.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()
