@@ -122,7 +122,9 @@ def sketch_of(job: FrameJob, model: FrameModel) -> Sketch:
         references=tuple(
             Seen(
                 pixels=read_reference(reference.image, width_px, height_px, field=f"references[{index}].image"),
-                description=reference.description,
+                # The caption of a given first frame is the user's, and may be long. Of an earlier frame its beginning
+                # will do; only what is to be drawn must be read to its end.
+                description=model.text.fitting(reference.description[:DESCRIPTION_CHARACTERS]),
             )
             for index, reference in enumerate(job.references)
         ),
@@ -130,21 +132,19 @@ def sketch_of(job: FrameJob, model: FrameModel) -> Sketch:
 
 
 def _check_text(job: FrameJob, model: FrameModel) -> None:
-    if not job.description.strip():
-        raise DescriptionEmpty(field="description")
-    fields = [("description", job.description)]
-    fields += [(f"references[{i}].description", reference.description) for i, reference in enumerate(job.references)]
-    for field, text in fields:
-        if len(text) > DESCRIPTION_CHARACTERS:
-            raise DescriptionTooLong(f"{field} has {len(text)} characters; shorten it", field=field)
-        try:
-            model.text.token_ids([text])
-        except TextTooLong as error:
-            raise DescriptionTooLong(
-                f"{field}: {error}",
-                field=field,
-                metadata={"token_count": str(error.token_count), "limit": str(error.limit)},
-            ) from None
+    field, text = "description", job.description
+    if not text.strip():
+        raise DescriptionEmpty(field=field)
+    if len(text) > DESCRIPTION_CHARACTERS:
+        raise DescriptionTooLong(f"the description has {len(text)} characters; shorten it", field=field)
+    try:
+        model.text.token_ids([text])
+    except TextTooLong as error:
+        raise DescriptionTooLong(
+            f"the description does not fit: {error}",
+            field=field,
+            metadata={"token_count": str(error.token_count), "limit": str(error.limit)},
+        ) from None
 
 
 def _check_size(width_px: int, height_px: int, model: FrameModel) -> None:

@@ -1,7 +1,7 @@
 """Descriptions to the vectors the UNet attends to: a CLIP text model with its tokenizer.
 
 What does not fit the window is an error, never silently cut: half a description draws the wrong picture without anybody
-noticing. Knows no pack and no UNet.
+noticing. Who can do with a part asks for it (`fitting`). Knows no pack and no UNet.
 
 Shapes: S positions (always the whole window, padded, as Stable Diffusion does), D the model's width.
 """
@@ -53,6 +53,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone, with no mark among them whatever it says."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; a character cut in two becomes U+FFFD."""
+
 
 def build_text_encoder(shape: TextShape, *, bos_id: int, eos_id: int, pad_id: int) -> CLIPTextModel:
     """A CLIP text model with fresh weights from torch's global generator, in eval mode."""
@@ -99,6 +102,15 @@ class TextEncoder:
             padding = [self.tokenizer.pad_id] * (room - len(ids))
             rows.append([self.tokenizer.bos_id, *ids, self.tokenizer.eos_id, *padding])
         return torch.tensor(rows, dtype=torch.long)
+
+    def fitting(self, text: str) -> str:
+        """`text` itself, or as much of its beginning as fits the window."""
+        ids, room = self.tokenizer.encode(text), self.window - 2
+        while len(ids) > room:
+            # The beginning alone may be split into other, and more, tokens than it was within the whole.
+            text = self.tokenizer.decode(ids[:room]).rstrip("\ufffd")
+            ids, room = self.tokenizer.encode(text), room - 1
+        return text
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """`[B, S, D]`, the last layer's states after its norm.

@@ -1,0 +1,446 @@
+"""The engine: jobs join, leave, fail and are given up without their neighbours noticing."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from services.frame import engine as engine_module
+from services.frame.engine import EngineSettings, FrameEngine, Ticket
+from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame, sketch_of
+from services.models.drawing import Drawing, advance, draw
+from services.models.registry import FrameModel
+from services.runtime.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DescriptionEmpty,
+    DescriptionTooLong,
+    EngineDead,
+    FabulaError,
+    ImageUnreadable,
+    PackUnknown,
+    QueueFull,
+    RenderFailed,
+    ShuttingDown,
+    TooManyReferences,
+    ValueOutOfRange,
+)
+
+from .conftest import picture
+
+WAIT_S = 30.0  # a test that waits so long has failed
+
+
+def job(seed: int = 1, references: int = 0, **changes: Any) -> FrameJob:
+    base = FrameJob(
+        description=f"a fox and a lamp {seed}",
+        seed=seed,
+        references=tuple(ReferenceImage(image=picture(i), description=f"frame {i}") for i in range(references)),
+    )
+    return replace(base, **changes)
+
+
+class Inbox:
+    """What an engine told about one job."""
+
+    def __init__(self, engine: FrameEngine, job: FrameJob) -> None:
+        self._events: queue.Queue[Event | FabulaError] = queue.Queue()
+        self.seen: list[Event | FabulaError] = []
+        self.ticket: Ticket = engine.submit(job, self._events.put)
+
+    def next(self) -> Event | FabulaError:
+        self.seen.append(self._events.get(timeout=WAIT_S))
+        return self.seen[-1]
+
+    def last(self) -> RenderedFrame | FabulaError:
+        while True:
+            event = self.next()
+            if isinstance(event, RenderedFrame | FabulaError):
+                return event
+
+    def frame(self) -> RenderedFrame:
+        last = self.last()
+        assert isinstance(last, RenderedFrame), last
+        return last
+
+
+@contextmanager
+def running(
+    model: FrameModel, settings: EngineSettings | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[FrameEngine]:
+    engine = FrameEngine({"tiny": model}, "tiny", settings, clock=clock)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+class Gate:
+    """Stands before every step of an engine: lets steps through when told, and notes who took each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.turns: list[list[int]] = []  # seeds, per step
+        self._permits = threading.Semaphore(0)
+        self._arrived: queue.Queue[None] = queue.Queue()
+        self._open = False
+        monkeypatch.setattr(engine_module, "advance", self._advance)
+
+    def _advance(self, model: FrameModel, drawings: Sequence[Drawing]) -> None:
+        self._arrived.put(None)
+        if not self._open:
+            assert self._permits.acquire(timeout=WAIT_S)
+        self.turns.append([d.sketch.seed for d in drawings])
+        advance(model, drawings)
+
+    def wait(self) -> None:
+        """Until the engine stands before a step."""
+        self._arrived.get(timeout=WAIT_S)
+
+    def step(self) -> None:
+        """Let one step through and wait until the engine stands before the next."""
+        self._permits.release()
+        self.wait()
+
+    def open(self) -> None:
+        """Let everything through from now on."""
+        self._open = True
+        self._permits.release()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+def test_a_job_is_told_about_each_step_and_ends_with_its_picture(tiny_model: FrameModel) -> None:
+    with running(tiny_model) as engine:
+        inbox = Inbox(engine, job(references=2, preview_every_steps=2))
+        frame = inbox.frame()
+    kinds = [type(event) for event in inbox.seen]
+    assert kinds == [Queued, Progress, Progress, Preview, Progress, Progress, RenderedFrame]
+    progress = [event for event in inbox.seen if isinstance(event, Progress)]
+    assert [(p.step, p.step_count) for p in progress] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert all(p.eta_s > 0 for p in progress[:-1])
+    assert progress[-1].eta_s == 0
+    preview = next(event for event in inbox.seen if isinstance(event, Preview))
+    assert (preview.step, Image.open(io.BytesIO(preview.image)).format) == (2, "WEBP")
+    assert frame.sha256 == hashlib.sha256(frame.image).hexdigest()
+    assert frame.pack_digest == tiny_model.manifest.digest
+    assert Image.open(io.BytesIO(frame.image)).size == (64, 64)
+    assert frame.queue_s >= 0
+    assert frame.render_s > 0
+
+
+def test_the_picture_is_the_one_that_drawing_alone_gives(tiny_model: FrameModel) -> None:
+    expected = draw(tiny_model, sketch_of(job(references=2), tiny_model))
+    with running(tiny_model) as engine:
+        frames = [Inbox(engine, job(references=2)).frame() for _ in range(2)]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(frames[0].image))), expected)
+    assert frames[0].sha256 == frames[1].sha256
+
+
+def test_jobs_join_and_leave_between_steps(tiny_model: FrameModel, gate: Gate) -> None:
+    with running(tiny_model) as engine:
+        first = Inbox(engine, job(1, references=1))
+        gate.wait()
+        gate.step()
+        second, third = Inbox(engine, job(2, steps=2)), Inbox(engine, job(3, references=3))
+        gate.open()
+        frames = [inbox.frame() for inbox in (first, second, third)]
+    assert gate.turns[0] == [1]
+    assert sorted(max(gate.turns, key=len)) == [1, 2, 3]
+    assert sum(turn.count(2) for turn in gate.turns) == 2
+    assert all(frame.image for frame in frames)
+
+
+def test_a_frame_does_not_depend_on_its_neighbours(tiny_model: FrameModel, gate: Gate) -> None:
+    """At most one level of 255 in a pixel; alone, not even that."""
+    with running(tiny_model) as engine:
+        inboxes = [Inbox(engine, job(seed, references=seed % 4)) for seed in range(1, 7)]
+        gate.open()
+        together = [inbox.frame() for inbox in inboxes]
+    assert max(len(turn) for turn in gate.turns) >= 5
+    for seed, frame in enumerate(together, start=1):
+        alone = draw(tiny_model, sketch_of(job(seed, references=seed % 4), tiny_model)).astype(int)
+        assert np.abs(np.asarray(Image.open(io.BytesIO(frame.image))).astype(int) - alone).max() <= 1
+
+
+def test_other_sizes_take_turns_in_the_same_engine(tiny_model: FrameModel) -> None:
+    with running(tiny_model) as engine:
+        sizes = [(64, 64), (32, 96), (64, 64), (96, 40)]
+        inboxes = [Inbox(engine, job(i, 1, width_px=w, height_px=h)) for i, (w, h) in enumerate(sizes)]
+        frames = [inbox.frame() for inbox in inboxes]
+    assert [Image.open(io.BytesIO(frame.image)).size for frame in frames] == sizes
+
+
+def test_a_cancelled_job_takes_part_in_no_more_than_two_steps(tiny_model: FrameModel, gate: Gate) -> None:
+    with running(tiny_model) as engine:
+        given_up, kept = Inbox(engine, job(1, steps=50)), Inbox(engine, job(2, steps=8))
+        gate.wait()
+        gate.step()
+        gate.step()
+        given_up.ticket.cancel()
+        before = len(gate.turns)
+        gate.open()
+        assert isinstance(given_up.last(), Cancelled)
+        assert isinstance(kept.last(), RenderedFrame)
+    assert sum(1 in turn for turn in gate.turns[before:]) <= 2
+
+
+def test_a_job_cancelled_in_the_queue_never_starts(tiny_model: FrameModel, gate: Gate) -> None:
+    with running(tiny_model, EngineSettings(max_running=1)) as engine:
+        first, waiting = Inbox(engine, job(1)), Inbox(engine, job(2))
+        gate.wait()
+        waiting.ticket.cancel()
+        gate.step()
+        assert isinstance(waiting.last(), Cancelled)  # at once, while the first is still being drawn
+        gate.open()
+        first.frame()
+    assert all(2 not in turn for turn in gate.turns)
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(tiny_model: FrameModel, gate: Gate) -> None:
+    with running(tiny_model, EngineSettings(max_running=1, max_queued=2)) as engine:
+        inboxes = [Inbox(engine, job(1))]
+        gate.wait()
+        inboxes += [Inbox(engine, job(seed)) for seed in (2, 3)]
+        with pytest.raises(QueueFull) as raised:
+            engine.submit(job(4), lambda _: None)
+        assert raised.value.retry_after_s is not None
+        assert raised.value.retry_after_s >= 1.0
+        gate.open()
+        for inbox in inboxes:
+            inbox.frame()
+    ahead = [inbox.seen[0] for inbox in inboxes]
+    assert ahead == [Queued(0), Queued(1), Queued(2)]
+
+
+def test_a_job_whose_deadline_has_passed_never_starts(tiny_model: FrameModel, gate: Gate) -> None:
+    now = [100.0]
+    with running(tiny_model, EngineSettings(max_running=1, stall_s=1e9), clock=lambda: now[0]) as engine:
+        with pytest.raises(DeadlineExceeded):
+            engine.submit(job(9, deadline_s=99.0), lambda _: None)
+        first, late = Inbox(engine, job(1)), Inbox(engine, job(2, deadline_s=150.0))
+        gate.wait()
+        now[0] = 151.0
+        gate.open()
+        assert isinstance(late.last(), DeadlineExceeded)
+        first.frame()
+    assert all(2 not in turn for turn in gate.turns)
+
+
+def test_a_deadline_ends_a_job_that_is_being_drawn(tiny_model: FrameModel, gate: Gate) -> None:
+    now = [100.0]
+    with running(tiny_model, EngineSettings(stall_s=1e9), clock=lambda: now[0]) as engine:
+        inbox = Inbox(engine, job(1, steps=50, deadline_s=150.0))
+        gate.wait()
+        gate.step()
+        now[0] = 151.0
+        gate.open()
+        assert isinstance(inbox.last(), DeadlineExceeded)
+    assert len(gate.turns) <= 3
+
+
+def test_one_bad_job_fails_alone(tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_for_seven(model: FrameModel, drawings: Sequence[Drawing]) -> None:
+        if any(d.sketch.seed == 7 and d.done == 2 for d in drawings):
+            raise RuntimeError("CUDA error: secret path /home/me")
+        advance(model, drawings)
+
+    monkeypatch.setattr(engine_module, "advance", fails_for_seven)
+    with running(tiny_model) as engine:
+        inboxes = {seed: Inbox(engine, job(seed, references=1)) for seed in (6, 7, 8)}
+        ends = {seed: inbox.last() for seed, inbox in inboxes.items()}
+        assert isinstance(ends[7], RenderFailed)
+        assert "secret" not in str(ends[7])
+        steps = {s: [e.step for e in i.seen if isinstance(e, Progress)] for s, i in inboxes.items()}
+        assert steps == {6: [1, 2, 3, 4], 7: [1, 2], 8: [1, 2, 3, 4]}
+        assert isinstance(ends[6], RenderedFrame)
+        assert isinstance(ends[8], RenderedFrame)
+        assert Inbox(engine, job(9)).frame()
+        assert engine.is_healthy
+
+
+def test_numbers_that_are_not_finite_are_an_error_and_no_black_frame(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisons_seven(model: FrameModel, drawings: Sequence[Drawing]) -> None:
+        advance(model, drawings)
+        for drawing in drawings:
+            if drawing.sketch.seed == 7:
+                drawing.latents_CHW = torch.full_like(drawing.latents_CHW, float("nan"))
+
+    monkeypatch.setattr(engine_module, "advance", poisons_seven)
+    with running(tiny_model) as engine:
+        sick, well = Inbox(engine, job(7)), Inbox(engine, job(8))
+        end = sick.last()
+        assert isinstance(end, RenderFailed)
+        assert end.reason == "RENDER_FAILED"
+        assert well.frame()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "field"),
+    [
+        ({"description": "  "}, DescriptionEmpty, "description"),
+        ({"description": "x" * 95}, DescriptionTooLong, "description"),
+        ({"description": "x" * 20_000}, DescriptionTooLong, "description"),
+        ({"pack": "sketch"}, PackUnknown, "pack"),
+        ({"width_px": 60}, ValueOutOfRange, "width_px"),
+        ({"height_px": 8}, ValueOutOfRange, "height_px"),
+        ({"width_px": 1024, "height_px": 1024}, ValueOutOfRange, "width_px"),
+        ({"steps": 201}, ValueOutOfRange, "steps"),
+        ({"text_guidance": -1.0}, ValueOutOfRange, "text_guidance"),
+        ({"text_guidance": float("nan")}, ValueOutOfRange, "text_guidance"),
+        ({"image_guidance": 31.0}, ValueOutOfRange, "image_guidance"),
+        ({"seed": -1}, ValueOutOfRange, "seed"),
+        ({"references": (ReferenceImage(image=b"x", description=""),)}, ImageUnreadable, "references[0].image"),
+        ({"references": (ReferenceImage(image=b"", description=""),) * 4}, TooManyReferences, "references"),
+    ],
+)
+def test_a_job_that_cannot_be_drawn_is_refused_naming_the_field(
+    tiny_model: FrameModel, changes: dict[str, Any], error: type[FabulaError], field: str
+) -> None:
+    with running(tiny_model) as engine, pytest.raises(error) as raised:
+        engine.submit(replace(job(), **changes), lambda _: None)
+    assert raised.value.metadata["field"] == field
+
+
+def test_of_a_long_text_of_an_earlier_frame_the_beginning_is_read(tiny_model: FrameModel) -> None:
+    text = "Ä long caption, " * 20
+    sketch = sketch_of(job(references=1), tiny_model)
+    long = replace(job(), references=(ReferenceImage(image=picture(), description=text),))
+    read = sketch_of(long, tiny_model).references[0].description
+    assert sketch.references[0].description == "frame 0"
+    assert text.startswith(read)
+    assert 80 <= len(tiny_model.text.tokenizer.encode(read)) <= 94
+
+
+def test_zero_guidance_is_a_value_and_not_the_default(tiny_model: FrameModel) -> None:
+    sketch = sketch_of(job(text_guidance=0.0, image_guidance=0.0), tiny_model)
+    assert (sketch.text_guidance, sketch.image_guidance) == (0.0, 0.0)
+    default = sketch_of(job(), tiny_model)
+    sampling = tiny_model.manifest.sampling
+    assert (default.text_guidance, default.image_guidance, default.steps) == (
+        sampling.default_text_guidance,
+        sampling.default_image_guidance,
+        sampling.default_steps,
+    )
+
+
+def test_stopping_tells_everybody(tiny_model: FrameModel, gate: Gate) -> None:
+    with running(tiny_model, EngineSettings(max_running=1)) as engine:
+        inboxes = [Inbox(engine, job(seed, steps=50)) for seed in (1, 2)]
+        gate.wait()
+        stopper = threading.Thread(target=engine.stop)
+        stopper.start()
+        gate.open()
+        assert all(isinstance(inbox.last(), ShuttingDown) for inbox in inboxes)
+        stopper.join(WAIT_S)
+        with pytest.raises(ShuttingDown):
+            engine.submit(job(3), lambda _: None)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_thread_makes_the_engine_unhealthy_and_answers_everybody(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: Any) -> Any:
+        raise RuntimeError("a bug in the chooser")
+
+    with running(tiny_model) as engine:
+        assert engine.is_healthy
+        monkeypatch.setattr(engine_module, "choose", bug)
+        inbox = Inbox(engine, job(1))
+        assert isinstance(inbox.last(), EngineDead)
+        engine._thread.join(WAIT_S)
+        assert not engine.is_healthy
+        with pytest.raises(EngineDead):
+            engine.submit(job(2), lambda _: None)
+
+
+def test_a_step_that_hangs_makes_the_engine_unhealthy(tiny_model: FrameModel, gate: Gate) -> None:
+    now = [100.0]
+    with running(tiny_model, EngineSettings(stall_s=60.0), clock=lambda: now[0]) as engine:
+        inbox = Inbox(engine, job(1))
+        gate.wait()
+        now[0] = 150.0
+        assert engine.is_healthy
+        now[0] = 161.0
+        assert not engine.is_healthy
+        gate.open()
+        inbox.frame()
+
+
+def test_warm_up_draws_a_full_batch(tiny_model: FrameModel, gate: Gate) -> None:
+    gate.open()
+    with running(tiny_model, EngineSettings(max_running=3)) as engine:
+        engine.warm_up()
+    assert sum(len(turn) for turn in gate.turns) == 3
+
+
+async def test_closing_the_stream_gives_the_job_up(tiny_model: FrameModel) -> None:
+    with running(tiny_model) as engine:
+        events = engine.render(job(1, steps=200))
+        seen = [await anext(events) for _ in range(3)]
+        assert isinstance(seen[-1], Progress)
+        await events.aclose()
+        frame = [event async for event in engine.render(job(2))][-1]
+        assert isinstance(frame, RenderedFrame)
+        assert not engine._running
+        assert not engine._waiting
+
+
+async def test_a_task_cancelled_while_its_job_is_checked_leaves_nothing_behind(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checking, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        checking.set()
+        assert go_on.wait(WAIT_S)
+        return sketch_of(*arguments)
+
+    monkeypatch.setattr(engine_module, "sketch_of", slow)
+    with running(tiny_model) as engine:
+        submitted: list[Ticket] = []
+        submit = engine.submit
+        monkeypatch.setattr(engine, "submit", lambda *a: submitted.append(submit(*a)) or submitted[0])
+
+        async def consume() -> None:
+            async for _ in engine.render(job(1, steps=200)):
+                pass
+
+        task = asyncio.create_task(consume())
+        await asyncio.to_thread(checking.wait, WAIT_S)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        monkeypatch.setattr(engine_module, "sketch_of", sketch_of)
+        assert [event async for event in engine.render(job(2))]
+        assert submitted[0].cancelled
+
+
+def test_settings_that_cannot_work_cannot_be_made() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        EngineSettings(max_running=0)
+
+
+def test_an_unknown_default_pack_is_refused(tiny_model: FrameModel) -> None:
+    with pytest.raises(ValueError, match="default pack"):
+        FrameEngine({"tiny": tiny_model}, "toon")
