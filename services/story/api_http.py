@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -233,11 +234,17 @@ def _add_operations(app: FastAPI, ready: Callable[[], Awaitable[None]]) -> None:
         return Response(page, headers={"content-type": kind})
 
 
+class _FormParser(MultiPartParser):
+    """Keeps uploads in memory: they are bounded, and a picture must not lie about in a temporary folder."""
+
+    spool_max_size = MOST_BODY_BYTES
+
+
 async def _form(request: Request) -> tuple[dict[str, str], bytes]:
     try:
-        form = await request.form(max_files=1, max_fields=20)
-    except HTTPException as error:
-        raise InvalidArgument(f"the form cannot be read: {error.detail}") from None
+        form = await _FormParser(request.headers, request.stream(), max_files=1, max_fields=20).parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise InvalidArgument(f"the form cannot be read: {error}") from None
     fields: dict[str, str] = {}
     image = b""
     try:

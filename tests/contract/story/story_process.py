@@ -53,9 +53,7 @@ class StoryProcess:
         }
         self.process: subprocess.Popen[bytes] | None = None
         home.mkdir(parents=True, exist_ok=True)
-        token = home / "token"
-        if not token.exists():
-            token.write_text(TOKEN)
+        (home / "token").write_text(TOKEN)
 
     def start(self, *, wait: bool = True) -> StoryProcess:
         base = free_port_base()

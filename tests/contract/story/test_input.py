@@ -120,7 +120,7 @@ def test_numbers_that_are_none_are_refused(story: StoryProcess) -> None:
         ({"frame_count": 2.5}, "INVALID_ARGUMENT", "frame_count"),
         ({"frame_count": True}, "INVALID_ARGUMENT", "frame_count"),
         ({"seed": -1}, "VALUE_OUT_OF_RANGE", "seed"),
-        ({"seed": 10**400}, "INVALID_ARGUMENT", "seed"),
+        ({"seed": 10**400}, "VALUE_OUT_OF_RANGE", "seed"),
         ({"caption": None}, "INVALID_ARGUMENT", "caption"),
         ({"image": "not base64!"}, "IMAGE_UNREADABLE", "image"),
     ],
@@ -244,8 +244,7 @@ def test_text_of_every_kind_is_data(story: StoryProcess, script: Script, caption
     made = story.create(pictures.plain(), caption=caption, frame_count=1)
     assert made.frames[0].caption == caption
     story.wait_state(made.story_id, State.STATE_SUCCEEDED)
-    asked = next(request for method, request, _ in script.calls if method == "WriteCaption")
-    assert list(asked.captions) == [caption]
+    assert [caption] in [list(request.captions) for method, request, _ in script.calls if method == "WriteCaption"]
 
 
 def test_white_space_is_tidied(story: StoryProcess) -> None:
