@@ -242,6 +242,14 @@ def test_story_has_time_to_drain(rendered):
     assert pod.spec["terminationGracePeriodSeconds"] >= pause_s + drain_s + 10
 
 
+def test_ray_is_told_to_stop_because_the_shell_above_it_does_not_pass_signals_on(rendered):
+    for pod in rendered.pods:
+        if pod.is_ray:
+            command = pod.container["lifecycle"]["preStop"]["exec"]["command"]
+            assert command[:3] == ["ray", "stop", "--grace-period"]
+            assert pod.spec["terminationGracePeriodSeconds"] > int(command[3])
+
+
 def test_replicas_have_time_to_drain(rendered):
     longest_s = max(
         deployment["graceful_shutdown_timeout_s"]
