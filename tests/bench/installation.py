@@ -47,7 +47,7 @@ class Installation:
     def start(self, *, timeout_s: float) -> float:
         """Starts everything; returns the seconds from the command's start to its end. Raises CommandFailed."""
         began = time.monotonic()
-        self._fabula("up", "--wait", "--json", timeout_s=timeout_s)
+        self._fabula("up", "--wait", "--json", "--timeout", str(timeout_s), timeout_s=timeout_s + 30.0)
         return time.monotonic() - began
 
     def memory(self, when: str) -> MemoryUse:
