@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from services.models.drawing import Pixels
-from services.runtime.errors import ImageTooLarge, ImageUnreadable
+from services.runtime.errors import ImageMissing, ImageTooLarge, ImageUnreadable
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_BYTES = 8 << 20
@@ -25,8 +25,10 @@ PAPER = (255, 255, 255)  # what shows through transparent pixels
 def read_reference(data: bytes, width_px: int, height_px: int, *, field: str) -> Pixels:
     """The picture as RGB at the wanted size: turned upright, its middle cut to the wanted shape, then resized.
 
-    Raises ImageTooLarge or ImageUnreadable, naming `field`.
+    Raises ImageMissing, ImageTooLarge or ImageUnreadable, naming `field`.
     """
+    if not data:
+        raise ImageMissing(f"{field} is empty", field=field)
     if len(data) > MAX_BYTES:
         raise ImageTooLarge(f"{field} has {len(data)} bytes; at most {MAX_BYTES} are taken", field=field)
     try:

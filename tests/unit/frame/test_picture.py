@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from services.frame.picture import MAX_BYTES, png, read_reference, webp
-from services.runtime.errors import FabulaError, ImageTooLarge, ImageUnreadable
+from services.runtime.errors import FabulaError, ImageMissing, ImageTooLarge, ImageUnreadable
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
@@ -49,7 +49,7 @@ def test_the_three_formats_are_read(format: str) -> None:
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (b"", ImageUnreadable),
+        (b"", ImageMissing),
         (b"not a picture", ImageUnreadable),
         (encoded(RED)[:60], ImageUnreadable),
         (encoded(Image.effect_noise((64, 64), 90), "JPEG")[:900], ImageUnreadable),

@@ -1,0 +1,333 @@
+"""The frame service over real gRPC, drawing with a tiny pack: what a caller may rely on."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+import torch
+from fabula.frame.v1 import frame_service_pb2 as pb
+from fabula.frame.v1 import frame_service_pb2_grpc as pb_grpc
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
+from prometheus_client import CollectorRegistry, generate_latest
+
+from services.frame import engine as engine_module
+from services.frame.engine import EngineSettings, FrameEngine
+from services.frame.metrics import MeteredObserver, PrometheusMeters
+from services.frame.server import start_server
+from services.frame.service import FrameServicer
+from services.models.drawing import Drawing, advance
+from services.models.registry import FrameModel, load_frame_model
+from services.models.tiny import build_tiny_pack
+
+TOKEN = "t" * 64
+WAIT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> FrameModel:
+    torch.set_num_threads(1)
+    return load_frame_model(build_tiny_pack(tmp_path_factory.mktemp("packs") / "tiny", captions=False))
+
+
+class Service:
+    """A running service and a channel to it."""
+
+    def __init__(self, engine: FrameEngine, channel: grpc.aio.Channel, registry: CollectorRegistry) -> None:
+        self.engine = engine
+        self.channel = channel
+        self.registry = registry
+        self.stub = pb_grpc.FrameServiceStub(channel)
+
+    def call(self, request: pb.RenderFrameRequest, *metadata: tuple[str, str], token: str | None = TOKEN) -> Any:
+        headers = [*metadata, *([("fabula-token", token)] if token is not None else [])]
+        return self.stub.RenderFrame(request, metadata=headers, timeout=WAIT_S)
+
+    async def events(self, request: pb.RenderFrameRequest) -> list[pb.RenderFrameResponse]:
+        return [event async for event in self.call(request)]
+
+    async def frame(self, request: pb.RenderFrameRequest) -> pb.RenderedFrame:
+        return (await self.events(request))[-1].frame
+
+    async def refusal(self, call: Any) -> tuple[grpc.StatusCode, error_details_pb2.ErrorInfo, status_pb2.Status]:
+        """How a call was refused."""
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            async for _ in call:
+                pass
+        details = dict(raised.value.trailing_metadata())["grpc-status-details-bin"]
+        status = status_pb2.Status.FromString(details)
+        info = error_details_pb2.ErrorInfo()
+        status.details[0].Unpack(info)
+        assert info.domain == "fabula"
+        return raised.value.code(), info, status
+
+
+async def start(model: FrameModel, settings: EngineSettings) -> AsyncIterator[Service]:
+    registry = CollectorRegistry()
+    engine = FrameEngine({"tiny": model}, "tiny", settings, MeteredObserver(PrometheusMeters(registry)))
+    engine.start()
+    server, port = await start_server(FrameServicer(engine, TOKEN), "127.0.0.1:0")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield Service(engine, channel, registry)
+    await server.stop(None)
+    engine.stop()
+
+
+@pytest.fixture
+async def service(model: FrameModel) -> AsyncIterator[Service]:
+    async for started in start(model, EngineSettings()):
+        yield started
+
+
+@pytest.fixture
+async def small_service(model: FrameModel) -> AsyncIterator[Service]:
+    """Draws one frame at a time and lets one wait."""
+    async for started in start(model, EngineSettings(max_running=1, max_queued=1)):
+        yield started
+
+
+class Steps:
+    """Counts the steps of each seed, and holds them back until told otherwise."""
+
+    def __init__(self) -> None:
+        self.count: dict[int, int] = {}
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def __call__(self, model: FrameModel, drawings: Sequence[Drawing]) -> None:
+        assert self.go_on.wait(WAIT_S)
+        for drawing in drawings:
+            self.count[drawing.sketch.seed] = self.count.get(drawing.sketch.seed, 0) + 1
+        advance(model, drawings)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
+    counter = Steps()
+    monkeypatch.setattr(engine_module, "advance", counter)
+    yield counter
+    counter.go_on.set()
+
+
+def picture(seed: int = 0) -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def request(seed: int = 1, earlier: int = 1, **fields: Any) -> pb.RenderFrameRequest:
+    """A small job with `earlier` references, and any field replaced."""
+    references = [pb.Reference(image=picture(i), description=f"frame {i}") for i in range(earlier)]
+    base = {"description": "a fox and a lamp", "seed": seed, "references": references}
+    return pb.RenderFrameRequest(**{**base, **fields})
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for the other side to notice something."""
+    for _ in range(int(WAIT_S * 100)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never happened")
+
+
+async def test_progress_previews_and_at_last_the_picture(service: Service) -> None:
+    events = await service.events(request(earlier=3, preview_every_steps=2))
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds == ["queued", "progress", "progress", "preview", "progress", "progress", "frame"]
+    assert [e.progress.step for e in events if e.WhichOneof("event") == "progress"] == [1, 2, 3, 4]
+    preview = next(e.preview for e in events if e.WhichOneof("event") == "preview")
+    assert Image.open(io.BytesIO(preview.image)).format == "WEBP"
+    frame = events[-1].frame
+    image = Image.open(io.BytesIO(frame.image))
+    assert (image.format, image.size) == ("PNG", (64, 64))
+    assert frame.sha256 == hashlib.sha256(frame.image).hexdigest()
+    assert (frame.width_px, frame.height_px, frame.seed, frame.steps) == (64, 64, 1, 4)
+    assert (frame.text_guidance, frame.image_guidance) == (2.0, 1.5)
+    assert frame.pack_digest == service.engine.models["tiny"].manifest.digest
+    assert frame.render_s > 0
+
+
+async def test_same_request_same_bytes_and_another_seed_others(service: Service) -> None:
+    first, again = [await service.frame(request(seed=5)) for _ in range(2)]
+    assert first.image == again.image
+    assert (await service.frame(request(seed=6))).sha256 != first.sha256
+    assert (await service.frame(request(seed=5, earlier=0))).sha256 != first.sha256
+
+
+async def test_what_is_asked_for_is_what_is_told(service: Service) -> None:
+    frame = await service.frame(
+        request(width_px=96, height_px=32, steps=2, text_guidance=0.0, image_guidance=0.0, seed=2**64 - 1)
+    )
+    assert Image.open(io.BytesIO(frame.image)).size == (96, 32)
+    assert (frame.steps, frame.text_guidance, frame.image_guidance, frame.seed) == (2, 0.0, 0.0, 2**64 - 1)
+
+
+async def test_requests_in_flight_are_drawn_together(service: Service, steps: Steps) -> None:
+    steps.go_on.clear()
+    calls = [asyncio.create_task(service.frame(request(seed=i, earlier=i % 4))) for i in range(8)]
+    await until(lambda: len(service.engine._running) + len(service.engine._waiting) == 8)
+    steps.go_on.set()
+    frames = await asyncio.gather(*calls)
+    assert len({frame.sha256 for frame in frames}) == 8
+    page = generate_latest(service.registry).decode()
+    assert 'frame_jobs_total{outcome="rendered"} 8.0' in page
+    values = {line.split(" ")[0]: float(line.split(" ")[1]) for line in page.splitlines() if not line.startswith("#")}
+    assert values["frame_steps_total"] <= 8  # the first may be a step or four ahead; alone it would be 32
+    assert values["frame_rows_total"] == 4 * sum((2, 5, 7, 9)) * 2
+
+
+BAD: list[tuple[str, dict[str, Any], str, str]] = [
+    ("empty description", {"description": " \n"}, "DESCRIPTION_EMPTY", "description"),
+    ("long description", {"description": "x" * 200}, "DESCRIPTION_TOO_LONG", "description"),
+    ("unknown pack", {"pack": "oil-painting"}, "PACK_UNKNOWN", "pack"),
+    ("odd width", {"width_px": 63}, "VALUE_OUT_OF_RANGE", "width_px"),
+    ("huge frame", {"width_px": 4096, "height_px": 4096}, "VALUE_OUT_OF_RANGE", "width_px"),
+    ("too many steps", {"steps": 100_000}, "VALUE_OUT_OF_RANGE", "steps"),
+    ("negative guidance", {"text_guidance": -1.0}, "VALUE_OUT_OF_RANGE", "text_guidance"),
+    ("guidance is not a number", {"image_guidance": float("nan")}, "VALUE_OUT_OF_RANGE", "image_guidance"),
+    ("four references", {"references": [pb.Reference(image=picture())] * 4}, "TOO_MANY_REFERENCES", "references"),
+    ("not a picture", {"references": [pb.Reference(image=b"GIF89a")]}, "IMAGE_UNREADABLE", "references[0].image"),
+    ("cut picture", {"references": [pb.Reference(image=picture()[:99])]}, "IMAGE_UNREADABLE", "references[0].image"),
+    ("no picture", {"references": [pb.Reference(description="x")]}, "IMAGE_MISSING", "references[0].image"),
+    (
+        "heavy picture",
+        {"references": [pb.Reference(image=picture()), pb.Reference(image=b"x" * (9 << 20))]},
+        "IMAGE_TOO_LARGE",
+        "references[1].image",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "reason", "field"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+async def test_bad_input_has_a_stable_reason_and_names_its_field(
+    service: Service, fields: dict[str, Any], reason: str, field: str
+) -> None:
+    code, info, status = await service.refusal(service.call(request(**fields)))
+    assert (code, info.reason, info.metadata["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, reason, field)
+    bad = error_details_pb2.BadRequest()
+    assert any(detail.Unpack(bad) for detail in status.details)
+    assert bad.field_violations[0].field == field
+    assert (await service.frame(request())).image  # and nothing else is disturbed
+
+
+@pytest.mark.parametrize("token", [None, "", "x" * 64, TOKEN[:-1]])
+async def test_without_the_installation_token_nothing_is_drawn(
+    service: Service, steps: Steps, token: str | None
+) -> None:
+    code, info, _ = await service.refusal(service.call(request(), token=token))
+    assert (code, info.reason) == (grpc.StatusCode.UNAUTHENTICATED, "INSTALLATION_TOKEN_INVALID")
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await service.stub.ListPacks(pb.ListPacksRequest())
+    assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert not steps.count
+
+
+async def test_cancelling_the_call_stops_the_job_within_two_steps(service: Service, steps: Steps) -> None:
+    call = service.call(request(seed=1, steps=200))
+    async for event in call:
+        if event.progress.step == 3:
+            break
+    steps.go_on.clear()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await anext(aiter(call))
+    await until(lambda: any(ticket.cancelled for ticket in service.engine._running))
+    before = steps.count[1]
+    steps.go_on.set()
+    assert (await service.frame(request(seed=2))).image
+    assert steps.count[1] <= before + 2
+    assert steps.count[1] < 200
+
+
+async def test_one_cancelled_call_leaves_the_others_alone(service: Service, steps: Steps) -> None:
+    alone = await service.frame(request(seed=2))
+    call = service.call(request(seed=1, steps=200))
+    other = asyncio.create_task(service.frame(request(seed=2)))
+    await anext(aiter(call))
+    call.cancel()
+    assert (await other).width_px == alone.width_px
+    assert steps.count[2] == 8
+
+
+async def test_overload_is_refused_at_once_with_advice(small_service: Service, steps: Steps) -> None:
+    steps.go_on.clear()
+    running = asyncio.create_task(small_service.frame(request(seed=1)))
+    await until(lambda: bool(small_service.engine._running))
+    waiting = small_service.call(request(seed=2))
+    queued = await anext(aiter(waiting))
+    assert queued.queued.ahead_count == 1
+    code, info, status = await small_service.refusal(small_service.call(request(seed=3)))
+    assert (code, info.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    advice = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(advice) for detail in status.details)
+    assert advice.retry_delay.ToNanoseconds() >= 1e9
+    steps.go_on.set()
+    assert (await running).image
+    assert [event async for event in waiting][-1].frame.image
+    assert 3 not in steps.count
+
+
+async def test_a_deadline_that_has_passed_starts_nothing(service: Service, steps: Steps) -> None:
+    code, info, _ = await service.refusal(service.call(request(), ("fabula-timeout-ms", "0")))
+    assert (code, info.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+    assert not steps.count
+
+
+async def test_a_deadline_ends_what_is_being_drawn(service: Service, steps: Steps) -> None:
+    steps.go_on.clear()
+    code, info, _ = await service.refusal(service.call(request(seed=1), ("fabula-timeout-ms", "300")))
+    steps.go_on.set()
+    assert (code, info.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+    assert (await service.frame(request(seed=2))).image
+    assert steps.count.get(1, 0) <= 2
+
+
+async def test_a_bug_is_told_as_an_id_and_never_with_its_insides(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: Any) -> Any:
+        raise RuntimeError("/home/me/secret.py line 3")
+
+    monkeypatch.setattr(engine_module, "sketch_of", bug)
+    code, info, status = await service.refusal(service.call(request()))
+    assert (code, info.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    assert "secret" not in str(status)
+    assert info.metadata["error_id"]
+
+
+async def test_a_frame_that_cannot_be_drawn_fails_by_name(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of memory at 0x7f")
+
+    monkeypatch.setattr(engine_module, "advance", fails)
+    code, info, status = await service.refusal(service.call(request()))
+    assert (code, info.reason) == (grpc.StatusCode.INTERNAL, "RENDER_FAILED")
+    assert "0x7f" not in str(status)
+
+
+async def test_packs_are_listed_with_what_they_take(service: Service) -> None:
+    response = await service.stub.ListPacks(pb.ListPacksRequest(), metadata=[("fabula-token", TOKEN)])
+    (pack,) = response.packs
+    manifest = service.engine.models["tiny"].manifest
+    assert (pack.name, pack.digest, pack.architecture) == ("tiny", manifest.digest, "storygen")
+    assert (pack.width_px, pack.height_px, pack.default_steps, pack.max_references) == (64, 64, 4, 3)
+    assert (pack.default_text_guidance, pack.default_image_guidance) == (2.0, 1.5)
+
+
+async def test_health_is_served_for_probes(service: Service) -> None:
+    health = health_pb2_grpc.HealthStub(service.channel)
+    for name in ("", "fabula.frame.v1.FrameService"):
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -1,0 +1,73 @@
+"""Settings of the frame service: one default each, and a bad one is named before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.frame.config import FrameSettings
+from services.frame.service import FrameDeployment, app, load_engine
+from services.models.errors import PackNotFound
+from services.models.tiny import build_tiny_pack
+from services.runtime.config import ConfigInvalid, Installation
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FABULA_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_first_pack_is_the_default() -> None:
+    assert FrameSettings.load().pack_names == ("toon",)
+    assert FrameSettings.load(packs="a, b,").pack_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"max_running": 0}, "MAX_RUNNING"),
+        ({"colour": "red"}, "COLOUR"),
+        ({"packs": " ,"}, "PACKS"),
+        ({"dtype": "float8"}, "DTYPE"),
+    ],
+)
+def test_a_bad_setting_is_named(given: dict[str, object], name: str) -> None:
+    with pytest.raises(ConfigInvalid, match=f"FABULA_FRAME_{name}"):
+        FrameSettings.load(**given)
+    with pytest.raises(ConfigInvalid, match=f"FABULA_FRAME_{name}"):
+        app(dict(given))
+
+
+def test_threads_default_to_the_cores_there_are() -> None:
+    assert FrameSettings.load().thread_count >= 1
+    assert FrameSettings.load(threads=3).thread_count == 3
+
+
+def test_an_engine_is_warmed_with_the_packs_it_is_given(home: Path) -> None:
+    build_tiny_pack(home / "packs" / "one", name="one", captions=False)
+    build_tiny_pack(home / "packs" / "two", name="two", captions=False, seed=1)
+    engine = load_engine(FrameSettings.load(packs="two,one", threads=1, max_running=2), Installation.load())
+    try:
+        assert engine.is_healthy
+        assert (engine.default_pack, sorted(engine.models)) == ("two", ["one", "two"])
+        assert engine.models["one"].manifest.digest != engine.models["two"].manifest.digest
+    finally:
+        engine.stop()
+    with pytest.raises(PackNotFound):
+        load_engine(FrameSettings.load(packs="absent", threads=1), Installation.load())
+
+
+def test_a_replica_that_cannot_start_says_why_in_a_plain_exception() -> None:
+    """Anything else would make Ray's other processes import torch to read it."""
+    with pytest.raises(RuntimeError, match="PackNotFound") as raised:
+        FrameDeployment(FrameSettings.load(packs="absent", threads=1).model_dump())
+    assert type(raised.value) is RuntimeError
+    assert raised.value.__cause__ is None
+
+
+def test_the_application_lets_the_engine_refuse() -> None:
+    deployment = app({"max_running": 4, "max_queued": 10})._bound_deployment
+    assert deployment.max_ongoing_requests > 4 + 10
+    assert deployment.init_args[0]["max_running"] == 4
