@@ -186,6 +186,9 @@ def ray_variables(installation: Installation) -> dict[str, str]:
         # A killed proxy is back after 4 s with these; the defaults mean an outage of 40 s.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+        # What a `worker_process_setup_hook` becomes, for every worker and without the runtime environment it would cost.
+        "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "services.runtime.loopback.install",
+        "DASHBOARD_METRIC_PORT": str(installation.port_base + 13),  # one for all clusters of a machine by default
         "RAY_ROTATION_MAX_BYTES": str(8 << 20),
         "RAY_ROTATION_BACKUP_COUNT": "1",
     }
@@ -206,6 +209,7 @@ def ports_of(installation: Installation) -> dict[str, int]:
         "Ray metrics agent": base + 9,
         "Ray dashboard agent": base + 11,
         "Ray runtime environment agent": base + 12,
+        "Ray head metrics": base + 13,
     }
 
 

@@ -21,7 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fabula_cli.report import duration
+from fabula_cli.report import clean, duration
 
 
 @dataclass(kw_only=True)
@@ -69,9 +69,9 @@ class Telling:
         match event:
             case StateChanged():
                 self.state = event.state
-                self.trouble = event.error.message if event.error else ""
+                self.trouble = clean(event.error.message) if event.error else ""
             case CaptionWritten():
-                self._frame(event.frame_index, now_s).caption = event.caption
+                self._frame(event.frame_index, now_s).caption = clean(event.caption)
             case DescriptionWritten():
                 self._frame(event.frame_index, now_s).described = True
             case FrameQueued():
@@ -82,7 +82,7 @@ class Telling:
                 frame.eta_s, frame.eta_at_s = event.eta_s, now_s
             case FrameFinished() if event.frame.index > 0:
                 frame = self._frame(event.frame.index, now_s)
-                frame.caption, frame.described, frame.step = event.frame.caption, True, frame.step_count
+                frame.caption, frame.described, frame.step = clean(event.frame.caption), True, frame.step_count
                 if frame.finished_s is None:
                     frame.finished_s = now_s
                     self.finished_count += 1
@@ -148,9 +148,9 @@ def lines(event: StoryEvent, telling: Telling, now_s: float) -> Iterable[str]:
     match event:
         case StateChanged():
             why = f": {event.error.message}" if event.error else ""
-            yield escape(f"{elapsed:>8}  {event.state}{why}")
+            yield escape(clean(f"{elapsed:>8}  {event.state}{why}"))
         case CaptionWritten():
-            yield escape(f"{elapsed:>8}  frame {event.frame_index}/{telling.frame_count}  {event.caption}")
+            yield escape(clean(f"{elapsed:>8}  frame {event.frame_index}/{telling.frame_count}  {event.caption}"))
         case FrameFinished() if event.frame.index > 0:
             eta = telling.eta_s(now_s)
             left = f", about {duration(eta)} left" if eta else ""

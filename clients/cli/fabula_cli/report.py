@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import unicodedata
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -37,6 +38,13 @@ def plain(value: Any) -> Any:
     return value
 
 
+def clean(text: str) -> str:
+    """A text that a model or a stranger wrote, safe to show: control characters could steer a terminal or break a page."""
+    return "".join(
+        " " if unicodedata.category(letter) in ("Cc", "Cs") and letter != "\n" else letter for letter in text
+    )
+
+
 def say_json(value: Any, *, indent: int | None = 1) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(plain(value), indent=indent, ensure_ascii=False) + "\n")
@@ -48,7 +56,7 @@ def fail(message: str, *, status: int, as_json: bool = False, reason: str = "FAI
     if as_json:
         say_json({"error": {"reason": reason, "message": message, **more}})
     else:
-        aside.print(f"[bold red]✗[/] {escape(message)}")
+        aside.print(f"[bold red]✗[/] {escape(clean(message))}")
     raise typer.Exit(status)
 
 

@@ -27,7 +27,7 @@ from fabula_cli import exits
 from fabula_cli.installation import Installation
 from fabula_cli.options import AsJson, Home, PortBase, StoryId, Target
 from fabula_cli.progress import Telling, lines, picture
-from fabula_cli.report import aside, duration, fail, people, plain, say_json
+from fabula_cli.report import aside, clean, duration, fail, people, plain, say_json
 from fabula_cli.storybook import Storybook, write_storybook
 
 app = typer.Typer(no_args_is_help=True, help="Continue stories, follow them, keep them.")
@@ -59,6 +59,8 @@ def connected(home: Path | None, port_base: int | None, target: str | None, as_j
                 field_violations=faults,
                 request_id=error.request_id,
             )
+        except UnicodeError as error:
+            fail(f"a text holds bytes that are not UTF-8: {error}", status=exits.USAGE, as_json=as_json)
 
 
 @app.command("continue")
@@ -67,9 +69,9 @@ def continue_(
         Path, typer.Option(help="The first picture: PNG, JPEG, WebP, GIF or TIFF.", exists=True, dir_okay=False)
     ],
     caption: Annotated[str, typer.Option(help="The first picture's story caption.")],
-    frames: Annotated[int | None, typer.Option(help="Frames to add, 1 to 20.", show_default="4")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to add, 1 to 20.", min=1, max=20, show_default="4")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Same seed, same story on this machine.", show_default="random")
+        int | None, typer.Option(help="Same seed, same story.", min=0, max=2**53 - 1, show_default="random")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the finished story.", file_okay=False)] = None,
     pack: Annotated[
@@ -288,11 +290,11 @@ def _answer(story: Story, book: Storybook | None, as_json: bool) -> None:
         return
     people.print(f"[bold]{escape(story.story_id)}[/]  {story.state}  seed {story.settings.seed}")
     if story.error is not None:
-        people.print(f"[red]{escape(story.error.message)}[/] ({escape(story.error.reason)})")
+        people.print(f"[red]{escape(clean(story.error.message))}[/] ({escape(story.error.reason)})")
     for frame in story.frames:
         took = f"  [dim]{duration(frame.timings.total_s)}[/]" if frame.timings else ""
-        people.print(f"  {frame.index}  {escape(frame.caption)}{took}")
+        people.print(f"  {frame.index}  {escape(clean(frame.caption))}{took}")
         if frame.index and frame.description:
-            people.print(f"     [dim]{escape(frame.description)}[/]")
+            people.print(f"     [dim]{escape(clean(frame.description))}[/]")
     if book is not None:
         people.print(f"[green]✓[/] {escape(str(book.page))}  {book.contact_sheet.name}  {book.data.name}")

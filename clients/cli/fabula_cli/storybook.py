@@ -18,7 +18,7 @@ from fabula_client import Frame, Story
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
-from fabula_cli.report import duration, plain
+from fabula_cli.report import clean, duration, plain
 
 SHEET_FRAME_PX = 256
 SHEET_MARGIN_PX = 16
@@ -76,9 +76,9 @@ def story_page(story: Story, images: Mapping[str, bytes], title: str = "") -> st
         {
             "index": frame.index,
             "given": frame.given,
-            "caption": frame.caption,
-            "description": frame.description,
-            "alt": frame.description or frame.caption,
+            "caption": clean(frame.caption),
+            "description": clean(frame.description),
+            "alt": clean(frame.description or frame.caption),
             "source": data_url(images[frame.image_sha256]) if frame.image_sha256 in images else "",
             "width": frame.width_px,
             "height": frame.height_px,
@@ -90,7 +90,7 @@ def story_page(story: Story, images: Mapping[str, bytes], title: str = "") -> st
         title=title or story_title(story),
         story_id=story.story_id,
         state=str(story.state),
-        error=story.error,
+        error=story.error and {"reason": story.error.reason, "message": clean(story.error.message)},
         created=story.created.strftime("%d %B %Y, %H:%M UTC") if story.created else "",
         settings=story_facts(story),
         frames=frames,
@@ -106,7 +106,7 @@ def index_page(stories: Sequence[tuple[str, Story, Path]]) -> str:
             "state": str(story.state),
             "page": f"{folder.as_posix()}/story.html",
             "sheet": f"{folder.as_posix()}/contact_sheet.png",
-            "captions": [frame.caption for frame in story.frames],
+            "captions": [clean(frame.caption) for frame in story.frames],
         }
         for name, story, folder in stories
     ]
@@ -115,7 +115,7 @@ def index_page(stories: Sequence[tuple[str, Story, Path]]) -> str:
 
 def story_title(story: Story) -> str:
     """The first caption, shortened."""
-    caption = story.frames[0].caption if story.frames else "A story"
+    caption = clean(story.frames[0].caption) if story.frames else "A story"
     return textwrap.shorten(caption, 80, placeholder=" …") or "A story"
 
 
@@ -159,7 +159,7 @@ def contact_sheet(frames: Sequence[tuple[Frame, bytes]]) -> Image.Image:
     """The frames in reading order with their captions below, at most five a row."""
     font = ImageFont.load_default(size=15)
     columns = max(1, min(SHEET_COLUMNS, len(frames)))
-    texts = [_wrapped(frame.caption, font, SHEET_FRAME_PX) for frame, _ in frames]
+    texts = [_wrapped(clean(frame.caption), font, SHEET_FRAME_PX) for frame, _ in frames]
     line_px = 19
     text_px = max((len(lines) for lines in texts), default=1) * line_px
     cell_w, cell_h = SHEET_FRAME_PX + SHEET_MARGIN_PX, SHEET_FRAME_PX + text_px + 2 * SHEET_MARGIN_PX
@@ -171,11 +171,9 @@ def contact_sheet(frames: Sequence[tuple[Frame, bytes]]) -> Image.Image:
         y = SHEET_MARGIN_PX + place // columns * cell_h
         with Image.open(io.BytesIO(data)) as opened:
             image = opened.convert("RGB")
-        enlarging = image.width < SHEET_FRAME_PX
-        image.thumbnail((SHEET_FRAME_PX, SHEET_FRAME_PX)) if not enlarging else None
-        if enlarging:
-            scale = SHEET_FRAME_PX / max(image.size)
-            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+        scale = SHEET_FRAME_PX / max(image.size)
+        fitting = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(fitting, Image.Resampling.LANCZOS)
         sheet.paste(image, (x + (SHEET_FRAME_PX - image.width) // 2, y + (SHEET_FRAME_PX - image.height) // 2))
         for number, line in enumerate(lines):
             draw.text((x, y + SHEET_FRAME_PX + 8 + number * line_px), line, fill="#2b2622", font=font)
