@@ -111,6 +111,7 @@ def prepare_environment(settings: DriverSettings) -> None:
             # Without this vLLM pins its threads to cores, and a second engine on the machine to the same ones.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(settings.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads would take the cores that draw frames
         }
     for name, value in wanted.items():
         os.environ.setdefault(name, value)

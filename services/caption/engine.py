@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from PIL import Image
 
 from services.caption.driver import Ask, Driver
 from services.caption.image import read_image
-from services.caption.job import DescribeJob, Sampling, StoryJob, Written
+from services.caption.job import DescribeJob, Finish, Sampling, StoryJob, Written
 from services.models import llava, prompts
 from services.models.pack import Pack
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
@@ -35,9 +36,11 @@ CAPTION_CHARACTERS_MAX = 2000  # of one caption that comes in
 CAPTIONS_MAX = 1000  # captions so far; the prompt's window keeps what fits
 TEXT_CHARACTERS_MAX = 1000  # of a text that goes out
 STORY, DESCRIPTIVE = llava.ADAPTERS
-DEFAULT_TOKENS = {STORY: 64, DESCRIPTIVE: 96}  # the world's longest caption has 45 tokens, its longest description 90
+# The world's longest caption has 45 tokens, its longest description 79, and a frame's text encoder reads 94.
+DEFAULT_TOKENS = {STORY: 64, DESCRIPTIVE: 90}
 RETRY_TEMPERATURE = 0.7  # at least this for another try: a greedy try would only repeat itself
 
+_SENTENCE_END = re.compile(r"[.!?…。！？؟]+[\"'”’»)]*(?=\s|$)")
 _EXAMPLE = "Once upon a time there was a small bear who found a red kite."
 
 
@@ -182,6 +185,8 @@ class CaptionEngine:
                 reply = await self._driver.generate(self._ask(prompt, picture, adapter, sampling, attempt))
                 tokens += len(reply.ids)
                 text = readable(self.model.tokenizer.decode(reply.ids))
+                if reply.finish is Finish.LENGTH:
+                    text = whole_sentences(text)
                 if text:
                     outcome = "written"
                     return Written(
@@ -245,6 +250,12 @@ def readable(text: str) -> str:
     for token in SPECIAL_TOKENS:
         text = text.replace(token, " ")
     return prompts.clean(text.replace("\ufffd", ""))[:TEXT_CHARACTERS_MAX].strip()
+
+
+def whole_sentences(text: str) -> str:
+    """A text that was cut off, without its unfinished last sentence; as it is when it holds no whole one."""
+    ends = list(_SENTENCE_END.finditer(text))
+    return text[: ends[-1].end()].strip() if ends else text
 
 
 def derived_seed(seed: int, attempt: int) -> int:

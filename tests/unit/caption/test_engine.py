@@ -11,17 +11,18 @@ import pytest
 from PIL import Image
 
 from services.caption.driver import Ask, Reply
-from services.caption.engine import CaptionEngine, CaptionModel, derived_seed, readable
+from services.caption.engine import CaptionEngine, CaptionModel, derived_seed, readable, whole_sentences
 from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob
-from services.models.tiny import byte_tokenizer
+from services.models.tokenizer import StoryTokenizer
+from services.runtime.config import SHIPPED_PACKS
 from services.runtime.errors import CaptionNotWritten, QueueFull
 
 MODEL = CaptionModel(
     pack_name="tiny",
     pack_digest="d" * 64,
     architecture="llava",
-    tokenizer=byte_tokenizer(),
+    tokenizer=StoryTokenizer.load(SHIPPED_PACKS / "toon" / "tokenizer"),
     image_px=32,
     image_tokens_count=4,
     context_tokens=512,
@@ -86,14 +87,14 @@ async def test_each_question_goes_to_its_adapter_with_its_length() -> None:
     engine = CaptionEngine(MODEL, driver)
     assert (await engine.write_caption(STORY)).text == "One."
     assert (await engine.describe(DESCRIBE)).text == "Two."
-    assert [(ask.adapter, ask.max_tokens) for ask in driver.asks] == [("story", 64), ("descriptive", 96)]
+    assert [(ask.adapter, ask.max_tokens) for ask in driver.asks] == [("story", 64), ("descriptive", 90)]
 
 
 async def test_an_empty_answer_is_tried_again_with_another_seed_and_some_heat() -> None:
     driver = ScriptedDriver(["", " \n\x07", "At last."])
     written = await CaptionEngine(MODEL, driver).write_caption(STORY)
     assert written.text == "At last."
-    assert written.completion_tokens == len(" \n\x07At last.")
+    assert written.completion_tokens == len(MODEL.tokenizer.encode(" \n\x07")) + len(MODEL.tokenizer.encode("At last."))
     assert len({ask.seed for ask in driver.asks}) == 3
     assert [ask.temperature for ask in driver.asks] == [0.0, 0.7, 0.7]
 
@@ -124,6 +125,20 @@ async def test_one_request_too_many_is_refused_at_once() -> None:
 def test_what_goes_out_is_one_clean_line() -> None:
     assert readable(" A <image> cat\n<eos>\x00 ran\ufffd. ") == "A cat ran."
     assert len(readable("x" * 5000)) == 1000
+
+
+@pytest.mark.parametrize(
+    ("cut", "whole"),
+    [
+        ("It ran. It saw a", "It ran."),
+        ('"Help!" cried Mo. Then', '"Help!" cried Mo.'),
+        ('He said "Wait!" And', 'He said "Wait!"'),
+        ("It ran and ran", "It ran and ran"),
+        ("A 3.5 m kite. It", "A 3.5 m kite."),
+    ],
+)
+def test_a_text_that_was_cut_off_ends_with_its_last_whole_sentence(cut: str, whole: str) -> None:
+    assert whole_sentences(cut) == whole
 
 
 def test_tries_have_unrelated_seeds_that_vllm_takes() -> None:

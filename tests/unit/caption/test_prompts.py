@@ -7,12 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.models import prompts
-from services.models.tiny import byte_tokenizer
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
 from services.runtime.config import SHIPPED_PACKS
 
 TOKENIZER = StoryTokenizer.load(SHIPPED_PACKS / "toon" / "tokenizer")
-BYTES = byte_tokenizer()
 BUDGET = 385
 
 hostile = st.lists(
@@ -90,9 +88,9 @@ def test_the_wording_is_the_reports() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(alphabet="ab ", min_size=1, max_size=150), min_size=1, max_size=40), st.integers(190, 420))
+@given(st.lists(st.text(alphabet="ab ", min_size=1, max_size=150), min_size=1, max_size=40), st.integers(120, 420))
 def test_the_window_fits_and_keeps_the_first_and_the_newest(captions: list[str], budget: int) -> None:
-    prompt = prompts.story_prompt(BYTES, captions, budget)
+    prompt = prompts.story_prompt(TOKENIZER, captions, budget)
     kept = prompt.captions_kept
     assert len(prompt.ids) <= budget
     assert kept[-1] == len(captions) - 1
