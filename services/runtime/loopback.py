@@ -1,8 +1,9 @@
 """Keeps Ray Serve's own servers on this machine.
 
-Serve binds its gRPC ingress, and a port of each replica that unpickles whatever it is sent, to every interface, and has no setting
-for it. On one machine nobody outside has business there, so every worker of the local node runs `install` first: a server
-told to listen everywhere then listens on loopback. In a cluster this is not used; network policies close those ports there.
+Serve binds its gRPC ingress, and a port of each replica that unpickles whatever it is sent, to every interface, and
+has no setting for it. On one machine nobody outside has business there, so every worker of the local node runs
+`install` first: a server told to listen everywhere then listens on loopback. In a cluster this is not used; network
+policies close those ports there.
 """
 
 from __future__ import annotations

@@ -1,0 +1,122 @@
+"""The folder that a story leaves: self-contained, escaped, accessible."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fabula_cli.storybook import contact_sheet, index_page, story_page, write_storybook
+from fabula_client import Reason, State
+from PIL import Image
+
+from tests.unit.cli.beginnings import NASTY, made_story
+
+
+class Page(HTMLParser):
+    """What a browser would see."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_a_storys_own_text_is_only_ever_text() -> None:
+    story, images = made_story([NASTY, NASTY], description=NASTY, error=Reason(reason="X", message=NASTY))
+    text = story_page(story, images)
+    page = Page(text)
+    assert page.all("script") == []
+    assert page.all("image") == []
+    assert "<script>alert(1)</script>" in page.words  # shown, as written
+    assert "{{ 7*7 }}" in page.words  # not evaluated
+    assert page.all("img")[1]["alt"] is not None
+    assert "<script>alert(1)</script>" in str(page.all("img")[1]["alt"])
+    assert "\x1b" not in text
+
+
+def test_the_page_needs_nothing_from_outside() -> None:
+    story, images = made_story(["One.", "Two.", "Three."])
+    text = story_page(story, images)
+    page = Page(text)
+    sources = [str(attributes["src"]) for attributes in page.all("img")]
+    assert len(sources) == 3
+    for source, data in zip(sources, images.values(), strict=True):
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == data
+    assert page.all("link") == []
+    assert re.findall(r"(?:https?:)?//[a-z]", re.sub(r"data:[^\"]+", "", text)) == []
+    policy = next(attributes for attributes in page.all("meta") if attributes.get("http-equiv"))
+    assert "default-src 'none'" in str(policy["content"])
+
+
+def test_the_page_tells_how_each_frame_was_made() -> None:
+    story, images = made_story(["One.", "Two."])
+    words = Page(story_page(story, images)).words
+    for fact in ("1001", "2001", "3001", "5.2 s", "sha256:feed", "A fox on a hill.", story.frames[1].image_sha256):
+        assert fact in words
+
+
+def test_every_picture_has_alternative_text_and_a_size() -> None:
+    story, images = made_story(["One.", "Two."])
+    for attributes in Page(story_page(story, images)).all("img"):
+        assert attributes["alt"]
+        assert attributes["width"] == "64"
+
+
+def test_a_folder_holds_sheet_page_data_and_frames(tmp_path: Path) -> None:
+    story, images = made_story(["One.", "Two.", "Three."])
+    (tmp_path / "frame-9.png").write_bytes(b"of an earlier, longer story")
+    book = write_storybook(tmp_path, story, images)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "contact_sheet.png",
+        "frame-0.png",
+        "frame-1.png",
+        "frame-2.png",
+        "story.html",
+        "story.json",
+    ]
+    document = json.loads(book.data.read_text())
+    assert document["state"] == "succeeded"
+    assert document["settings"]["seed"] == 7
+    for frame in document["frames"]:
+        assert (tmp_path / frame["image"]).read_bytes() == images[frame["image_sha256"]]
+    with Image.open(book.contact_sheet) as sheet:
+        assert sheet.width > 3 * 256
+
+
+def test_a_story_that_failed_half_way_keeps_what_it_has(tmp_path: Path) -> None:
+    error = Reason(reason="RENDER_FAILED", message="It could not be drawn.")
+    story, images = made_story(["One.", "Two."], state=State.FAILED, error=error, undrawn=frozenset({1}))
+    book = write_storybook(tmp_path, story, images)
+    assert [path.name for path in book.frames] == ["frame-0.png"]
+    assert json.loads(book.data.read_text())["frames"][1]["image"] is None
+    assert "RENDER_FAILED" in book.page.read_text()
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 21])
+@pytest.mark.parametrize("size", [(64, 64), (512, 128), (3, 900)])
+def test_a_contact_sheet_holds_any_number_and_shape(count: int, size: tuple[int, int]) -> None:
+    captions = ["שלום 👋 " + "word " * 80, "x" * 400, ""] * 7
+    story, images = made_story(captions[:count], size=size)
+    sheet = contact_sheet([(frame, images[frame.image_sha256]) for frame in story.frames])
+    assert sheet.width == min(count, 5) * 272 + 16
+
+
+def test_the_index_leads_to_every_story() -> None:
+    story, _ = made_story([NASTY, "Two."])
+    page = Page(index_page([("first", story, Path("first")), ("second", story, Path("second"))]))
+    assert [attributes["href"] for attributes in page.all("a")][::2] == ["first/story.html", "second/story.html"]
+    assert page.all("script") == []
