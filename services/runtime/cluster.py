@@ -186,7 +186,7 @@ def ray_variables(installation: Installation) -> dict[str, str]:
         # A killed proxy is back after 4 s with these; the defaults mean an outage of 40 s.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
-        # What a `worker_process_setup_hook` becomes, for every worker and without the runtime environment it would cost.
+        # What a `worker_process_setup_hook` becomes, for every worker and without a runtime environment's cost.
         "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "services.runtime.loopback.install",
         "DASHBOARD_METRIC_PORT": str(installation.port_base + 13),  # one for all clusters of a machine by default
         "RAY_ROTATION_MAX_BYTES": str(8 << 20),

@@ -39,10 +39,9 @@ def plain(value: Any) -> Any:
 
 
 def clean(text: str) -> str:
-    """A text that a model or a stranger wrote, safe to show: control characters could steer a terminal or break a page."""
-    return "".join(
-        " " if unicodedata.category(letter) in ("Cc", "Cs") and letter != "\n" else letter for letter in text
-    )
+    """A model's or a stranger's text, safe to show: control characters could steer a terminal or break a page."""
+    steering = ("Cc", "Cs")  # control characters and lone surrogates
+    return "".join(" " if unicodedata.category(each) in steering and each != "\n" else each for each in text)
 
 
 def say_json(value: Any, *, indent: int | None = 1) -> None:

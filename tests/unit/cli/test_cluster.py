@@ -1,4 +1,4 @@
-"""The supervisor's decisions: what it starts, how often, and what its record says. Programs here are small ones of our own."""
+"""The supervisor: what it starts, how often, what its record says. The programs here are small ones of our own."""
 
 from __future__ import annotations
 
