@@ -6,7 +6,7 @@ Phases, each with a checkpoint of its own in the training folder, so that an int
 
     sight        the vision tower reads a scene's truth off its picture (`captions_sight`)
     words        the whole model says what it sees ("Describe the picture.") on single frames
-    base         all three questions on stories, full weights: this is the base that is shipped
+    base         both questions about stories, full weights: this is the base that is shipped
     story        a LoRA on the frozen base: the next caption
     descriptive  a LoRA on the frozen base: the description of a caption
 
@@ -66,6 +66,7 @@ class Phase:
     frames_ratio: float = 0.0  # share of the steps that look at single frames instead of stories
     matrix_rate: float = 0.02
     rate: float = 2e-3
+    learn_captions_so_far: bool = False  # see `RowRecipe`
     seed: int = 0
     minutes: float | None = None  # end earlier when this much time is over; the learning rate still ends at zero
 
@@ -93,17 +94,18 @@ class CaptionsRecipe:
     words: Phase = Phase(name="words", steps=260, rows_per_step=32, tasks=("describe",), frames_ratio=1.0)
     base: Phase = Phase(
         name="base",
-        steps=1000,
-        rows_per_step=10,
-        tasks=("describe", "story", "descriptive"),
-        frames_ratio=0.15,
-        minutes=30.0,
+        steps=2000,
+        rows_per_step=12,
+        tasks=("story", "descriptive"),
+        frames_ratio=0.1,
+        learn_captions_so_far=True,
+        minutes=43.0,
     )
     story: Phase = Phase(
-        name="story", steps=150, rows_per_step=16, tasks=("story",), matrix_rate=0.0, seed=1, minutes=5.0
+        name="story", steps=150, rows_per_step=16, tasks=("story",), matrix_rate=0.0, seed=1, minutes=3.0
     )
     descriptive: Phase = Phase(
-        name="descriptive", steps=200, rows_per_step=16, tasks=("descriptive",), matrix_rate=0.0, seed=2, minutes=6.0
+        name="descriptive", steps=200, rows_per_step=16, tasks=("descriptive",), matrix_rate=0.0, seed=2, minutes=5.0
     )
     adapter_rank: int = 8
     adapter_alpha: float = 16.0
@@ -139,7 +141,7 @@ def draw_rows(
     """The rows of one step, from the phase's seed and the step alone."""
     rng = random.Random(f"{phase.name} {phase.seed} {step}")
     if stories is None or rng.random() < phase.frames_ratio:
-        count = phase.rows_per_step if stories is None else 3 * phase.rows_per_step  # a third as long as story rows
+        count = phase.rows_per_step if stories is None else 3 * phase.rows_per_step  # these rows are much shorter
         for _ in range(count):
             yield frame_row(frames, rng.choice(frames.frames), recipe, tokenizer, rng)
     else:
@@ -192,7 +194,12 @@ class SpeechTrainee:
     ) -> None:
         self.model, self.phase, self.tokenizer = model, phase, tokenizer
         self.drawn, self.held_out = drawn, held_out
-        self.rows = RowRecipe(phase.tasks, shape.image_tokens_count, shape.context_tokens)
+        self.rows = RowRecipe(
+            tasks=phase.tasks,
+            image_tokens_count=shape.image_tokens_count,
+            context_tokens=shape.context_tokens,
+            learn_captions_so_far=phase.learn_captions_so_far,
+        )
         self.networks = nn.ModuleDict({"llava": model})
 
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:

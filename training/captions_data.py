@@ -223,6 +223,7 @@ class RowRecipe:
     context_tokens: int = 512
     rename_ratio: float = 0.2  # rows whose named characters get invented names: a name must be copied, not recalled
     long_history_ratio: float = 0.1  # story questions that begin with another story's captions
+    learn_captions_so_far: bool = False  # also learn to write the story question's captions: they are stories too
 
 
 def story_row(
@@ -283,10 +284,12 @@ def _row(
     ids, labels = list(shared), [IGNORED] * len(shared)
     positions, segments = list(range(len(shared))), [0] * len(shared)
     for number, (prompt, answer) in enumerate(questions, start=1):
-        question = prompt.ids[len(opening) :]
+        question = list(prompt.ids[len(opening) :])
         reply = prompts.answer_ids(tokenizer, answer)
         ids += [*question, *reply]
-        labels += [IGNORED] * len(question) + reply
+        learned = recipe.learn_captions_so_far and bool(prompt.captions_kept)
+        labels += [IGNORED, *question[1:]] if learned else [IGNORED] * len(question)
+        labels += reply
         positions += range(len(shared), len(shared) + len(question) + len(reply))
         segments += [number] * (len(question) + len(reply))
     return Row(image_HWC, tuple(ids), tuple(labels), tuple(positions), tuple(segments))

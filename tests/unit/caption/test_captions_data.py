@@ -1,0 +1,84 @@
+"""A training row holds exactly the prompts of serving, side by side and blind to each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from services.models import llava, prompts
+from services.models.tokenizer import StoryTokenizer
+from services.runtime.config import SHIPPED_PACKS
+from training.captions_data import IGNORED, Row, RowRecipe, _row, batch, rename
+
+TOKENIZER = StoryTokenizer.load(SHIPPED_PACKS / "toon" / "tokenizer")
+RECIPE = RowRecipe(image_tokens_count=4)
+QUESTIONS = [
+    (prompts.picture_prompt(TOKENIZER), "A cat sits."),
+    (prompts.story_prompt(TOKENIZER, ["Mina ran.", "She fell."], 385), "She got up."),
+    (prompts.description_prompt(TOKENIZER, "She fell.", "She got up.", 385), "Mina, a rabbit, stands."),
+]
+
+
+def row(*numbers: int) -> Row:
+    """A row with some of the questions."""
+    image_HWC = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return _row(image_HWC, [QUESTIONS[number] for number in numbers], RECIPE, TOKENIZER)
+
+
+def test_each_question_reads_what_it_would_read_alone() -> None:
+    together = batch([row(0, 1, 2)], TOKENIZER.pad_id)
+    segments = np.array(row(0, 1, 2).segments)
+    for number in range(3):
+        alone = batch([row(number)], TOKENIZER.pad_id)
+        seen = (segments == 0) | (segments == number + 1)
+        assert (together.ids_BN[0, seen] == alone.ids_BN[0]).all()
+        assert (together.positions_BN[0, seen] == alone.positions_BN[0]).all()
+        assert (together.labels_BN[0, seen] == alone.labels_BN[0]).all()
+        own = np.flatnonzero(segments == number + 1)
+        visible = together.visible_B1NN[0, 0, own]
+        assert not visible[:, ~seen].any()
+        assert (visible[:, seen] == alone.visible_B1NN[0, 0, -len(own) :]).all()
+
+
+def test_the_prompt_is_the_one_of_serving_with_the_image_token_repeated() -> None:
+    prompt = QUESTIONS[1][0].ids
+    expected = list(prompt)
+    place = expected.index(TOKENIZER.image_id)
+    expected[place : place + 1] = [TOKENIZER.image_id] * 4
+    assert list(row(1).ids[: len(expected)]) == expected
+
+
+def test_only_the_answer_is_learned() -> None:
+    one = row(2)
+    answer = prompts.answer_ids(TOKENIZER, QUESTIONS[2][1])
+    assert list(one.labels) == [IGNORED] * (len(one.ids) - len(answer)) + answer
+
+
+def test_the_model_honours_the_mask() -> None:
+    """transformers must take our mask as it is: else a question would see its neighbours' answers in training only."""
+    import torch
+
+    from training.captions import answer_loss
+
+    model = llava.build(llava.TINY, TOKENIZER, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0)  # fresh weights hardly look at their context; these do
+        given = batch([row(0, 1, 2)], TOKENIZER.pad_id)
+        together = answer_loss(model, given).item()
+        total, count = 0.0, 0
+        for number in range(3):
+            tokens = len(prompts.answer_ids(TOKENIZER, QUESTIONS[number][1]))
+            total += tokens * answer_loss(model, batch([row(number)], TOKENIZER.pad_id)).item()
+            count += tokens
+        unmasked = answer_loss(
+            model, replace(given, visible_B1NN=np.tri(len(row(0, 1, 2).ids), dtype=bool)[None, None])
+        )
+    assert together == pytest.approx(total / count, rel=0.003)
+    assert together != pytest.approx(unmasked.item(), rel=0.01)
+
+
+def test_names_are_replaced_as_whole_words() -> None:
+    assert rename(["Mina met Minaret.", "Mina's kite"], {"Mina": "Zork"}) == ["Zork met Minaret.", "Zork's kite"]
