@@ -171,11 +171,11 @@ class PackCheck:
                     self._known[service] = (now_s, names)
                 except FabulaError:
                     self._known[service] = (now_s - PACK_MEMORY_S + PACK_SILENCE_S, names)
-                    if not names and pack != self._default_pack:
-                        raise Unavailable(
-                            f"the pack {pack!r} cannot be checked while the {service} service does not answer",
-                            metadata={"service": service, "pack": pack},
-                        ) from None
+            if not names and pack != self._default_pack:
+                raise Unavailable(
+                    f"the pack {pack!r} cannot be checked while the {service} service does not answer",
+                    metadata={"service": service, "pack": pack},
+                )
             if names and pack not in names:
                 raise PackUnknown(
                     f"the {service} service has no pack {pack!r}; it has {', '.join(names)}",

@@ -35,15 +35,20 @@ def upgrade(urls: DatabaseUrls) -> None:
         engine.dispose()
 
 
+def newest() -> str:
+    """The revision this code wants."""
+    head = ScriptDirectory.from_config(_config()).get_current_head()
+    return head or ""
+
+
 def is_current(urls: DatabaseUrls) -> bool:
     """Whether every migration this code knows is applied."""
     engine = open_for_migrations(urls)
     try:
         with engine.connect() as connection:
-            applied = MigrationContext.configure(connection).get_current_heads()
+            return MigrationContext.configure(connection).get_current_revision() == newest()
     finally:
         engine.dispose()
-    return set(applied) == set(ScriptDirectory.from_config(_config()).get_heads())
 
 
 def _config() -> Config:

@@ -18,8 +18,8 @@ from services.runtime.errors import (
     StorageFull,
 )
 
-# How often in a row a failure may be the request's own fault before the story is set aside. An outage (nothing
-# answers, no room, a wrong token) is not the request's fault and is waited out for as long as it takes.
+# How often one step may fail in a way that can be the request's own fault before the story is set aside. An outage
+# (nothing answers, no room, a wrong token) is not the request's fault and is waited out for as long as it takes.
 MOST_ATTEMPTS: dict[type[FabulaError], int] = {ReplicaLost: 5, DeadlineExceeded: 3, Internal: 3}
 
 
@@ -38,14 +38,19 @@ class GiveUp:
     error: FabulaError
 
 
-def decide(error: FabulaError, *, attempt: int, first_s: float, most_s: float, random: float) -> TryAgain | GiveUp:
-    """What to do after the `attempt`-th failure in a row (from 1). `random`, 0..1, spreads the pauses by ±20 %."""
+def decide(
+    error: FabulaError, *, attempt: int, repeats: int, first_s: float, most_s: float, random: float
+) -> TryAgain | GiveUp:
+    """What to do after a step's `attempt`-th failure in a row (from 1), of which `repeats` had this error's reason.
+
+    `random`, 0..1, shortens pauses by up to a quarter, so that stories do not all come back at the same moment.
+    """
     limit = next((count for cls, count in MOST_ATTEMPTS.items() if isinstance(error, cls)), None)
-    if limit is not None and attempt >= limit:
+    if limit is not None and repeats >= limit:
         return GiveUp(error=_poison(error) if isinstance(error, ReplicaLost) else error)
     if limit is None and not _passes(error):
         return GiveUp(error=error)
-    pause_s = min(most_s, first_s * 2 ** min(attempt - 1, 30)) * (0.8 + 0.4 * random)
+    pause_s = min(most_s, first_s * 2 ** min(attempt - 1, 30)) * (0.75 + 0.25 * random)
     # The service knows best when it has room again. A longer pause of ours must not undercut it, a shorter one may not.
     after_s = max(pause_s, error.retry_after_s) if isinstance(error, QueueFull) and error.retry_after_s else pause_s
     # A full queue is normal life and one failure may be a blip; a full disk is neither.

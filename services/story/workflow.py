@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -124,10 +124,6 @@ class StoryWorkflows:
         """Removes the engine's record of a story, texts included."""
         await DBOS.delete_workflow_async(story_id)
 
-    def shutdown(self) -> None:
-        """Stops the engine without waiting; unfinished stories stay as they are, for the next process."""
-        DBOS.destroy(destroy_registry=True)
-
     def cancel(self, story_id: str) -> None:
         """Tells a story running here that it was cancelled: its call in flight ends at once."""
         if story_id in self.running:
@@ -214,6 +210,7 @@ class StoryWorkflows:
 
     async def _try(self, story_id: str, name: str, function: Callable[[], Awaitable[T]]) -> T:
         attempt = 0
+        repeats: Counter[str] = Counter()
         while True:
             try:
                 result = await self._until_cancelled(story_id, function())
@@ -229,9 +226,11 @@ class StoryWorkflows:
                 log.error("step_failed", step=name, exc_info=found)
                 error = Internal(f"the step {name} failed unexpectedly; the log has the details")
             attempt += 1
+            repeats[error.reason] += 1
             decision = decide(
                 error,
                 attempt=attempt,
+                repeats=repeats[error.reason],
                 first_s=self._settings.retry_first_s,
                 most_s=self._settings.retry_most_s,
                 random=random.random(),

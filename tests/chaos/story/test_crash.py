@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -100,36 +101,58 @@ def test_killed_while_a_service_works(
         story.kill()
 
 
-@pytest.mark.parametrize(
-    ("moment", "count", "finished_before"),
-    [
-        ("caption-received", 2, 1),
-        ("caption-committed", 2, 1),
-        ("description-committed", 2, 1),
-        ("picture-received", 3, 1),  # the first put is the given picture
-        ("before-commit", 2, 1),
-        ("after-commit", 2, 2),
-        ("before-end", 1, 3),
-        ("after-end", 1, 3),
-    ],
-)
-def test_killed_between_two_things(
-    services: ScriptedServices,
-    script: Script,
-    uninterrupted: story_pb2.Story,
-    tmp_path: Path,
-    moment: str,
-    count: int,
-    finished_before: int,
+def test_killed_at_every_moment_of_one_story(
+    services: ScriptedServices, script: Script, uninterrupted: story_pb2.Story, tmp_path: Path
 ) -> None:
-    doomed = StoryProcess(tmp_path, services.target, command=(FAILING, moment, str(count))).start()
-    made = doomed.create(pictures.plain(), frame_count=FRAMES, seed=SEED)
-    doomed.wait_dead()
+    """Nine lives. Each but the last ends at the next moment of the second frame, or of the story's end."""
+    lives = [
+        ("caption-received", 2),  # the first of this life is the first frame's
+        ("caption-committed", 1),
+        ("description-committed", 1),
+        ("picture-received", 1),
+        ("before-commit", 1),
+        ("after-commit", 1),
+        ("before-end", 1),
+        ("after-end", 1),
+    ]
+    story_id = ""
+    for moment, count in lives:
+        doomed = StoryProcess(tmp_path, services.target, command=(FAILING, moment, str(count))).start(wait=not story_id)
+        if not story_id:
+            story_id = doomed.create(pictures.plain(), frame_count=FRAMES, seed=SEED).story_id
+        doomed.wait_dead()
     story = StoryProcess(tmp_path, services.target).start()
     try:
-        check(story, made.story_id, script, uninterrupted, finished_before=finished_before)
+        check(story, story_id, script, uninterrupted, finished_before=1)
+        # What was received and not yet kept is asked for again; what was kept never is.
+        computed = {(method, index): count for (method, index), count in script.computed.items() if count > 1}
+        assert computed == {("WriteCaption", 2): 2, ("RenderFrame", 2): 2}
     finally:
         story.kill()
+
+
+def test_a_process_that_was_only_frozen_cannot_do_harm(
+    services: ScriptedServices, script: Script, uninterrupted: story_pb2.Story, tmp_path: Path
+) -> None:
+    """Its lease runs out, another takes over and finishes; then it wakes up in the middle of its old work."""
+    script.step_s = 0.1
+    frozen = StoryProcess(tmp_path, services.target, STORY_LEASE_S="4").start()
+    made = frozen.create(pictures.plain(), frame_count=FRAMES, seed=SEED)
+    for message in frozen.watch(made.story_id):
+        if message.event.HasField("frame_progress") and message.event.frame_progress.frame_index == 2:
+            break
+    assert frozen.process is not None
+    frozen.process.send_signal(signal.SIGSTOP)
+    other = StoryProcess(tmp_path, services.target, STORY_LEASE_S="4").start()
+    try:
+        done = other.wait_state(made.story_id, State.STATE_SUCCEEDED)
+        frozen.process.send_signal(signal.SIGCONT)
+        time.sleep(2)
+        assert frozen.get(made.story_id) == other.get(made.story_id) == done
+        check(other, made.story_id, script, uninterrupted, finished_before=1)
+    finally:
+        other.kill()
+        frozen.kill()
 
 
 @pytest.mark.parametrize("moment", ["story-committed", "before-hand-over", "after-hand-over"])

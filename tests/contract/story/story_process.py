@@ -19,7 +19,7 @@ from fabula.story.v1 import story_pb2, story_service_pb2, story_service_pb2_grpc
 from tests.contract.story.scripted_services import TOKEN
 
 ROOT = Path(__file__).resolve().parents[3]
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 
 
 def free_port_base() -> int:
@@ -74,7 +74,11 @@ class StoryProcess:
         self.channel = grpc.insecure_channel(self.grpc_target, options=options)
         self.stub = story_service_pb2_grpc.StoryServiceStub(self.channel)
         if wait:
-            self.wait_ready()
+            try:
+                self.wait_ready()
+            except BaseException:
+                self.kill()
+                raise
         return self
 
     def wait_ready(self) -> None:

@@ -1,0 +1,130 @@
+"""The tables, their migrations, and what one transaction promises."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from services.runtime.config import ConfigInvalid
+from services.runtime.errors import IdempotencyKeyReused, QueueFull, StoryNotFound
+from services.story.database import database_urls, open_database, open_for_migrations
+from services.story.migrate import is_current, upgrade
+from services.story.records import Frame, Options, State
+from services.story.repository import Repository
+from services.story.schema import metadata
+
+OPTIONS = Options(frame_count=2, seed=1, pack="toon", temperature=0.2)
+GIVEN = Frame(index=0, caption="c", description="c", image_sha256="0" * 64, width_px=8, height_px=8)
+
+
+@pytest.fixture
+async def repository(tmp_path: Path) -> AsyncIterator[Repository]:
+    urls = database_urls("", tmp_path)
+    await asyncio.to_thread(upgrade, urls)
+    engine = open_database(urls)
+    yield Repository(engine)
+    await engine.dispose()
+
+
+async def create(repository: Repository, story_id: str, key: str = "", body: str = "b", most: int = 10) -> bool:
+    _, is_new = await repository.create(
+        story_id=story_id, options=OPTIONS, given=GIVEN, request_id=key, body_sha256=body, max_queued=most
+    )
+    return is_new
+
+
+def test_migrations_make_the_tables_of_the_schema(tmp_path: Path) -> None:
+    urls = database_urls("", tmp_path)
+    upgrade(urls)
+    upgrade(urls)  # again is harmless
+    assert is_current(urls)
+    engine = open_for_migrations(urls)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+    engine.dispose()
+
+
+def test_an_empty_database_is_not_current(tmp_path: Path) -> None:
+    assert not is_current(database_urls("", tmp_path))
+
+
+def test_urls_of_both_databases(tmp_path: Path) -> None:
+    sqlite = database_urls("", tmp_path)
+    assert sqlite.resources == f"sqlite+aiosqlite:///{tmp_path}/fabula.db"
+    assert sqlite.workflows == f"sqlite:///{tmp_path}/dbos.db"
+    postgres = database_urls("postgresql://u:p%40ss@h:5/d", tmp_path)
+    assert postgres.resources == postgres.workflows == "postgresql+psycopg://u:p%40ss@h:5/d"
+    for bad in ("mysql://h/d", "sqlite://", "sqlite:///:memory:"):
+        with pytest.raises(ConfigInvalid, match="FABULA_DATABASE_URL"):
+            database_urls(bad, tmp_path)
+
+
+async def test_a_story_is_whole_or_absent(repository: Repository) -> None:
+    assert await create(repository, "s1", key="k")
+    assert not await create(repository, "s2", key="k")
+    with pytest.raises(StoryNotFound):
+        await repository.get("s2")
+    with pytest.raises(IdempotencyKeyReused):
+        await create(repository, "s3", key="k", body="other")
+    with pytest.raises(QueueFull):
+        await create(repository, "s4", key="k4", most=1)
+    assert await repository.find_by_request("k4", "b") is None
+    story = await repository.get("s1")
+    assert (story.state, story.last_sequence, len(story.frames)) == (State.QUEUED, 1, 1)
+
+
+async def test_events_stay_gapless_under_concurrent_writers(repository: Repository) -> None:
+    await create(repository, "s")
+    await repository.change_state("s", State.RUNNING, only_from={State.QUEUED})
+    flips = [
+        repository.change_state("s", to, only_from={State.RUNNING, State.WAITING})
+        for _ in range(20)
+        for to in (State.WAITING, State.RUNNING)
+    ]
+    assert all(await asyncio.gather(*flips))
+    events = await repository.events("s", after=0)
+    assert [event.sequence for event in events] == list(range(1, 43))
+    assert [event.sequence for event in await repository.events("s", after=40)] == [41, 42]
+
+
+async def test_what_is_written_first_stays(repository: Repository) -> None:
+    await create(repository, "s")
+    for caption in ("first", "second"):
+        assert await repository.write_caption("s", 1, caption=caption, seed=1, duration_s=0.1) == "first"
+    for text in ("first", "second"):
+        assert await repository.write_description("s", 1, description=text, seed=1, duration_s=0.1) == "first"
+    for digit in ("1", "2"):
+        drawn = {"image_sha256": digit * 64, "width_px": 8, "height_px": 8}
+        assert await repository.commit_frame("s", 1, drawn, {"steps": 9}) == "1" * 64
+    story = await repository.get("s")
+    assert (story.last_sequence, story.options.steps) == (4, 9)
+    assert story.frames[1].caption == story.frames[1].description == "first"
+
+
+async def test_nothing_is_written_to_a_story_that_has_ended(repository: Repository) -> None:
+    await create(repository, "s")
+    assert await repository.change_state("s", State.CANCELLED, only_from={State.QUEUED})
+    assert not await repository.change_state("s", State.SUCCEEDED, only_from={State.RUNNING})
+    assert await repository.write_caption("s", 1, caption="late", seed=1, duration_s=0.1) is None
+    assert await repository.commit_frame("s", 1, {"image_sha256": "1" * 64}, {}) is None
+    assert (await repository.get("s")).last_sequence == 2
+
+
+async def test_a_deleted_story_leaves_only_its_request_id(repository: Repository) -> None:
+    await create(repository, "s", key="k")
+    await repository.change_state("s", State.CANCELLED, only_from={State.QUEUED})
+    await repository.delete("s")
+    with pytest.raises(StoryNotFound):
+        await repository.get("s")
+    with pytest.raises(StoryNotFound):
+        await repository.find_by_request("k", "b")
+    assert await repository.referenced(["0" * 64]) == set()
+    await repository.forget_requests(older_than_us=2**62)
+    assert await repository.find_by_request("k", "b") is None
+    assert await create(repository, "s", key="k")
