@@ -46,6 +46,8 @@ STOP_S = 6.0  # the story service gets this long to end the calls in flight
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0  # between restarts of something that keeps dying
 STEADY_S = 30.0  # a process that lived this long is taken to have been well
 
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy of the environment
+
 ALREADY_RUNNING, PORT_TAKEN, CANNOT_START = 75, 76, 78  # exit statuses of `supervise`
 
 
@@ -423,7 +425,7 @@ def serve_ready(installation: Installation, head_pid: int) -> tuple[bool, str]:
 def story_ready(installation: Installation) -> bool:
     """Whether the story service says so itself."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{installation.story_http_port}/readyz", timeout=2.0) as answer:
+        with DIRECTLY.open(f"http://127.0.0.1:{installation.story_http_port}/readyz", timeout=2.0) as answer:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False

@@ -23,6 +23,8 @@ from fabula_cli.installation import Installation, ServicesMissing, Starting, Sup
 from fabula_cli.options import AsJson, Home, PortBase
 from fabula_cli.report import aside, duration, fail, people, say_json, size
 
+_directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy of the environment
+
 STORIES_COUNTED = 1000  # `status` looks at the newest so many
 
 
@@ -176,7 +178,7 @@ def stories_by_state(target: str) -> dict[str, int]:
 def scrape(url: str) -> str:
     """A metrics page; empty when nobody answers."""
     try:
-        with urllib.request.urlopen(url, timeout=5.0) as answer:
+        with _directly.open(url, timeout=5.0) as answer:
             return str(answer.read().decode())
     except OSError:
         return ""

@@ -27,6 +27,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.enable_retries", 0),  # one place decides about retries
 )
 
+_THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")  # never through a proxy, whatever the environment says
+
 Metadata = Sequence[tuple[str, str]]
 
 
@@ -53,10 +55,12 @@ class Connection:
     def channel(self) -> grpc.aio.Channel:
         """The channel, opened now if it was not."""
         if self._channel is None:
+            here = self.target.rpartition(":")[0] in _THIS_MACHINE
+            options = (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", int(not here)))
             if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
+                self._channel = grpc.aio.insecure_channel(self.target, options=options)
             else:
-                self._channel = grpc.aio.secure_channel(self.target, self._credentials, options=_CHANNEL_OPTIONS)
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, options=options)
         return self._channel
 
     async def close(self) -> None:
