@@ -5,6 +5,7 @@ Knows the two directions and nothing about servers or clients.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import grpc
@@ -26,6 +27,7 @@ from services.runtime.errors import (
 )
 
 STATUS_DETAILS = "grpc-status-details-bin"
+TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def grpc_code(code: Code) -> grpc.StatusCode:
@@ -66,7 +68,7 @@ def error_from_status(
                 return error
     match code:
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(details or "the call took longer than its deadline")
+            return DeadlineExceeded("the service did not answer before the deadline")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return QueueFull("the service has no room for this call now")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.NOT_FOUND | grpc.StatusCode.UNIMPLEMENTED:
@@ -113,7 +115,7 @@ def _error_from_details(value: bytes) -> FabulaError | None:
 
 def _short(text: str) -> str:
     """The first line of a foreign message: a proxy may send a whole traceback, which must not travel on."""
-    return text.strip().split("\n", 1)[0][:200]
+    return TERMINAL_CODES.sub("", text).strip().split("\n", 1)[0][:200]
 
 
 def public_error(error: BaseException) -> FabulaError:

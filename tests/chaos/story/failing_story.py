@@ -1,6 +1,6 @@
 """Runs the story service, but has it die without warning at a named moment. Only tests know of this file.
 
-    python failing_story.py <moment> <count>      dies at the count-th time the moment comes
+python failing_story.py <moment> <count>      dies at the count-th time the moment comes
 """
 
 from __future__ import annotations

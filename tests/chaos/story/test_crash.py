@@ -1,4 +1,4 @@
-"""The story process is killed (`kill -9`) at every moment that matters and started again: nothing is lost or done twice."""
+"""The story process is killed (`kill -9`) at every moment that matters: nothing is lost and nothing done twice."""
 
 from __future__ import annotations
 

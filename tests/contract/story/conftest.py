@@ -40,9 +40,7 @@ def story(shared_story: StoryProcess, script: Script) -> StoryProcess:
 
 
 @pytest.fixture
-def new_story(
-    services: ScriptedServices, script: Script, tmp_path: Path
-) -> Iterator[Callable[..., StoryProcess]]:
+def new_story(services: ScriptedServices, script: Script, tmp_path: Path) -> Iterator[Callable[..., StoryProcess]]:
     """Starts processes of this test alone; all of them share the test's home unless told otherwise."""
     started: list[StoryProcess] = []
 

@@ -1,7 +1,8 @@
 """Deterministic caption and frame services: the real protos over real gRPC, with texts and pictures made from the seed.
 
-Each answer depends only on what a real service's answer may depend on, so a story made twice is the same, and everything
-that was asked for is written down, so a test can count what was computed. Failures and pauses are switched on by tests.
+Each answer depends only on what a real service's answer may depend on, so a story made twice is the same, and
+everything that was asked for is written down, so a test can count what was computed. Tests switch on failures and
+pauses.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class ScriptedCaption(caption_grpc.CaptionServiceServicer):
         index = len(request.captions)
         await self.script.enter("WriteCaption", request, index)
         self.script.computed["WriteCaption", index] += 1
-        mark = hashlib.sha256(repr((list(request.captions), request.sampling.seed)).encode() + request.image).hexdigest()[:8]
+        mark = hashlib.sha256(
+            repr((list(request.captions), request.sampling.seed)).encode() + request.image
+        ).hexdigest()[:8]
         return caption_pb.WriteCaptionResponse(
             caption=f"Then came frame {index} of the story ({mark}).", pack_digest=DIGEST
         )

@@ -39,7 +39,9 @@ def free_port_base() -> int:
 class StoryProcess:
     """`python -m services.story` and clients for it. `environment` are FABULA_ variables without the prefix."""
 
-    def __init__(self, home: Path, target: str, *, command: tuple[str, ...] = ("-m", "services.story"), **environment: str):
+    def __init__(
+        self, home: Path, target: str, *, command: tuple[str, ...] = ("-m", "services.story"), **environment: str
+    ):
         self.home = home
         self.command = command
         self.environment = {

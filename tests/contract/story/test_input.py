@@ -1,4 +1,4 @@
-"""Bad input gets a clear error with a stable reason, the same over gRPC and HTTP, and disturbs nothing; odd input works."""
+"""Bad input gets a clear error with a stable reason, alike over gRPC and HTTP, disturbs nothing; odd input works."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ def test_bodies_that_are_not_requests(story: StoryProcess) -> None:
     form = {"caption": "x", "colour": "red"}
     answer = story.http.post("/v1/stories", files={"image": ("a", pictures.plain())}, data=form)
     assert (answer.status_code, answer.json()["reason"]) == (400, "UNKNOWN_FIELD")
-    answer = story.http.post("/v1/stories", files={"image": ("a", pictures.plain())}, data={"caption": "x", "seed": "y"})
+    answer = story.http.post(
+        "/v1/stories", files={"image": ("a", pictures.plain())}, data={"caption": "x", "seed": "y"}
+    )
     assert (answer.status_code, answer.json()["reason"]) == (400, "INVALID_ARGUMENT")
 
     def endless() -> Iterator[bytes]:
@@ -268,7 +270,9 @@ def test_the_same_request_id_makes_one_story(story: StoryProcess) -> None:
     assert len(story.create(pictures.plain(), request_id="key-1", **body).frames) == 2
 
 
-@pytest.mark.parametrize("change", [{"caption": "y"}, {"seed": 5}, {"frame_count": 2}, {"steps": 3}, {"image": b"other"}])
+@pytest.mark.parametrize(
+    "change", [{"caption": "y"}, {"seed": 5}, {"frame_count": 2}, {"steps": 3}, {"image": b"other"}]
+)
 def test_the_same_request_id_with_another_body_is_refused(story: StoryProcess, change: dict[str, Any]) -> None:
     body: dict[str, Any] = {"image": pictures.plain(), "caption": "x", "frame_count": 1, "seed": 4}
     key = f"key-2-{next(iter(change))}"

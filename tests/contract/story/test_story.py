@@ -69,7 +69,7 @@ def test_services_are_asked_with_the_right_history(story: StoryProcess, script: 
         assert [reference.image for reference in drawn.references] == images[first:k]
         assert [reference.description for reference in drawn.references] == [f.description for f in frames[first:k]]
         assert (drawn.description, drawn.seed, drawn.steps) == (frames[k].description, frames[k].image_seed, 4)
-        assert drawn.HasField("text_guidance") and drawn.text_guidance == 0.0
+        assert (drawn.HasField("text_guidance"), drawn.text_guidance) == (True, 0.0)
         assert not drawn.HasField("image_guidance")
         assert drawn.pack == "toon"
 
@@ -181,7 +181,9 @@ def test_sse_tells_the_same_events_and_resumes_by_last_event_id(story: StoryProc
     over_grpc = [event for event in story.events(made.story_id) if event.sequence]
     assert [int(event["id"]) for event in live] == [event.sequence for event in over_grpc]
     assert [event["event"] for event in live] == [event.WhichOneof("event") for event in over_grpc]
-    finished = [json.loads(event["data"])["frame_finished"]["frame"] for event in live if event["event"] == "frame_finished"]
+    finished = [
+        json.loads(event["data"])["frame_finished"]["frame"] for event in live if event["event"] == "frame_finished"
+    ]
     assert [frame["image_sha256"] for frame in finished] == [
         frame.image_sha256 for frame in story.get(made.story_id).frames[1:]
     ]
@@ -235,9 +237,7 @@ def test_stories_are_listed_page_by_page_newest_first(story: StoryProcess) -> No
     found: list[str] = []
     token = ""
     while True:
-        page = story.stub.ListStories(
-            story_service_pb2.ListStoriesRequest(page_size=2, page_token=token), timeout=10
-        )
+        page = story.stub.ListStories(story_service_pb2.ListStoriesRequest(page_size=2, page_token=token), timeout=10)
         assert len(page.stories) <= 2
         assert all(not listed.frames for listed in page.stories)
         found += [listed.story_id for listed in page.stories]

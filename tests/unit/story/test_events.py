@@ -32,9 +32,7 @@ class Log:
         self.reads = 0
 
     def add(self, what: Durable) -> None:
-        self.events_so_far.append(
-            Event(story_id="s", sequence=len(self.events_so_far) + 1, time_us=0, what=what)
-        )
+        self.events_so_far.append(Event(story_id="s", sequence=len(self.events_so_far) + 1, time_us=0, what=what))
 
     async def state(self, story_id: str) -> State:
         if not self.events_so_far:

@@ -12,9 +12,9 @@ from services.runtime.errors import (
     CaptionCharactersInvalid,
     CaptionEmpty,
     CaptionTooLong,
-    FabulaError,
     PackUnknown,
     Unavailable,
+    ValueOutOfRange,
 )
 from services.story.intake import PACK_MEMORY_S, PackCheck, StoryRequest, check_caption, check_options
 from services.story.plan import SEED_LIMIT
@@ -26,8 +26,7 @@ BASE = StoryRequest(image=b"i", caption="c")
 def test_a_caption_is_taken_tidy_or_refused_by_name(text: str) -> None:
     try:
         kept = check_caption(text)
-    except (CaptionEmpty, CaptionTooLong, CaptionCharactersInvalid) as error:
-        assert [violation.field for violation in error.field_violations] == ["caption"]
+    except (CaptionEmpty, CaptionTooLong, CaptionCharactersInvalid):
         return
     assert 1 <= len(kept) <= 1000
     assert kept == " ".join(kept.split())
@@ -50,8 +49,7 @@ def test_options_are_in_range_or_refused_by_name(
     )
     try:
         options = check_options(request, default_pack="toon")
-    except FabulaError as error:
-        assert error.reason == "VALUE_OUT_OF_RANGE"
+    except ValueOutOfRange:
         return
     assert 1 <= options.frame_count <= 20
     assert 0 <= options.seed < SEED_LIMIT

@@ -46,9 +46,7 @@ def test_a_service_that_says_when_is_not_asked_earlier(attempt: int, random: flo
     assert decision.after_s >= 30.0
 
 
-@pytest.mark.parametrize(
-    "error", [DescriptionTooLong(), ObjectCorrupt(), ResourceExhausted("your quota is spent")]
-)
+@pytest.mark.parametrize("error", [DescriptionTooLong(), ObjectCorrupt(), ResourceExhausted("your quota is spent")])
 def test_what_cannot_pass_fails_at_once(error: FabulaError) -> None:
     assert after(error) == GiveUp(error=error)
 
