@@ -14,11 +14,21 @@ import yaml
 
 from services.caption.config import CaptionSettings
 from services.frame.config import FrameSettings
+from services.runtime.cluster import ports_of
 from services.runtime.config import Installation
 from services.story.config import StorySettings
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVE_CONFIGS = sorted((ROOT / "deploy" / "serve").glob("*.yaml"))
+# Flags of `ray start`, and what the local supervisor calls the same listeners.
+RAY_PORTS = {
+    "node-manager-port": "Ray node manager",
+    "metrics-export-port": "Ray metrics",
+    "object-manager-port": "Ray object manager",
+    "dashboard-agent-grpc-port": "Ray metrics agent",
+    "dashboard-agent-listen-port": "Ray dashboard agent",
+    "runtime-env-agent-port": "Ray runtime environment agent",
+}
 SETTINGS = {"caption": CaptionSettings, "frame": FrameSettings}
 
 
@@ -80,6 +90,16 @@ def test_ray_and_serve_listen_where_the_installation_says(rendered, installation
     )
     assert head_ports["gcs-server"] == installation.gcs_port
     assert head_ports["dashboard"] == installation.dashboard_port
+
+
+def test_ray_listens_on_the_same_ports_in_a_cluster_and_on_one_machine(rendered, installation):
+    local = ports_of(installation)
+    cluster = rendered.ray_service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        params = group["rayStartParams"]
+        assert {flag: int(params[flag]) for flag in RAY_PORTS} == {flag: local[RAY_PORTS[flag]] for flag in RAY_PORTS}
+        assert int(params["min-worker-port"]) == installation.port_base + 30
+        assert int(params["max-worker-port"]) == installation.port_base + 129
 
 
 def test_no_two_listeners_of_a_pod_share_a_port(rendered):
