@@ -425,3 +425,12 @@ def test_reference_passes_give_no_gradient_and_every_parameter_learns() -> None:
     loss.mean().backward()
     assert batch.reference_latents_BNCHW.grad is None
     assert all(p.grad is not None for p in unet.parameters())
+
+
+def test_golden_latents_of_the_tiny_pack(tiny_model: FrameModel) -> None:
+    """No change intended means these numbers: random weights of seed 0, two references, four steps."""
+    drawing = begin(tiny_model, sketch(2, steps=4))
+    while not drawing.finished:
+        advance(tiny_model, [drawing])
+    found = [*drawing.latents_CHW[:, 1, 2].tolist(), drawing.latents_CHW.std().item()]
+    assert found == pytest.approx([0.31881, -0.75126, -0.55898, 0.5563, 0.93778], abs=2e-3)
