@@ -1,0 +1,152 @@
+"""One story through all processes, started and stopped by the command, on an installation of its own."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from fabula.caption.v1 import caption_service_pb2, caption_service_pb2_grpc
+from fabula.frame.v1 import frame_service_pb2, frame_service_pb2_grpc
+from PIL import Image
+
+from tests.e2e.local import LocalInstallation, first_frame
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+FRAMES = 2
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalInstallation]:
+    made = LocalInstallation(tmp_path_factory.mktemp("e2e"))
+    try:
+        assert made.up()["phase"] == "ready"
+        yield made
+    finally:
+        made.run("down")
+
+
+def tell(installation: LocalInstallation, out: Path, seed: int = 7) -> dict[str, Any]:
+    image, caption = first_frame()
+    arguments = (
+        "--image",
+        str(image),
+        "--caption",
+        caption,
+        "--frames",
+        str(FRAMES),
+        "--seed",
+        str(seed),
+        "--out",
+        str(out),
+    )
+    return installation.answer("story", "continue", *arguments, timeout_s=1800)
+
+
+def test_a_story_leaves_a_folder_and_the_same_seed_the_same_pictures(
+    installation: LocalInstallation, tmp_path: Path
+) -> None:
+    first = tell(installation, tmp_path / "first")
+    story = first["story"]
+    assert story["state"] == "succeeded"
+    assert [frame["index"] for frame in story["frames"]] == list(range(FRAMES + 1))
+    for frame in story["frames"][1:]:
+        assert frame["caption"]
+        assert frame["description"]
+        assert frame["timings"]["render_s"] > 0
+
+    folder = tmp_path / "first"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"story.html", "story.json", "contact_sheet.png", *(f"frame-{n}.png" for n in range(FRAMES + 1))}
+    assert json.loads((folder / "story.json").read_text())["story_id"] == story["story_id"]
+    with Image.open(folder / "frame-1.png") as frame:
+        assert frame.size == (story["frames"][1]["width_px"], story["frames"][1]["height_px"])
+
+    again = tell(installation, tmp_path / "again")["story"]
+    assert again["story_id"] != story["story_id"]
+    for one, other in zip(story["frames"], again["frames"], strict=True):
+        assert one["image_sha256"] == other["image_sha256"]
+        assert one["caption"] == other["caption"]
+
+    different = tell(installation, tmp_path / "different", seed=8)["story"]
+    assert different["frames"][1]["image_sha256"] != story["frames"][1]["image_sha256"]
+
+
+def test_status_reads_processes_replicas_and_metrics(installation: LocalInstallation) -> None:
+    status = installation.answer("status")
+    assert status["phase"] == "ready"
+    assert {name: each["status"] for name, each in status["applications"].items()} == {
+        "caption": "RUNNING",
+        "frame": "RUNNING",
+    }
+    assert status["memory_bytes"] == sum(each["memory_bytes"] for each in status["processes"])
+    assert any(name.startswith("story_") for name in status["metrics"])
+    assert any(name.startswith("ray_") for name in status["metrics"])
+
+
+def test_a_second_up_finds_the_first(installation: LocalInstallation) -> None:
+    before = installation.one("services.story")
+    assert installation.up()["already_running"] is True
+    assert installation.one("services.story") == before
+
+
+def test_nothing_listens_beyond_this_machine(installation: LocalInstallation) -> None:
+    listening = [
+        (process.name, connection.laddr)
+        for process in installation.sightings()
+        for connection in psutil.Process(process.pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 8
+    assert [each for each in listening if each[1].ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64])
+def test_a_stranger_gets_no_answer_from_the_models(installation: LocalInstallation, token: str | None) -> None:
+    extra = () if token is None else (("fabula-token", token),)
+    with grpc.insecure_channel(f"127.0.0.1:{installation.port_base + 2}") as channel:
+        caption = caption_service_pb2_grpc.CaptionServiceStub(channel).ListPacks
+        frame = frame_service_pb2_grpc.FrameServiceStub(channel).ListPacks
+        for name, call, request in (
+            ("caption", caption, caption_service_pb2.ListPacksRequest()),
+            ("frame", frame, frame_service_pb2.ListPacksRequest()),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                call(request, metadata=(("application", name), *extra), timeout=60)
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_bad_input_is_refused_with_a_reason(installation: LocalInstallation, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    answer = installation.answer("story", "continue", "--image", str(broken), "--caption", "Once.", status=4)
+    assert answer["error"]["reason"] == "IMAGE_UNREADABLE"
+    answer = installation.answer("story", "show", "no-such-story", status=4)
+    assert answer["error"]["reason"] == "STORY_NOT_FOUND"
+
+
+def test_doctor_finds_all_well_while_it_runs(installation: LocalInstallation) -> None:
+    findings = {each["name"]: each for each in installation.answer("doctor", timeout_s=900)["findings"]}
+    assert findings["database"]["detail"] == "reachable, migrations applied"
+    assert any(name.startswith("pack ") for name in findings)
+
+
+def test_down_leaves_no_process_and_no_port(installation: LocalInstallation) -> None:
+    seen = installation.sightings()
+    assert len(seen) > 8
+    assert installation.down() == {"was_running": True, "left_over_count": 0}
+    assert [each for each in seen if each.alive] == []
+    assert installation.strangers() == []
+    for offset in range(14):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", installation.port_base + offset))
+    answer = installation.answer("story", "list", status=3)
+    assert "fabula up" in answer["error"]["message"]
+    assert installation.answer("status", status=3)["phase"] == "stopped"
