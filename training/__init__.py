@@ -1,1 +1,1 @@
-"""How Fabula's models are made: the procedural world, the training loops and the evaluation. Nothing that serves imports it."""
+"""How Fabula's models are made: the procedural world, the loops and the evaluation. Nothing that serves imports it."""

@@ -1,0 +1,122 @@
+"""Writes the toon pack's model card: what it was made from, how, and what was measured. Only figures that were seen."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from services.models.pack import Pack, PackSettings, write_pack
+from training.clip import CHECKPOINT as CLIP
+from training.evaluation.judge import CHECKPOINT as JUDGE
+from training.frame import CHECKPOINT as FRAME
+from training.recipes import toon_clip, toon_decoder, toon_frame, toon_judge, toon_vae
+from training.storage import load_checkpoint, training_dir
+from training.vae import CHECKPOINT as VAE
+from training.vae import DECODER_CHECKPOINT as DECODER
+
+CARD = "MODEL_CARD.md"
+_RUNS = {"autoencoder": VAE, "its decoder alone": DECODER, "frame model": FRAME, "CLIP": CLIP, "judge": JUDGE}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor() or platform.machine()
+
+
+def runs_table(folder: Path | None = None) -> str:
+    """What each training run did, read from its checkpoint."""
+    lines = ["| network | steps | minutes | held-out figures |", "| --- | --- | --- | --- |"]
+    for name, file in _RUNS.items():
+        found = load_checkpoint((folder or training_dir()) / file)
+        if found is None:
+            continue
+        facts = found.facts
+        figures = ", ".join(f"{key} {value:.4f}" for key, value in sorted(facts["figures"].items())) or "not measured"
+        lines.append(f"| {name} | {facts['step']} | {facts['elapsed_s'] / 60:.0f} | {figures} |")
+    return "\n".join(lines)
+
+
+def figures_table(evaluation: Mapping[str, Any]) -> str:
+    """What `make eval-toon` printed."""
+    lines = ["| figure | value | target | n |", "| --- | --- | --- | --- |"]
+    for figure in evaluation["figures"]:
+        target = "" if figure["target"] is None else f"{figure['target']:g} ({'met' if figure['passed'] else 'missed'})"
+        lines.append(f"| {figure['name']} | {figure['value']:.3f} | {target} | {figure['n']} |")
+    return "\n".join(lines)
+
+
+def model_card(evaluation: Mapping[str, Any] | None = None, today: datetime | None = None) -> str:
+    """The card as Markdown. Without an evaluation it says that there is none yet."""
+    vae, frame, decoder, judge, clip = toon_vae(), toon_frame(), toon_decoder(), toon_judge(), toon_clip()
+    day = (today or datetime.now(UTC)).strftime("%Y-%m-%d")
+    measured = "Not evaluated yet: run `make eval-toon`."
+    limits = ""
+    if evaluation is not None:
+        measured = figures_table(evaluation)
+        missed = [figure["name"] for figure in evaluation["figures"] if not figure["passed"]]
+        if missed:
+            limits = f"\n- Targets that this pack misses: {', '.join(missed)}."
+    rows = frame.single_rows + frame.story_rows
+    return f"""# toon
+
+Draws and tells five-frame cartoon stories at 128×128 px. Every weight was trained from nothing on pictures and texts
+that the procedural world in `training/toon` makes; no other data, no other weights. Licence: Apache-2.0.
+
+## What is inside
+
+| part | architecture |
+| --- | --- |
+| `vae/` | AutoencoderKL, 8× smaller, 4 latent channels |
+| `text_encoder/` | CLIP text model, 192 wide, 4 layers, 96 positions |
+| `unet/` | StoryGen UNet (96, 160): diffusers' conditional UNet with `attn3` and `norm4` in every transformer block |
+| `tokenizer/` | byte-level BPE, 2,048 entries, shared by all |
+| `llava/`, `adapters/` | LLaVA base, LoRA adapters `story` and `descriptive` |
+| `clip/` | small CLIP, for metrics only |
+
+## Data
+
+- Autoencoder: {vae.shelves[0].count:,} pictures of random looks and gradings, {vae.shelves[1].count:,} of the cast.
+- Frame model: {frame.singles.count:,} single frames and {frame.stories.count:,} stories of five frames. Text is dropped
+  in {frame.text_dropped:.0%} of rows, references are blanked in {frame.references_dropped:.0%}. {frame.single_rows}
+  of {rows} rows have no references, {frame.unrelated_share:.0%} of the others an unrelated one.
+- CLIP: {clip.pairs.count:,} single frames with their descriptions.
+- Judge (not in the pack): {judge.pictures.count:,} frames of other seeds.
+- Held out: ten new characters, and one in ten (character, setting, action, prop) combinations
+  (`training/toon/splits.py`).
+
+## Runs
+
+{runs_table()}
+
+Rows a step: autoencoder {vae.batch} frames (as many pixels in crops at first), decoder {decoder.batch}, frame model
+{rows}, CLIP {clip.batch}, judge {judge.batch}. Muon for matrices, AdamW for the rest; the learning rate goes linearly
+to zero at the end of each run, which a cap on minutes may bring forward. The captioner's runs are described in
+`training/captions.py`. Machine: {_processor()}, bfloat16 autocast, shared with other work.
+Made {day} by `make toon-pack`.
+
+## Measured ({day}, `make eval-toon`)
+
+{measured}
+
+`frame_*`: frames 2 to 5 of held-out stories, drawn from their true descriptions with the true earlier frames as
+references and read by the judge; right means that the whole answer for a frame is right. `first_*`: without references.
+`judge_*`: the judge on the true pictures.
+
+## Limits
+
+- A first version, trained for about an hour on a shared two-core machine: faces and props are soft.
+- Knows only its own world: other pictures and words give guesses, and new characters need training.{limits}
+"""
+
+
+def write_card(pack: Pack, evaluation: Mapping[str, Any]) -> Pack:
+    """Put the evaluation into the pack's card and seal the pack again."""
+    (pack.folder / CARD).write_text(model_card(evaluation), encoding="utf-8")
+    manifest = pack.manifest
+    settings = PackSettings(**{name: getattr(manifest, name) for name in PackSettings.model_fields})
+    return write_pack(pack.folder, settings, created=manifest.created)

@@ -1,0 +1,264 @@
+"""Trains the pack's frame model: the story UNet and the text encoder it reads descriptions with, from nothing.
+
+Most rows of a step are frames of stories that see one to three earlier ones, because that is how the product draws: its
+first frame is always given. Some see a frame that has nothing to do with them, so that a reference never outweighs
+the text; a few see none. All kinds from the first step on: residuals count twice with references, so drawing without
+them is another function, and a network that learned it first has to unlearn it.
+
+    python -m training.frame [--minutes 60] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+
+from services.models.denoiser import Dropped, Example, StoryDenoiser, Unconditional
+from services.models.schedule import Schedule
+from services.models.storygen import build_storygen
+from services.models.text_encoder import TextEncoder
+from services.models.tokenizer import StoryTokenizer
+from services.models.toon import MAX_REFERENCES, SCHEDULE, UNET, toon_text_encoder
+from services.models.vae import Codec
+from training.latents import Latents, latents_of, scaling_of
+from training.loop import LoopRecipe, RunResult, train
+from training.pictures import STORY_FRAMES, ShelfRecipe, shelf
+from training.storage import load_checkpoint, training_dir
+from training.toon.world import sample_frame
+from training.vae import encoding_vae
+
+CHECKPOINT = "frame.safetensors"
+TOKENIZER_FOLDER = Path(__file__).resolve().parents[1] / "services" / "models" / "packs" / "toon" / "tokenizer"
+
+_HELD_OUT_BATCHES = 3
+
+Tokens = npt.NDArray[np.int16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameRecipe:
+    """What the frame model is trained on and how."""
+
+    loop: LoopRecipe
+    singles: ShelfRecipe
+    stories: ShelfRecipe
+    held_out: ShelfRecipe
+    single_rows: int = 4  # of a step, without references; frames of stories are among them too
+    story_rows: int = 28  # of a step, with references
+    # How many references a row sees, as far as its story has them. The newest one says most and costs least.
+    references_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    unrelated_share: float = 0.10  # of the rows with references: any frame, which sees any other one
+    text_dropped: float = 0.10
+    references_dropped: float = 0.10
+    singles_pictures: int = 1024  # the first pictures of `singles`, from which the latents' scaling is measured
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Latents and token ids of frames, row for row; `stories_from` is the row where stories start, five rows each."""
+
+    latents: Latents
+    tokens: Tokens
+    stories_from: int
+
+    @property
+    def stories_count(self) -> int:
+        return (len(self.latents) - self.stories_from) // STORY_FRAMES
+
+
+def descriptions(recipe: ShelfRecipe) -> list[str]:
+    """The descriptions of a shelf's pictures, in their order."""
+    if recipe.breadth == "story":
+        from training.toon.world import sample_story
+
+        return [f.description for seed in recipe.seeds for f in sample_story(seed, split=recipe.split).frames]
+    return [sample_frame(seed, split=recipe.split, breadth=recipe.breadth).description for seed in recipe.seeds]
+
+
+def token_rows(text: TextEncoder, texts: list[str]) -> Tokens:
+    """`[N, S]` token ids. Raises TextTooLong when a description does not fit the window."""
+    rows: Tokens = text.token_ids(texts).numpy().astype(np.int16)
+    return rows
+
+
+class FrameTrainee:
+    """A story UNet and its text encoder in training."""
+
+    def __init__(
+        self, recipe: FrameRecipe, codec: Codec, corpus: Corpus, held_out: Corpus, text: TextEncoder, blank_CHW: Tensor
+    ) -> None:
+        self.recipe = recipe
+        self.codec = codec
+        self.corpus = corpus
+        self.held_out = held_out
+        self.text = text
+        self.blank_CHW = blank_CHW
+        unet = build_storygen(UNET)
+        unet.start_references_from_self_attention()
+        # torch's fused attention is slow backwards on a CPU (a third of a step); the plain one computes the same.
+        unet.set_attn_processor(AttnProcessor())
+        text.model.set_attn_implementation("eager")
+        self.denoiser = StoryDenoiser(unet, Schedule(SCHEDULE))
+        self.networks = nn.ModuleDict({"unet": unet, "text": text.model})
+        self.nothing_ids_S = text.token_ids([""])[0]
+
+    def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
+        recipe = self.recipe
+        singles = torch.randint(len(self.corpus.latents), (recipe.single_rows,), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            total = self._single_loss(self.corpus, singles, generator, recipe.text_dropped) * recipe.single_rows
+            if recipe.story_rows > 0:
+                total = total + self._story_loss(self.corpus, recipe.story_rows, generator) * recipe.story_rows
+        return total / (recipe.single_rows + recipe.story_rows)
+
+    def _take(self, corpus: Corpus, rows: Tensor) -> tuple[Tensor, Tensor]:
+        picks = rows.numpy()
+        return torch.from_numpy(corpus.latents[picks]).float(), torch.from_numpy(corpus.tokens[picks]).long()
+
+    def _noise(self, generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        steps = SCHEDULE.train_steps
+        # Stratified: the noise levels of a batch are spread evenly, which makes the loss less noisy for nothing.
+        spread = (torch.randperm(len(like), generator=generator) + torch.rand(len(like), generator=generator)) / len(
+            like
+        )
+        noise = torch.randn(like.shape, generator=generator)
+        return (spread * steps).long().clamp_max(steps - 1), noise, torch.randn(like.shape, generator=generator)
+
+    def _single_loss(self, corpus: Corpus, rows: Tensor, generator: torch.Generator, dropped: float) -> Tensor:
+        latents, ids = self._take(corpus, rows)
+        hidden = torch.rand(len(rows), generator=generator) < dropped
+        ids = torch.where(hidden[:, None], self.nothing_ids_S, ids)
+        timesteps, noise, other = self._noise(generator, latents)
+        example = Example(
+            latents_BCHW=latents,
+            text_BSD=self.text.states(ids),
+            reference_latents_BNCHW=latents[:, None][:, :0],
+            reference_text_BNSD=torch.zeros(len(rows), 0, *self.text_shape),
+            present_BN=torch.zeros(len(rows), 0, dtype=torch.bool),
+        )
+        return self.denoiser.loss(example, timesteps_B=timesteps, noise_BCHW=noise, reference_noise_BCHW=other).mean()
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        return self.text.window, int(self.text.model.config.hidden_size)
+
+    def _story_loss(self, corpus: Corpus, rows: int, generator: torch.Generator, drops: bool = True) -> Tensor:
+        """Frames 2 to 5 of stories with earlier ones, and any frames with an unrelated one."""
+        recipe = self.recipe
+        story = torch.randint(corpus.stories_count, (rows,), generator=generator)
+        beat = torch.randint(1, STORY_FRAMES, (rows,), generator=generator)
+        one, two, _ = recipe.references_shares
+        wish = 1 + (torch.rand(rows, 1, generator=generator) > torch.tensor([[one, one + two]])).sum(dim=1)
+        unrelated = torch.rand(rows, generator=generator) < recipe.unrelated_share
+        anything = torch.randint(len(corpus.latents), (2, rows), generator=generator)
+        seen = torch.where(unrelated, 1, torch.minimum(wish, beat))
+        target = torch.where(unrelated, anything[0], corpus.stories_from + story * STORY_FRAMES + beat)
+        distance = torch.arange(MAX_REFERENCES, 0, -1)
+        present = distance[None] <= seen[:, None]
+        earlier = torch.where(unrelated[:, None], anything[1][:, None], target[:, None] - distance[None])
+        earlier = torch.where(present, earlier, 0)  # row 0 stands in slots that are not looked at
+        latents, ids = self._take(corpus, target)
+        reference_latents, reference_ids = self._take(corpus, earlier.flatten())
+        reference_text = torch.zeros(rows * MAX_REFERENCES, *self.text_shape)
+        filled = present.flatten()
+        with torch.no_grad():
+            reference_text[filled] = self.text.states(reference_ids[filled]).float()
+            nothing = self.text.states(self.nothing_ids_S[None])[0].float()
+        timesteps, noise, reference_noise = self._noise(generator, latents)
+        chance = torch.rand(2, rows, generator=generator) if drops else torch.ones(2, rows)
+        # "" is put in before the text encoder, so that its gradient is right.
+        ids = torch.where((chance[0] < recipe.text_dropped)[:, None], self.nothing_ids_S, ids)
+        never = torch.zeros(rows, dtype=torch.bool)
+        example = Example(
+            latents_BCHW=latents,
+            text_BSD=self.text.states(ids),
+            reference_latents_BNCHW=reference_latents.view(rows, MAX_REFERENCES, *latents.shape[1:]),
+            reference_text_BNSD=reference_text.view(rows, MAX_REFERENCES, *self.text_shape),
+            present_BN=present,
+        )
+        return self.denoiser.loss(
+            example,
+            timesteps_B=timesteps,
+            noise_BCHW=noise,
+            reference_noise_BCHW=reference_noise,
+            dropped=Dropped(text_B=never, references_B=chance[1] < recipe.references_dropped, no_references_B=never),
+            unconditional=Unconditional(text_SD=nothing, blank_CHW=self.blank_CHW),
+        ).mean()
+
+    def measure(self) -> dict[str, float]:
+        """Loss on held-out stories, over evenly spread noise levels; the same frames and noise at every call."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            values = [
+                float(self._story_loss(self.held_out, 64, generator, drops=False)) for _ in range(_HELD_OUT_BATCHES)
+            ]
+        return {"loss": sum(values) / len(values)}
+
+
+def frame_trainee(recipe: FrameRecipe) -> FrameTrainee:
+    """Everything ready to train; latents are made or read. Needs the trained autoencoder and the tokenizer."""
+    vae = encoding_vae()
+    vae.requires_grad_(False)
+    scaling = scaling_of(vae, shelf(recipe.singles))
+    codec = Codec(vae, scaling)
+    tokenizer = StoryTokenizer.load(TOKENIZER_FOLDER)
+    model = toon_text_encoder(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    text = TextEncoder(model, tokenizer)
+    parts = [
+        (s, latents_of(s, vae, codec), token_rows(text, descriptions(s))) for s in (recipe.singles, recipe.stories)
+    ]
+    corpus = Corpus(
+        np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts]), stories_from=len(parts[0][1])
+    )
+    held = recipe.held_out
+    held_out = Corpus(latents_of(held, vae, codec), token_rows(text, descriptions(held)), stories_from=0)
+    with torch.no_grad():
+        blank = codec.encode_blank(held.size_px, held.size_px)[0]
+    return FrameTrainee(recipe, codec, corpus, held_out, text, blank)
+
+
+def adam_only(name: str) -> bool:
+    """Embeddings, first and last layers, and the small networks that read the time step stay with AdamW."""
+    return any(part in name for part in ("embedding", "conv_in", "conv_out", "time_"))
+
+
+def train_frame(recipe: FrameRecipe) -> RunResult:
+    """Train, or continue, the frame model; its checkpoint is `frame.safetensors` in the training folder."""
+    torch.manual_seed(recipe.loop.seed)
+    return train(frame_trainee(recipe), recipe.loop, training_dir() / CHECKPOINT, adam_only=adam_only)
+
+
+def trained_frame(path: Path | None = None) -> dict[str, dict[str, Tensor]]:
+    """The averaged weights of the training folder: state dicts "unet" and "text". Raises FileNotFoundError."""
+    found = load_checkpoint(path or training_dir() / CHECKPOINT)
+    if found is None:
+        raise FileNotFoundError("no trained frame model: run `python -m training.frame`")
+    weights = found.part("average") or found.part("networks")
+    return {
+        part: {n.removeprefix(f"{part}."): v for n, v in weights.items() if n.startswith(f"{part}.")}
+        for part in ("unet", "text")
+    }
+
+
+def main() -> None:
+    """Train the toon pack's frame model."""
+    from training.recipes import toon_frame
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=None, help="end after this much training time, at rate zero")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result = train_frame(toon_frame(arguments.minutes))
+    print(f"frame: {result.steps} steps, {result.elapsed_s / 60:.1f} min, {result.figures}")
+
+
+if __name__ == "__main__":
+    main()

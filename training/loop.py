@@ -1,0 +1,188 @@
+"""Runs training steps until the recipe's end, keeping a checkpoint that a later run continues from, bit for bit.
+
+Knows no model: a `Trainee` gives the loss of a batch drawn by a generator that depends on the step alone, so a resumed
+run sees what an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from training.optimizer import MuonAdam, OptimizerRecipe, Pace
+from training.storage import (
+    Checkpoint,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+    with_prefix,
+)
+
+REPORT_EVERY_STEPS = 20
+
+
+class Trainee(Protocol):
+    """What is trained."""
+
+    networks: nn.ModuleDict
+
+    def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
+        """The scalar loss of step `step`; all randomness comes from `generator` (CPU)."""
+        ...
+
+    def measure(self) -> dict[str, float]:
+        """Held-out figures, with the weights that are in `networks` now."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopRecipe:
+    """How long, how fast, how often to look."""
+
+    pace: Pace
+    optimizer: OptimizerRecipe
+    seed: int = 0
+    ema: float = 0.0  # share of the old average kept each step; 0 keeps no average
+    save_every_s: float = 120.0
+    measure_every_s: float = 240.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: steps and training time in all, last held-out figures (of the average if one is kept)."""
+
+    steps: int
+    elapsed_s: float
+    figures: dict[str, float]
+
+
+class Average:
+    """Exponential moving average of the weights. Young averages follow faster, so early checkpoints are usable."""
+
+    def __init__(self, networks: nn.Module, keep: float) -> None:
+        self.keep = keep
+        self.values = {name: value.detach().clone() for name, value in networks.state_dict().items()}
+
+    @torch.no_grad()
+    def follow(self, networks: nn.Module, step: int) -> None:
+        keep = min(self.keep, (1 + step) / (10 + step))
+        for name, value in networks.state_dict().items():
+            if value.is_floating_point():
+                self.values[name].lerp_(value, 1 - keep)
+
+    def swapped_into(self, networks: nn.Module) -> dict[str, Tensor]:
+        """Put the average into `networks`; returns what was there."""
+        held = {name: value.detach().clone() for name, value in networks.state_dict().items()}
+        networks.load_state_dict(self.values)
+        return held
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The generator of one step: depends on the run's seed and the step, not on what ran before."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def train(
+    trainee: Trainee,
+    recipe: LoopRecipe,
+    path: Path,
+    *,
+    adam_only: Callable[[str], bool] = lambda name: False,
+    say: Callable[[str], None] = lambda line: print(line, flush=True),
+    until_step: int | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> RunResult:
+    """Train from the checkpoint at `path` (or from nothing) to the end of `recipe`, or to `until_step`.
+
+    On return `path` holds the last state; `networks` hold the average where one is kept. Raises FloatingPointError when
+    the loss is not a number: the last checkpoint is then from before.
+    """
+    networks = trainee.networks
+    optimizer = MuonAdam(
+        [(name, p) for name, p in networks.named_parameters() if p.requires_grad], recipe.optimizer, adam_only
+    )
+    average = Average(networks, recipe.ema) if recipe.ema > 0 else None
+    step, before_s, figures = 0, 0.0, {}
+    found = load_checkpoint(path)
+    if found is not None:
+        networks.load_state_dict(found.part("networks"))
+        restore_optimizer(optimizer, found.part("optimizer"))
+        if average is not None:
+            average.values = found.part("average")
+        step, before_s, figures = (
+            int(found.facts["step"]),
+            float(found.facts["elapsed_s"]),
+            dict(found.facts["figures"]),
+        )
+        say(f"continuing at step {step}, {before_s / 60:.1f} min")
+    start = clock()
+    saved = measured = start
+
+    def elapsed_s() -> float:
+        return before_s + clock() - start
+
+    def keep(done: bool) -> None:
+        tensors = with_prefix("networks", networks.state_dict()) | with_prefix(
+            "optimizer", optimizer_tensors(optimizer)
+        )
+        if average is not None:
+            tensors |= with_prefix("average", average.values)
+        facts: dict[str, Any] = {"step": step, "elapsed_s": elapsed_s(), "figures": figures, "done": done}
+        save_checkpoint(path, Checkpoint(tensors, facts))
+
+    def look() -> dict[str, float]:
+        held = average.swapped_into(networks) if average is not None else None
+        networks.eval()
+        with torch.no_grad():
+            seen = trainee.measure()
+        networks.train()
+        if held is not None:
+            networks.load_state_dict(held)
+        say(f"step {step} {elapsed_s() / 60:.1f} min held-out " + " ".join(f"{k} {v:.4f}" for k, v in seen.items()))
+        return seen
+
+    networks.train()
+    recent: list[float] = []
+    last_report, last_step = clock(), step
+    while recipe.pace.progress(step, elapsed_s()) < 1.0 and (until_step is None or step < until_step):
+        factor = recipe.pace.factor(step, elapsed_s())
+        loss = trainee.loss(step, recipe.pace.progress(step, elapsed_s()), step_generator(recipe.seed, step))
+        value = float(loss.detach())
+        if value != value:
+            raise FloatingPointError(f"the loss is not a number at step {step}")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(networks.parameters(), recipe.optimizer.clip_norm)
+        optimizer.scale_rates(factor)
+        optimizer.step()
+        if average is not None:
+            average.follow(networks, step)
+        step += 1
+        recent.append(value)
+        if step % REPORT_EVERY_STEPS == 0:
+            now = clock()
+            rate = (step - last_step) / max(now - last_report, 1e-9)
+            mean = sum(recent) / len(recent)
+            say(f"step {step} {elapsed_s() / 60:.1f} min loss {mean:.5f} {rate:.2f} steps/s lr x{factor:.2f}")
+            recent, last_report, last_step = [], now, step
+        if clock() - measured > recipe.measure_every_s:
+            figures = look()
+            measured = clock()
+        if clock() - saved > recipe.save_every_s:
+            keep(done=False)
+            saved = clock()
+    done = until_step is None or recipe.pace.progress(step, elapsed_s()) >= 1.0
+    if done:
+        figures = look()
+    keep(done=done)
+    if average is not None and done:
+        average.swapped_into(networks)
+    networks.eval()
+    return RunResult(step, elapsed_s(), figures)

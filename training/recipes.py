@@ -1,0 +1,95 @@
+"""Every run of the toon pack as a function that returns a frozen recipe: what is trained, on what, for how long.
+
+Steps are what a quiet run does; `minutes` caps a run's time and brings its learning rate to zero by then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from training.clip import ClipRecipe
+from training.evaluation.judge import JudgeRecipe
+from training.frame import FrameRecipe
+from training.loop import LoopRecipe
+from training.optimizer import OptimizerRecipe, Pace
+from training.pictures import ShelfRecipe
+from training.vae import VaeRecipe
+
+
+def toon_vae(minutes: float | None = None) -> VaeRecipe:
+    """The autoencoder: 8,000 wide pictures and the first 4,000 of the frame model's."""
+    return VaeRecipe(
+        loop=LoopRecipe(
+            pace=Pace(steps=20_000, warmup_steps=20, minutes=minutes, decay_share=0.6),
+            optimizer=OptimizerRecipe(matrix_rate=0.02, rate=2e-3, weight_decay=0.0),
+            seed=1,
+            ema=0.98,
+        ),
+        shelves=(
+            ShelfRecipe(split="train", breadth="wide", count=8_000),
+            ShelfRecipe(split="train", breadth="scene", count=16_000),
+        ),
+        held_out=(
+            ("known", ShelfRecipe(split="validation", breadth="scene", count=256)),
+            ("new", ShelfRecipe(split="new", breadth="scene", count=256)),
+        ),
+    )
+
+
+def toon_decoder(minutes: float | None = None) -> VaeRecipe:
+    """The autoencoder's decoder, learning on with the encoder frozen: whole frames, squares weighted up."""
+    return replace(
+        toon_vae(),
+        loop=LoopRecipe(
+            pace=Pace(steps=4_000, warmup_steps=20, minutes=minutes, decay_share=0.8),
+            optimizer=OptimizerRecipe(matrix_rate=0.01, rate=1e-3, weight_decay=0.0),
+            seed=5,
+            ema=0.98,
+        ),
+        crops_share=0.0,
+        square_weight=4.0,
+        edge_weight=0.5,
+        decoder_only=True,
+    )
+
+
+def toon_frame(minutes: float | None = None) -> FrameRecipe:
+    """The frame model: single frames and stories, drawn from other seeds than the judge's."""
+    return FrameRecipe(
+        loop=LoopRecipe(
+            pace=Pace(steps=30_000, warmup_steps=20, minutes=minutes, decay_share=0.5),
+            optimizer=OptimizerRecipe(matrix_rate=0.02, rate=3e-3, weight_decay=0.01),
+            seed=2,
+            ema=0.985,
+        ),
+        singles=ShelfRecipe(split="train", breadth="scene", count=3_000),
+        stories=ShelfRecipe(split="train", breadth="story", count=1_600),
+        held_out=ShelfRecipe(split="validation", breadth="story", count=60),
+    )
+
+
+def toon_judge(minutes: float | None = None) -> JudgeRecipe:
+    """The judge of `make eval-toon`: seeds that nothing else is trained on, accuracy on held-out combinations."""
+    return JudgeRecipe(
+        loop=LoopRecipe(
+            pace=Pace(steps=3_000, warmup_steps=40, minutes=minutes, decay_share=0.6),
+            optimizer=OptimizerRecipe(matrix_rate=0.02, rate=2e-3, weight_decay=0.01),
+            seed=3,
+            ema=0.99,
+        ),
+        pictures=ShelfRecipe(split="train", breadth="scene", count=6_000, first_seed=200_000),
+        held_out=ShelfRecipe(split="test", breadth="scene", count=1_000),
+    )
+
+
+def toon_clip(minutes: float | None = None) -> ClipRecipe:
+    """The CLIP: the frame model's single frames with their descriptions."""
+    return ClipRecipe(
+        loop=LoopRecipe(
+            pace=Pace(steps=1_500, warmup_steps=40, minutes=minutes, decay_share=0.6),
+            optimizer=OptimizerRecipe(matrix_rate=0.01, rate=1e-3, weight_decay=0.01),
+            seed=4,
+        ),
+        pairs=ShelfRecipe(split="train", breadth="scene", count=5_000),
+        held_out=ShelfRecipe(split="validation", breadth="scene", count=256),
+    )

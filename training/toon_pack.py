@@ -1,0 +1,130 @@
+"""Makes the whole toon pack: every network in turn, then the sealed folder. `make toon-pack` runs it.
+
+Each stage continues from its checkpoint, and a finished one is skipped, so an interrupted run is started again with the
+same command. Order matters: the tokenizer comes first, the frame model needs the autoencoder, the rest is free.
+
+    python -m training.toon_pack [--threads 2] [--only pack]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from services.models.pack import Pack, PackSettings, Sampling, write_pack
+from services.models.registry import save_network
+from services.models.storygen import build_storygen
+from services.models.tokenizer import StoryTokenizer
+from services.models.toon import FRAME_PX, MAX_REFERENCES, SCHEDULE, TEXT, UNET, VAE, toon_text_encoder
+from training.card import model_card
+from training.clip import CHECKPOINT as CLIP_CHECKPOINT
+from training.clip import export_clip, train_clip, trained_clip
+from training.evaluation.judge import train_and_ship
+from training.frame import train_frame, trained_frame
+from training.latents import scaling_of
+from training.pictures import shelf
+from training.recipes import toon_clip, toon_decoder, toon_frame, toon_judge, toon_vae
+from training.storage import training_dir
+from training.vae import encoding_vae, train_vae, trained_vae
+
+PACK = Path(__file__).resolve().parents[1] / "services" / "models" / "packs" / "toon"
+SAMPLING = Sampling(sampler="dpm_solver_pp_2m", default_steps=20, default_text_guidance=2.0, default_image_guidance=2.0)
+
+
+def write_networks(folder: Path) -> PackSettings:
+    """Write VAE, text encoder, UNet and CLIP of the training folder into a pack's folder; returns the pack's settings.
+
+    Raises FileNotFoundError when a network is not trained yet (a CLIP may be missing).
+    """
+    tokenizer = StoryTokenizer.load(folder / "tokenizer")
+    weights = trained_frame()
+    unet: Any = build_storygen(UNET)
+    unet.load_state_dict(weights["unet"])
+    text: Any = toon_text_encoder(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    text.load_state_dict(weights["text"])
+    vae: Any = trained_vae()
+    save_network(folder / "unet", unet, UNET, torch.float16)
+    save_network(folder / "text_encoder", text, TEXT, torch.float16)
+    save_network(folder / "vae", vae, VAE, torch.float16)
+    if (training_dir() / CLIP_CHECKPOINT).is_file():  # for metrics only: a pack can be served without it
+        export_clip(trained_clip(), folder / "clip")
+    return PackSettings(
+        name="toon",
+        architecture="storygen",
+        base="nothing",
+        licence="Apache-2.0",
+        made_by="make toon-pack",
+        width_px=FRAME_PX,
+        height_px=FRAME_PX,
+        max_references=MAX_REFERENCES,
+        reference_range="signed",
+        sample_latents=False,  # trained on posterior means
+        latents=scaling_of(encoding_vae(), shelf(toon_frame().singles)),
+        schedule=SCHEDULE,
+        sampling=SAMPLING,
+    )
+
+
+def seal(folder: Path = PACK) -> Pack:
+    """Write everything that is trained into `folder` and seal it with its manifest.
+
+    The captioner's files must be there already (`training.captions` writes them).
+    """
+    settings = write_networks(folder)
+    for name in ("llava", "adapters"):
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(f"the pack has no {name}/ yet: run `python -m training.captions --out {folder}`")
+    (folder / "MODEL_CARD.md").write_text(model_card(), encoding="utf-8")
+    for leftover in folder.rglob("*.part"):
+        leftover.unlink()
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    return write_pack(folder, settings)
+
+
+def _module(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", *arguments], check=True)
+
+
+def stages(folder: Path) -> dict[str, Callable[[], object]]:
+    """Every stage by name, in order."""
+
+    def tokenizer() -> None:
+        if not (folder / "tokenizer" / "tokenizer.json").is_file():
+            _module("training.tokenizer", "--out", str(folder / "tokenizer"))
+
+    return {
+        "tokenizer": tokenizer,
+        "vae": lambda: train_vae(toon_vae()),
+        "decoder": lambda: train_vae(toon_decoder()),
+        "frame": lambda: train_frame(toon_frame()),
+        "clip": lambda: train_clip(toon_clip()),
+        "captions": lambda: _module("training.captions", "--out", str(folder)),
+        "judge": lambda: train_and_ship(toon_judge()),
+        "pack": lambda: print(f"toon pack {seal(folder).digest} in {folder}"),
+        "evaluation": lambda: _module("training.evaluation.toon", "--pack", str(folder), "--card"),
+    }
+
+
+def main() -> None:
+    """Run every stage, or one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=PACK, help="pack folder")
+    parser.add_argument("--only", choices=tuple(stages(PACK)), help="run this stage alone")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name, stage in stages(arguments.out).items():
+        if arguments.only in (None, name):
+            print(f"== {name}", flush=True)
+            stage()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Trains the pack's autoencoder: pictures to 16×16×4 latents and back.
+
+It sees thousands of looks and gradings that no character of the cast has, so that new characters can be drawn without
+training it again. First crops (many small pictures for the price of one), then whole frames. Afterwards the decoder may
+go on learning alone while the frame model already trains: latents stay what they are.
+
+    python -m training.vae [--minutes 20] [--threads 2]
+    python -m training.vae --decoder
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from services.models.toon import toon_vae as fresh_vae
+from training.loop import LoopRecipe, RunResult, train
+from training.pictures import Pixels, ShelfRecipe, shelf
+from training.storage import load_checkpoint, training_dir
+
+CHECKPOINT = "vae.safetensors"
+DECODER_CHECKPOINT = "decoder.safetensors"
+_ENCODING = ("encoder.", "quant_conv.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeRecipe:
+    """What the autoencoder is trained on and for."""
+
+    loop: LoopRecipe
+    shelves: tuple[ShelfRecipe, ...]
+    held_out: tuple[tuple[str, ShelfRecipe], ...]  # name of the figure, pictures
+    batch: int = 4  # whole frames; crops come four times as many
+    crops_share: float = 0.6  # of the run
+    crop_px: int = 64
+    kl_weight: float = 1e-4  # per latent value: keeps latents bounded and smooth without blurring the picture
+    square_weight: float = 1.0
+    absolute_weight: float = 1.0
+    edge_weight: float = 1.0  # of the gradient loss, once the crops are over; outlines are what faces are made of
+    decoder_only: bool = False  # keep the encoder of a finished run as it is
+
+
+def picture_batch(shelves: list[Pixels], rows: int, generator: torch.Generator, crop_px: int | None = None) -> Tensor:
+    """`[rows, 3, h, w]` in −1..1: pictures of all shelves alike, each cut at its own place when `crop_px` is given."""
+    counts = [len(s) for s in shelves]
+    picks = torch.randint(sum(counts), (rows,), generator=generator).tolist()
+    size = shelves[0].shape[1]
+    room = 0 if crop_px is None else size - crop_px
+    corners = torch.randint(room + 1, (rows, 2), generator=generator).tolist()
+    out = []
+    for pick, (top, left) in zip(picks, corners, strict=True):
+        which = 0
+        while pick >= counts[which]:
+            pick -= counts[which]
+            which += 1
+        extent = crop_px or size
+        out.append(shelves[which][pick, top : top + extent, left : left + extent])
+    pixels = torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def gradients(pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences to the right and lower neighbour."""
+    return pixels_BCHW[..., :, 1:] - pixels_BCHW[..., :, :-1], pixels_BCHW[..., 1:, :] - pixels_BCHW[..., :-1, :]
+
+
+def psnr_db(mean_square_error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of pictures in −1..1 (peak 2)."""
+    return 10.0 * torch.log10(4.0 / mean_square_error.clamp_min(1e-10))
+
+
+def reconstruction_psnr_db(vae: AutoencoderKL, pictures: Pixels, batch: int = 16) -> float:
+    """Mean over pictures of the PSNR of `decode(mean of encode)`, clipped to the value range, as served."""
+    values = []
+    with torch.no_grad():
+        for first in range(0, len(pictures), batch):
+            pixels = torch.from_numpy(np.array(pictures[first : first + batch])).permute(0, 3, 1, 2).float() / 127.5 - 1
+            again = vae.decode(vae.encode(pixels, return_dict=False)[0].mean, return_dict=False)[0].clamp(-1, 1)
+            values.append(psnr_db((again - pixels).square().mean(dim=(1, 2, 3))))
+    return float(torch.cat(values).mean())
+
+
+class VaeTrainee:
+    """An autoencoder in training."""
+
+    def __init__(self, vae: AutoencoderKL, recipe: VaeRecipe, folder: Path | None = None, workers: int = 1) -> None:
+        self.networks = nn.ModuleDict({"vae": vae})
+        self.vae: Any = vae
+        self.recipe = recipe
+        self.shelves = [shelf(s, workers, folder) for s in recipe.shelves]
+        self.held_out = [(name, shelf(s, workers, folder)) for name, s in recipe.held_out]
+        if recipe.decoder_only:
+            for name, parameter in vae.named_parameters():
+                parameter.requires_grad_(not name.startswith(_ENCODING))
+
+    def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
+        recipe = self.recipe
+        crops = progress < recipe.crops_share
+        size = int(self.shelves[0].shape[1])
+        rows = recipe.batch * (size // recipe.crop_px) ** 2 if crops else recipe.batch
+        pixels = picture_batch(self.shelves, rows, generator, recipe.crop_px if crops else None)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.set_grad_enabled(not recipe.decoder_only):
+                posterior = self.vae.encode(pixels, return_dict=False)[0]
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+            again = self.vae.decode(latents, return_dict=False)[0].float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+        loss = (
+            recipe.square_weight * F.mse_loss(again, pixels)
+            + recipe.absolute_weight * F.l1_loss(again, pixels)
+            + recipe.kl_weight * kl
+        )
+        if not crops:
+            edges = zip(gradients(again), gradients(pixels), strict=True)
+            loss = loss + recipe.edge_weight * sum((F.l1_loss(a, b) for a, b in edges), torch.zeros(()))
+        out: Tensor = loss
+        return out
+
+    def measure(self) -> dict[str, float]:
+        return {f"{name}_psnr_db": reconstruction_psnr_db(self.vae, pictures) for name, pictures in self.held_out}
+
+
+def train_vae(recipe: VaeRecipe, workers: int = 1) -> RunResult:
+    """Train, or continue, the autoencoder or its decoder; the checkpoint lies in the training folder.
+
+    Raises FileNotFoundError when only the decoder is to learn and there is no finished autoencoder.
+    """
+    torch.manual_seed(recipe.loop.seed)
+    vae = encoding_vae() if recipe.decoder_only else fresh_vae()
+    # First and last convolutions see pixels and latents, not features.
+    return train(
+        VaeTrainee(vae, recipe, workers=workers),
+        recipe.loop,
+        training_dir() / (DECODER_CHECKPOINT if recipe.decoder_only else CHECKPOINT),
+        adam_only=lambda name: any(part in name for part in ("conv_in", "conv_out", "quant_conv")),
+    )
+
+
+def _from_checkpoint(path: Path) -> AutoencoderKL | None:
+    found = load_checkpoint(path)
+    if found is None:
+        return None
+    vae = fresh_vae()
+    vae.load_state_dict(
+        {n.removeprefix("vae."): v for n, v in (found.part("average") or found.part("networks")).items()}
+    )
+    vae.eval()
+    return vae
+
+
+def encoding_vae(folder: Path | None = None) -> AutoencoderKL:
+    """The autoencoder that latents are made with (averaged weights, eval mode). Raises FileNotFoundError."""
+    vae = _from_checkpoint((folder or training_dir()) / CHECKPOINT)
+    if vae is None:
+        raise FileNotFoundError("no trained autoencoder: run `python -m training.vae`")
+    return vae
+
+
+def trained_vae(folder: Path | None = None) -> AutoencoderKL:
+    """The same with the decoder that learned on, where there is one. Raises FileNotFoundError."""
+    home = folder or training_dir()
+    return _from_checkpoint(home / DECODER_CHECKPOINT) or encoding_vae(home)
+
+
+def main() -> None:
+    """Train the toon pack's autoencoder."""
+    from training.recipes import toon_decoder, toon_vae
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=None, help="end after this much training time, at rate zero")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--decoder", action="store_true", help="let the decoder of a finished run learn on")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result = train_vae((toon_decoder if arguments.decoder else toon_vae)(arguments.minutes))
+    print(f"vae: {result.steps} steps, {result.elapsed_s / 60:.1f} min, {result.figures}")
+
+
+if __name__ == "__main__":
+    main()
