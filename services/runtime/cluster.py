@@ -320,7 +320,8 @@ class Supervisor:
     def _sweep(self, each: Running) -> None:
         """Ends what a dead program left: its session, and nobody else's."""
         if each.identity is not None:
-            processes.end("", (each.identity,))
+            processes.end(None, (each.identity,))
+            self.sessions.remove(each.identity)
 
     def _end_all(self) -> None:
         """Asks each program to end, then ends what is left of everything."""

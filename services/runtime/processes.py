@@ -94,8 +94,9 @@ def mark_of(process: psutil.Process) -> str | None:
         return None
 
 
-def find(mark: str, leaders: Iterable[ProcessIdentity] = ()) -> Iterator[psutil.Process]:
-    """Every living process that carries `mark` or lives in a session opened by one of `leaders`; never the caller.
+def find(mark: str | None, leaders: Iterable[ProcessIdentity] = ()) -> Iterator[psutil.Process]:
+    """Every living process that carries `mark` (None: no mark counts) or lives in a session opened by one of
+    `leaders`; never the caller.
 
     A session whose leader's id now belongs to another process is not ours, and neither is a process older than the
     leader.
@@ -114,7 +115,7 @@ def find(mark: str, leaders: Iterable[ProcessIdentity] = ()) -> Iterator[psutil.
             in_session = start >= leader_start and now in (None, leader_start)
         else:
             in_session = False
-        if in_session or mark_of(process) == mark:
+        if in_session or (mark is not None and mark_of(process) == mark):
             yield process
 
 
@@ -154,7 +155,7 @@ def name_of(command: list[str]) -> str:
 
 
 def end(
-    mark: str, leaders: Iterable[ProcessIdentity] = (), *, spare: Iterable[int] = (), within_s: float = 10.0
+    mark: str | None, leaders: Iterable[ProcessIdentity] = (), *, spare: Iterable[int] = (), within_s: float = 10.0
 ) -> int:
     """Kills every process of the installation until none is left, and says how many there were.
 

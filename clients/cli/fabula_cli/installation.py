@@ -83,8 +83,9 @@ class Installation:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
         return answer if isinstance(answer, dict) else {}
 
-    def start(self) -> Starting:
+    def start(self, serve_config: Path | None = None) -> Starting:
         """Starts the supervisor in a session of its own, so that it outlives this terminal. Raises ServicesMissing."""
+        config = () if serve_config is None else ("--serve-config", str(serve_config.resolve()))
         need_services()
         self.logs.mkdir(parents=True, exist_ok=True)
         self.home.chmod(0o700)
@@ -92,7 +93,7 @@ class Installation:
         with log.open("ab") as file:
             began = file.tell()
             process = subprocess.Popen(
-                [sys.executable, "-m", SUPERVISOR, "supervise"],
+                [sys.executable, "-m", SUPERVISOR, "supervise", *config],
                 env=self.environment(),
                 cwd=self.home,
                 stdin=subprocess.DEVNULL,

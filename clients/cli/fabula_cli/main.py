@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,6 +31,12 @@ app = typer.Typer(
 def up(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when everything is ready, or at once.")] = True,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Longest wait, seconds.")] = 300.0,
+    serve_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Which models run where.", exists=True, dir_okay=False, show_default="deploy/serve/laptop.yaml"
+        ),
+    ] = None,
     home: Home = None,
     port_base: PortBase = None,
     as_json: AsJson = False,
@@ -42,7 +49,7 @@ def up(
 
       fabula up --home /tmp/second --port-base 9470 --json
     """
-    bring_services_up(wait, timeout_s, Installation.find(home, port_base), as_json)
+    bring_services_up(wait, timeout_s, serve_config, Installation.find(home, port_base), as_json)
 
 
 app.command()(down)

@@ -7,6 +7,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from fabula_client import Client, FabulaError, RetryPolicy
@@ -40,10 +41,12 @@ def is_ready(installation: Installation) -> bool:
     return bool(shown["running"]) and shown["record"].get("phase") == "ready"
 
 
-def bring_up(installation: Installation, *, timeout_s: float, quiet: bool) -> dict[str, Any]:
+def bring_up(
+    installation: Installation, *, timeout_s: float, quiet: bool, serve_config: Path | None = None
+) -> dict[str, Any]:
     """Starts the services and waits until they are ready; returns the record. Raises CannotStart, having stopped them
     again."""
-    starting = installation.start()
+    starting = installation.start(serve_config)
     try:
         with _watching(quiet) as show:
             while True:
@@ -67,6 +70,7 @@ def bring_up(installation: Installation, *, timeout_s: float, quiet: bool) -> di
 def up(
     wait: bool,
     timeout_s: float,
+    serve_config: Path | None,
     installation: Installation,
     as_json: bool,
 ) -> None:
@@ -76,12 +80,13 @@ def up(
             _say_up(installation.record(), as_json, already=True)
             return
         if not wait:
-            starting = installation.start()
+            starting = installation.start(serve_config)
             while not (record := starting.look()):
                 time.sleep(0.1)
             _say_up(record, as_json, already=False)
             return
-        _say_up(bring_up(installation, timeout_s=timeout_s, quiet=as_json), as_json, already=False)
+        record = bring_up(installation, timeout_s=timeout_s, quiet=as_json, serve_config=serve_config)
+        _say_up(record, as_json, already=False)
     except (CannotStart, SupervisorFailed, ServicesMissing) as error:
         fail(str(error), status=exits.CANNOT_START, as_json=as_json, reason="CANNOT_START")
     except KeyboardInterrupt:
