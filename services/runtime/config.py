@@ -159,7 +159,8 @@ class Installation(Settings):
     def make_home(self) -> Path:
         """Creates the home folder, for its owner only."""
         self.home.mkdir(parents=True, exist_ok=True)
-        self.home.chmod(0o700)
+        if self.home.stat().st_uid == os.getuid():  # a mounted volume belongs to somebody else and has its own rules
+            self.home.chmod(0o700)
         for name in ("objects", "logs", "run", "packs"):
             (self.home / name).mkdir(exist_ok=True)
         return self.home

@@ -180,8 +180,10 @@ class Caretaker:
 
 
 def _lives(pid: int, process_start_us: int) -> bool:
-    """Whether the very process still runs: another one may have its number by now."""
+    """Whether the very process still runs: another one may have its number by now, and a zombie has only the number."""
     try:
-        return pid > 0 and abs(psutil.Process(pid).create_time() * 1e6 - process_start_us) < 2e6
+        process = psutil.Process(pid)
+        is_same = abs(process.create_time() * 1e6 - process_start_us) < 2e6
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False

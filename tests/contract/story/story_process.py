@@ -71,7 +71,7 @@ class StoryProcess:
                 stdout=log,
                 stderr=log,
             )
-        self.http = httpx.Client(base_url=self.http_url, timeout=30, trust_env=False)
+        self.http = httpx.Client(base_url=self.http_url, timeout=120, trust_env=False)
         options = [("grpc.enable_http_proxy", 0), ("grpc.max_send_message_length", 64 << 20)]
         self.channel = grpc.insecure_channel(self.grpc_target, options=options)
         self.stub = story_service_pb2_grpc.StoryServiceStub(self.channel)
@@ -107,7 +107,7 @@ class StoryProcess:
     def terminate(self) -> int:
         return self._end(signal.SIGTERM)
 
-    def wait_dead(self, timeout_s: float = 60) -> None:
+    def wait_dead(self, timeout_s: float = 180) -> None:
         assert self.process is not None
         self.process.wait(timeout_s)
         self.channel.close()
@@ -126,15 +126,15 @@ class StoryProcess:
 
     def create(self, image: bytes, **fields: Any) -> story_pb2.Story:
         request = {"caption": "Once upon a time.", "frame_count": 3, "seed": 7, "image": image, **fields}
-        return self.stub.CreateStory(story_service_pb2.CreateStoryRequest(**request), timeout=30).story
+        return self.stub.CreateStory(story_service_pb2.CreateStoryRequest(**request), timeout=120).story
 
     def get(self, story_id: str) -> story_pb2.Story:
-        return self.stub.GetStory(story_service_pb2.GetStoryRequest(story_id=story_id), timeout=30).story
+        return self.stub.GetStory(story_service_pb2.GetStoryRequest(story_id=story_id), timeout=120).story
 
     def cancel(self, story_id: str) -> story_pb2.Story:
-        return self.stub.CancelStory(story_service_pb2.CancelStoryRequest(story_id=story_id), timeout=30).story
+        return self.stub.CancelStory(story_service_pb2.CancelStoryRequest(story_id=story_id), timeout=120).story
 
-    def watch(self, story_id: str, after: int = 0, timeout: float = 60) -> Any:
+    def watch(self, story_id: str, after: int = 0, timeout: float = 180) -> Any:
         request = story_service_pb2.WatchStoryRequest(story_id=story_id, after_sequence=after)
         return self.stub.WatchStory(request, timeout=timeout)
 
@@ -144,9 +144,9 @@ class StoryProcess:
 
     def image(self, story_id: str, sha256: str) -> bytes:
         request = story_service_pb2.ReadImageRequest(story_id=story_id, sha256=sha256)
-        return b"".join(part.chunk for part in self.stub.ReadImage(request, timeout=30))
+        return b"".join(part.chunk for part in self.stub.ReadImage(request, timeout=120))
 
-    def wait_state(self, story_id: str, *states: int, timeout_s: float = 60) -> story_pb2.Story:
+    def wait_state(self, story_id: str, *states: int, timeout_s: float = 180) -> story_pb2.Story:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             story = self.get(story_id)
