@@ -1,20 +1,20 @@
 """Every network, sampler and pack. Knows no transport, no Ray and no service.
 
-    pack.py          a folder sealed by its pack.json: find, check, write
-    registry.py      architecture name → what loads it; writes and reads the networks of a pack
-    tiny.py          a complete pack of tiny random networks, for tests
-    toon.py          the shapes of the toon pack
+pack.py          a folder sealed by its pack.json: find, check, write
+registry.py      architecture name → what loads it; writes and reads the networks of a pack
+tiny.py          a complete pack of tiny random networks, for tests
+toon.py          the shapes of the toon pack
 
-    drawing.py       sampling: begin, advance many drawings by one step, finish
-    denoiser.py      StoryGen's rules (reference levels, guidance, dropout) and its training loss
-    storygen.py      the UNet with reference attention, in the published layout
-    schedule.py      noise levels; what is trained and what is sampled
-    samplers.py      DDIM, DPM-Solver++ 2M
-    vae.py           pixels ↔ latents
-    text_encoder.py  descriptions → vectors
-    tokenizer.py     one byte-level BPE for all networks of a pack
+drawing.py       sampling: begin, advance many drawings by one step, finish
+denoiser.py      StoryGen's rules (reference levels, guidance, dropout) and its training loss
+storygen.py      the UNet with reference attention, in the published layout
+schedule.py      noise levels; what is trained and what is sampled
+samplers.py      DDIM, DPM-Solver++ 2M
+vae.py           pixels ↔ latents
+text_encoder.py  descriptions → vectors
+tokenizer.py     one byte-level BPE for all networks of a pack
 
-    llava.py         the captioner's shape and files
-    prompts.py       what the captioner is asked, as token ids
-    errors.py        what can go wrong, by name
+llava.py         the captioner's shape and files
+prompts.py       what the captioner is asked, as token ids
+errors.py        what can go wrong, by name
 """
