@@ -188,8 +188,11 @@ def ray_variables(installation: Installation) -> dict[str, str]:
         # A killed proxy is back after 4 s with these; the defaults mean an outage of 40 s.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+        # A proxy that is slow to start on a busy machine is waited for; by default it is killed every 5 s.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
         # What a `worker_process_setup_hook` becomes, for every worker and without a runtime environment's cost.
         "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "services.runtime.loopback.install",
+        "RAY_worker_niceness": "0",  # 15 by default: any other program would starve the engines and their health checks
         "DASHBOARD_METRIC_PORT": str(installation.port_base + 13),  # one for all clusters of a machine by default
         "RAY_ROTATION_MAX_BYTES": str(8 << 20),
         "RAY_ROTATION_BACKUP_COUNT": "1",

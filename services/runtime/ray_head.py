@@ -31,6 +31,7 @@ from services.runtime.config import Installation
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80_000_000  # Ray's least is 75 MB; requests are far smaller than its threshold for using it
+PROXY_START_S = 600.0  # Serve gives up after 60 s, and a busy machine may need longer; the supervisor watches anyway
 POLL_S = 0.25
 WORKER_PORTS = range(30, 130)  # above the port base
 
@@ -76,6 +77,7 @@ def read_serve_config(path: Path, installation: Installation) -> ServeDeploySche
 
 def deploy(config: ServeDeploySchema) -> None:
     """Starts Serve and submits the applications; returns before they run."""
+    serve_api.HTTP_PROXY_TIMEOUT = PROXY_START_S
     client = serve_api.serve_start(
         http_options=config.http_options.model_dump(),
         proxy_location=config.proxy_location,
