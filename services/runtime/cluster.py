@@ -284,6 +284,7 @@ class Supervisor:
             each.look_at = now + READY_AGAIN_S
             if each.program.name == "story":
                 each.ready = story_ready(self.installation)
+                each.message = "" if each.ready else each.message
             else:
                 each.ready, each.message = serve_ready(self.installation, each.process.pid)
             if each.ready and each.ready_s is None:

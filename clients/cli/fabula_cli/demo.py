@@ -18,7 +18,7 @@ from fabula_cli import exits
 from fabula_cli.installation import Installation, ServicesMissing, SupervisorFailed
 from fabula_cli.options import AsJson, Home, PortBase
 from fabula_cli.report import aside, duration, fail, people, say_json
-from fabula_cli.services import CannotStart, bring_up, is_ready
+from fabula_cli.services import CannotStart, bring_up, phase_of
 from fabula_cli.stories import connected, follow, keep
 from fabula_cli.storybook import index_page
 
@@ -67,10 +67,11 @@ def demo(
     began = time.monotonic()
     started = False
     try:
-        if not is_ready(installation):
+        phase = phase_of(installation)
+        if phase != "ready":
             if not as_json:
                 aside.print("Starting the services (caption, frame, story) …")
-            started = True
+            started = phase == "stopped"  # who finds them starting leaves the stopping to who started them
             bring_up(installation, timeout_s=timeout_s, quiet=as_json)
             if not as_json:
                 aside.print(f"[green]✓[/] Ready after {duration(time.monotonic() - began)}.\n")

@@ -103,13 +103,19 @@ class Installation:
             )
         return Starting(installation=self, process=process, log=log, log_from=began, began=time.monotonic())
 
+    def join(self) -> Starting:
+        """Waits along with whoever started the supervisor that runs already."""
+        return Starting(
+            installation=self, process=None, log=self.logs / "supervisor.log", log_from=0, began=time.monotonic()
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Starting:
     """An installation that is on its way up."""
 
     installation: Installation
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None  # None: somebody else started it
     log: Path
     log_from: int
     began: float  # monotonic
@@ -117,6 +123,11 @@ class Starting:
     def look(self) -> dict[str, Any]:
         """The record as it stands; empty until the supervisor wrote its first. Raises SupervisorFailed when it has
         ended."""
+        if self.process is None:
+            record = self.installation.record()
+            if not record:
+                raise SupervisorFailed("the services were stopped while they were starting")
+            return record
         status = self.process.poll()
         if status is not None:
             with self.log.open("rb") as file:

@@ -33,20 +33,23 @@ class CannotStart(Exception):
     """The services did not come up; the message says why and what to do."""
 
 
-def is_ready(installation: Installation) -> bool:
-    """Whether the services run and say that they are ready."""
-    if installation.record().get("phase") != "ready":
-        return False
+def phase_of(installation: Installation) -> str:
+    """`stopped`, or what the supervisor says: `starting`, `ready`, `degraded`, `failed`, `stopping`."""
+    if not installation.record():
+        return "stopped"
     shown = installation.ask("show")
-    return bool(shown["running"]) and shown["record"].get("phase") == "ready"
+    return str(shown["record"].get("phase", "starting")) if shown["running"] else "stopped"
 
 
 def bring_up(
     installation: Installation, *, timeout_s: float, quiet: bool, serve_config: Path | None = None
 ) -> dict[str, Any]:
-    """Starts the services and waits until they are ready; returns the record. Raises CannotStart, having stopped them
-    again."""
-    starting = installation.start(serve_config)
+    """Starts the services unless they are starting, and waits until they are ready; returns the record.
+
+    Raises CannotStart, having stopped them again.
+    """
+    stopped = phase_of(installation) == "stopped"
+    starting = installation.start(serve_config) if stopped else installation.join()
     try:
         with _watching(quiet) as show:
             while True:
@@ -76,7 +79,8 @@ def up(
 ) -> None:
     """See `main.up`."""
     try:
-        if is_ready(installation):
+        phase = phase_of(installation)
+        if phase == "ready" or (phase != "stopped" and not wait):
             _say_up(installation.record(), as_json, already=True)
             return
         if not wait:
