@@ -25,8 +25,9 @@ import numpy as np
 import structlog
 
 from services.frame.batching import Candidate, choose
-from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame, sketch_of
+from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.picture import png, webp
+from services.frame.sketch import sketch_of
 from services.models.drawing import Drawing, Sketch, advance, begin, finish, preview
 from services.models.registry import FrameModel
 from services.runtime.errors import (

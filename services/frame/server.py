@@ -15,8 +15,9 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from services.frame.config import FrameSettings
+from services.frame.loading import load_engine
 from services.frame.metrics import MeteredObserver, PrometheusMeters
-from services.frame.service import FrameServicer, load_engine
+from services.frame.service import FrameServicer
 from services.runtime.channel import OPTIONS
 from services.runtime.config import Installation
 from services.runtime.telemetry import configure_logging

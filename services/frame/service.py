@@ -2,29 +2,31 @@
 
 The same `FrameServicer` runs under plain grpc.aio (`python -m services.frame`) and as a Ray Serve deployment (`app`).
 What may go wrong becomes a status in `services.runtime.rpc`; no foreign exception leaves the process.
+
+Importing this does not import torch: besides the replica, Ray imports it in a process of its own that only builds the
+application, and that one should cost neither eight seconds of start nor half a gigabyte.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
-import torch
 from fabula.frame.v1 import frame_service_pb2 as pb
 from fabula.frame.v1 import frame_service_pb2_grpc as pb_grpc
 
 from services.frame.config import FrameSettings
-from services.frame.engine import EngineSettings, FrameEngine, Observer
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.metrics import MeteredObserver, ServeMeters
-from services.models.pack import find_pack, load_pack
-from services.models.registry import load_frame_model
 from services.runtime.call import current_call
 from services.runtime.config import Installation
 from services.runtime.rpc import stream_method, unary_method
 from services.runtime.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from services.frame.engine import FrameEngine
 
 log = structlog.get_logger("fabula.frame")
 
@@ -117,39 +119,6 @@ def packs_to_pb(engine: FrameEngine) -> pb.ListPacksResponse:
     return pb.ListPacksResponse(packs=packs)
 
 
-def load_engine(settings: FrameSettings, installation: Installation, observer: Observer | None = None) -> FrameEngine:
-    """A started, warmed engine with the packs the settings name.
-
-    Sets torch's thread count for the whole process. Raises ModelError when a pack cannot be loaded.
-    """
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "auto": torch.bfloat16 if device == "cuda" else torch.float32,
-    }[settings.dtype]
-    torch.set_num_threads(settings.thread_count)
-    packs = [load_pack(find_pack(name, installation.pack_folders)) for name in settings.pack_names]
-    engine = FrameEngine(
-        {pack.name: load_frame_model(pack, device=device, dtype=dtype) for pack in packs},
-        default_pack=packs[0].name,
-        settings=EngineSettings(
-            max_running=settings.max_running,
-            max_queued=settings.max_queued,
-            max_rows=settings.max_rows,
-            stall_s=settings.stall_s,
-        ),
-        observer=observer,
-    )
-    engine.start()
-    if settings.warm_up:
-        engine.warm_up()
-    log.info("frame_ready", packs=[pack.name for pack in packs], device=device, dtype=str(dtype))
-    return engine
-
-
 class FrameDeployment(FrameServicer):
     """The servicer as a Ray Serve replica. Constructed means warmed; unhealthy means replaced."""
 
@@ -157,6 +126,8 @@ class FrameDeployment(FrameServicer):
         installation = Installation.load()
         configure_logging("frame", installation.log_level)
         try:
+            from services.frame.loading import load_engine
+
             engine = load_engine(FrameSettings.load(**settings), installation, observer=MeteredObserver(ServeMeters()))
         # Ray would pickle the exception and every process that reads it would import torch to do so.
         except Exception as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from services.frame.config import FrameSettings
-from services.frame.service import FrameDeployment, app, load_engine
+from services.frame.loading import load_engine
+from services.frame.service import FrameDeployment, app
 from services.models.errors import PackNotFound
 from services.models.tiny import build_tiny_pack
 from services.runtime.config import ConfigInvalid, Installation
@@ -65,6 +68,12 @@ def test_a_replica_that_cannot_start_says_why_in_a_plain_exception() -> None:
         FrameDeployment(FrameSettings.load(packs="absent", threads=1).model_dump())
     assert type(raised.value) is RuntimeError
     assert raised.value.__cause__ is None
+
+
+def test_building_the_application_does_not_import_torch() -> None:
+    """Ray does it in a process of its own, which should stay small."""
+    code = "import sys; from services.frame.service import app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_application_lets_the_engine_refuse() -> None:

@@ -20,7 +20,8 @@ from PIL import Image
 
 from services.frame import engine as engine_module
 from services.frame.engine import EngineSettings, FrameEngine, Ticket
-from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame, sketch_of
+from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
+from services.frame.sketch import sketch_of
 from services.models.drawing import Drawing, advance, draw
 from services.models.registry import FrameModel
 from services.runtime.errors import (

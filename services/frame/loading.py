@@ -1,0 +1,47 @@
+"""From settings to an engine that is ready: packs found and checked, networks loaded, warmed."""
+
+from __future__ import annotations
+
+import structlog
+import torch
+
+from services.frame.config import FrameSettings
+from services.frame.engine import EngineSettings, FrameEngine, Observer
+from services.models.pack import find_pack, load_pack
+from services.models.registry import load_frame_model
+from services.runtime.config import Installation
+
+log = structlog.get_logger("fabula.frame")
+
+
+def load_engine(settings: FrameSettings, installation: Installation, observer: Observer | None = None) -> FrameEngine:
+    """A started, warmed engine with the packs the settings name.
+
+    Sets torch's thread count for the whole process. Raises ModelError when a pack cannot be loaded.
+    """
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "auto": torch.bfloat16 if device == "cuda" else torch.float32,
+    }[settings.dtype]
+    torch.set_num_threads(settings.thread_count)
+    packs = [load_pack(find_pack(name, installation.pack_folders)) for name in settings.pack_names]
+    engine = FrameEngine(
+        {pack.name: load_frame_model(pack, device=device, dtype=dtype) for pack in packs},
+        default_pack=packs[0].name,
+        settings=EngineSettings(
+            max_running=settings.max_running,
+            max_queued=settings.max_queued,
+            max_rows=settings.max_rows,
+            stall_s=settings.stall_s,
+        ),
+        observer=observer,
+    )
+    engine.start()
+    if settings.warm_up:
+        engine.warm_up()
+    log.info("frame_ready", packs=[pack.name for pack in packs], device=device, dtype=str(dtype))
+    return engine
