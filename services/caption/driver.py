@@ -64,6 +64,7 @@ class Ask:
     seed: int  # below 2**63
     max_tokens: int
     stop_ids: Sequence[int]
+    forbidden_ids: Sequence[int] = ()  # never written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,7 @@ def _parameters(ask: Ask) -> Any:
         seed=ask.seed,
         max_tokens=ask.max_tokens,
         stop_token_ids=list(ask.stop_ids),
+        logit_bias=dict.fromkeys(ask.forbidden_ids, -100.0) or None,
         detokenize=False,  # the pack's own tokenizer does it, dropping special tokens
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

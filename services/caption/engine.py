@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from services.caption.driver import Ask, Driver
 from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob, Written
 from services.models import llava, prompts
+from services.models.cast import Cast, name_tokens
 from services.models.pack import Pack
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
 from services.runtime.errors import CaptionEmpty, CaptionNotWritten, CaptionTooLong, FabulaError, PackUnknown, QueueFull
@@ -55,6 +56,7 @@ class CaptionModel:
     image_px: int
     image_tokens_count: int
     context_tokens: int
+    cast: Cast = field(default_factory=Cast)
 
 
 def read_model(pack: Pack) -> CaptionModel:
@@ -69,6 +71,7 @@ def read_model(pack: Pack) -> CaptionModel:
         image_px=vision["image_size"],
         image_tokens_count=(vision["image_size"] // vision["patch_size"]) ** 2,
         context_tokens=config["text_config"]["max_position_embeddings"],
+        cast=Cast.load(pack.folder),
     )
 
 
@@ -166,15 +169,27 @@ class CaptionEngine:
         return await self._write(prompt, job.image, STORY, job.sampling)
 
     async def describe(self, job: DescribeJob) -> Written:
-        """The description of `job.caption`. Raises the same errors as `write_caption`."""
+        """The description of `job.caption`; of the pack's cast it names only who the two captions mention.
+
+        Raises the same errors as `write_caption`.
+        """
         self._check_pack(job.pack)
         check_caption(job.previous_caption, "previous_caption")
         check_caption(job.caption, "caption")
         budget = self._budget(job.sampling.max_tokens, DESCRIPTIVE)
         prompt = prompts.description_prompt(self.model.tokenizer, job.previous_caption, job.caption, budget)
-        return await self._write(prompt, job.image, DESCRIPTIVE, job.sampling)
+        strangers = self.model.cast.strangers((job.previous_caption, job.caption))
+        forbidden = name_tokens(self.model.tokenizer, strangers)
+        return await self._write(prompt, job.image, DESCRIPTIVE, job.sampling, forbidden)
 
-    async def _write(self, prompt: prompts.Prompt, image: bytes, adapter: str, sampling: Sampling) -> Written:
+    async def _write(
+        self,
+        prompt: prompts.Prompt,
+        image: bytes,
+        adapter: str,
+        sampling: Sampling,
+        forbidden_ids: tuple[int, ...] = (),
+    ) -> Written:
         if self._running >= self._max_requests:
             raise QueueFull(f"{self._running} captions are being written; try again after a pause")
         started_s, tokens, outcome = self._clock(), 0, "cancelled"
@@ -182,7 +197,8 @@ class CaptionEngine:
         try:
             picture = await asyncio.to_thread(read_image, image, self.model.image_px)
             for attempt in range(self._max_attempts):
-                reply = await self._driver.generate(self._ask(prompt, picture, adapter, sampling, attempt))
+                ask = self._ask(prompt, picture, adapter, sampling, attempt)
+                reply = await self._driver.generate(replace(ask, forbidden_ids=forbidden_ids))
                 tokens += len(reply.ids)
                 text = readable(self.model.tokenizer.decode(reply.ids))
                 if reply.finish is Finish.LENGTH:
@@ -233,16 +249,16 @@ class CaptionEngine:
         self._observer.load_changed(running=self._running)
 
 
-def check_caption(text: str, field: str) -> None:
+def check_caption(text: str, field_name: str) -> None:
     """Raises CaptionEmpty or CaptionTooLong, naming the field."""
     if len(text) > CAPTION_CHARACTERS_MAX:
         raise CaptionTooLong(
             f"a caption has {len(text)} characters and at most {CAPTION_CHARACTERS_MAX} are taken",
-            field=field,
+            field=field_name,
             metadata={"limit": str(CAPTION_CHARACTERS_MAX)},
         )
     if not prompts.clean(text):
-        raise CaptionEmpty(field=field)
+        raise CaptionEmpty(field=field_name)
 
 
 def readable(text: str) -> str:

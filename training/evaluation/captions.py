@@ -15,7 +15,8 @@ Figures (all ratios, 0..1):
     near_copy        written captions that repeat an earlier one of their story (lower is better)
     story_names      written captions in which every name belongs to the story so far
 
-The texts are decoded greedily by plain transformers from the files as they are shipped. Knows no serving.
+The texts are decoded greedily by plain transformers from the files as they are shipped, with the name lock of serving
+(`services.models.cast`). Knows no serving.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from services.models import llava, prompts
+from services.models.cast import Cast, name_tokens
 from services.models.tokenizer import StoryTokenizer
 from training.toon.cast import MAIN, NEW, SIDE_NAMES
 from training.toon.grammar import parse
@@ -55,6 +58,7 @@ class Question:
 
     image_HWC: npt.NDArray[np.uint8]
     prompt: prompts.Prompt
+    forbidden_ids: tuple[int, ...] = ()  # the name lock, as it is served
 
 
 class Captioner:
@@ -66,6 +70,7 @@ class Captioner:
             name: llava.load_adapter(llava.load_base(pack / "llava"), pack / "adapters" / name)
             for name in llava.ADAPTERS
         }
+        self.cast = Cast.load(pack)
         config = self.models[llava.ADAPTERS[0]].config
         self.image_tokens_count: int = config.image_seq_length
 
@@ -91,11 +96,24 @@ class Captioner:
             attention_mask=mask_BN,
             pixel_values=llava.pixels(np.stack([question.image_HWC for question in questions])),
             do_sample=False,
+            logits_processor=LogitsProcessorList([_Forbid([question.forbidden_ids for question in questions])]),
             max_new_tokens=_ANSWER_TOKENS,
             eos_token_id=self.tokenizer.eos_id,
             pad_token_id=pad_id,
         )
         return [prompts.clean(self.tokenizer.decode(row)) for row in written_BN[:, longest:].tolist()]
+
+
+class _Forbid(LogitsProcessor):  # type: ignore[misc]
+    """Rows of tokens that are never written."""
+
+    def __init__(self, ids: Sequence[Sequence[int]]) -> None:
+        self._rows = [row for row, forbidden in enumerate(ids) for _ in forbidden]
+        self._columns = [index for forbidden in ids for index in forbidden]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[self._rows, self._columns] = -torch.inf
+        return scores
 
 
 @dataclass(frozen=True)
@@ -178,10 +196,11 @@ def evaluate(pack: Path, stories_count: int = 50, seed: int = 0, split: str = "t
     found = list(cases(stories_count, seed, split))
 
     def describe(captions: Sequence[str], images: Sequence[npt.NDArray[np.uint8]]) -> list[str]:
-        questions = [
-            Question(image, prompts.description_prompt(tokenizer, case.now.caption, caption, _BUDGET_TOKENS))
-            for case, caption, image in zip(found, captions, images, strict=True)
-        ]
+        questions = []
+        for case, caption, image in zip(found, captions, images, strict=True):
+            prompt = prompts.description_prompt(tokenizer, case.now.caption, caption, _BUDGET_TOKENS)
+            strangers = captioner.cast.strangers((case.now.caption, caption))
+            questions.append(Question(image, prompt, name_tokens(tokenizer, strangers)))
         return captioner.answer("descriptive", questions)
 
     own_images = [case.image_HWC for case in found]

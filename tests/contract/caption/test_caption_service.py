@@ -6,6 +6,7 @@ import asyncio
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,17 @@ async def test_vllm_writes_what_transformers_writes_for_base_and_adapters(servic
         written[adapter] = (await service.engine._driver.generate(ask)).ids
         assert written[adapter] == greedy_by_transformers(service, prompt.ids, image, adapter, 8)
     assert len(set(written.values())) == 3, "base and adapters must be three different models"
+
+
+async def test_forbidden_tokens_are_never_written(service: Service) -> None:
+    model = service.engine.model
+    image = read_image(picture(3), model.image_px)
+    ids = prompts.picture_prompt(model.tokenizer).ids
+    ask = Ask(ids=ids, image=image, adapter="story", temperature=0.0, top_p=1.0, seed=0, max_tokens=8, stop_ids=())
+    free = (await service.engine._driver.generate(ask)).ids
+    locked = (await service.engine._driver.generate(replace(ask, forbidden_ids=tuple(set(free))))).ids
+    assert len(locked) == 8
+    assert not set(free) & set(locked)
 
 
 def greedy_by_transformers(

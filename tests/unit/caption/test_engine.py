@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from PIL import Image
@@ -14,6 +14,7 @@ from services.caption.driver import Ask, Reply
 from services.caption.engine import CaptionEngine, CaptionModel, derived_seed, readable, whole_sentences
 from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob
+from services.models.cast import Cast
 from services.models.tokenizer import StoryTokenizer
 from services.runtime.config import SHIPPED_PACKS
 from services.runtime.errors import CaptionNotWritten, QueueFull
@@ -88,6 +89,18 @@ async def test_each_question_goes_to_its_adapter_with_its_length() -> None:
     assert (await engine.write_caption(STORY)).text == "One."
     assert (await engine.describe(DESCRIBE)).text == "Two."
     assert [(ask.adapter, ask.max_tokens) for ask in driver.asks] == [("story", 64), ("descriptive", 90)]
+
+
+async def test_a_description_may_only_name_who_the_captions_name() -> None:
+    driver = ScriptedDriver(["One.", "Two.", "Three."])
+    engine = CaptionEngine(replace(MODEL, cast=Cast(("Mina", "Pip", "Bruno"))), driver)
+    await engine.describe(replace(DESCRIBE, previous_caption="Pip slept.", caption="Mina met Zora."))
+    await engine.describe(replace(DESCRIBE, previous_caption="She slept.", caption="She woke."))
+    await engine.write_caption(STORY)
+    bruno = {*MODEL.tokenizer.encode(" Bruno"), *MODEL.tokenizer.encode("Bruno")}
+    assert set(driver.asks[0].forbidden_ids) <= bruno
+    assert MODEL.tokenizer.encode(" Bruno")[0] in driver.asks[0].forbidden_ids
+    assert driver.asks[1].forbidden_ids == driver.asks[2].forbidden_ids == (), "who 'she' is, the picture says"
 
 
 async def test_an_empty_answer_is_tried_again_with_another_seed_and_some_heat() -> None:
