@@ -27,8 +27,11 @@ DEADLINE_GRACE_S = 2.0  # the transport gives up so much after the service shoul
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # A server that was not told otherwise (Serve's proxy cannot be) drops a client that pings a silent call more often
+    # than every five minutes, with every call in flight. So a host that vanished is noticed that late, or by deadline.
+    ("grpc.keepalive_time_ms", 310_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
     # A restarted service is found again within a second or so, not after the default two minutes of back-off.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),

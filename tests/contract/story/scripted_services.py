@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import grpc
 import grpc.aio
 from fabula.caption.v1 import caption_service_pb2 as caption_pb
 from fabula.caption.v1 import caption_service_pb2_grpc as caption_grpc
@@ -56,6 +57,7 @@ class Script:
         self.steps_taken = 0  # denoising steps of every job, for the cancel test
         self.cancelled = 0
         self.packs = ["toon", "other"]
+        self.replicas_die = False
         self.picture_bytes = 0  # least size of a picture, for the full disk
 
     async def enter(self, method: str, request: Any, frame_index: int) -> None:
@@ -111,8 +113,16 @@ class ScriptedFrame(frame_grpc.FrameServiceServicer):
         self.script = script
         self.token = token
 
-    @stream_method(frame_pb.RenderFrameResponse)
     async def RenderFrame(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        if self.script.replicas_die:
+            self.script.calls.append(("RenderFrame", request, None))
+            # What Ray Serve's proxy answers for a replica that died with the call in flight.
+            await context.abort(grpc.StatusCode.INTERNAL, "The actor died unexpectedly before finishing this task.")
+        async for message in self._render(request, context):
+            yield message
+
+    @stream_method(frame_pb.RenderFrameResponse)
+    async def _render(self, request: Any, context: Any) -> AsyncIterator[Any]:
         index = _frame_index_of(request.description)
         yield frame_pb.RenderFrameResponse(queued=frame_pb.Queued(ahead_count=0))
         await self.script.enter("RenderFrame", request, index)

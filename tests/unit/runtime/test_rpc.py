@@ -14,7 +14,7 @@ from fabula.frame.v1 import frame_service_pb2 as pb
 from fabula.frame.v1 import frame_service_pb2_grpc as pb_grpc
 
 from services.runtime.call import Call, calling, current_call
-from services.runtime.channel import ServiceChannel
+from services.runtime.channel import OPTIONS, ServiceChannel
 from services.runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -223,6 +223,11 @@ async def test_nobody_there_is_unavailable() -> None:
     assert caught.value.metadata["service"] == "caption"
     assert caught.value.retry_after_s is not None
     await channel.close()
+
+
+def test_silent_calls_are_not_pinged_more_often_than_a_default_server_bears() -> None:
+    # Found the hard way: GOAWAY "too_many_pings" ended every call in flight after some silent minutes.
+    assert dict(OPTIONS)["grpc.keepalive_time_ms"] > 300_000
 
 
 async def test_malformed_ids_are_replaced() -> None:
