@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +51,8 @@ class FrameRecipe:
     singles: ShelfRecipe
     stories: ShelfRecipe
     held_out: ShelfRecipe
-    single_rows: int = 4  # of a step, without references; frames of stories are among them too
-    story_rows: int = 28  # of a step, with references
+    single_rows: int = 2  # of a step, without references; frames of stories are among them too
+    story_rows: int = 30  # of a step, with references
     # How many references a row sees, as far as its story has them. The newest one says most and costs least.
     references_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
     unrelated_share: float = 0.10  # of the rows with references: any frame, which sees any other one
@@ -104,7 +105,8 @@ class FrameTrainee:
         unet.start_references_from_self_attention()
         # torch's fused attention is slow backwards on a CPU (a third of a step); the plain one computes the same.
         unet.set_attn_processor(AttnProcessor())
-        text.model.set_attn_implementation("eager")
+        text_model: Any = text.model
+        text_model.set_attn_implementation("eager")
         self.denoiser = StoryDenoiser(unet, Schedule(SCHEDULE))
         self.networks = nn.ModuleDict({"unet": unet, "text": text.model})
         self.nothing_ids_S = text.token_ids([""])[0]

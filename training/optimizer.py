@@ -138,4 +138,5 @@ def orthogonalised(matrix: Tensor, rounds: int = 5) -> Tensor:
     for _ in range(rounds):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+    out: Tensor = (x if wide else x.T).to(matrix.dtype)
+    return out

@@ -61,7 +61,7 @@ def _draw(job: tuple[ShelfRecipe, int, int, str]) -> int:
     recipe, first, last, path = job
     per_seed = recipe.pictures_count // recipe.count
     scenes = recipe.scenes(recipe.seeds[first:last])
-    pictures = np.lib.format.open_memmap(path, mode="r+")
+    pictures = np.lib.format.open_memmap(path, mode="r+")  # type: ignore[no-untyped-call]
     for offset, scene in enumerate(scenes):
         pictures[first * per_seed + offset] = render(scene, recipe.size_px)
     return len(scenes)
@@ -78,7 +78,8 @@ def shelf(recipe: ShelfRecipe, workers: int = 1, folder: Path | None = None) -> 
     if not path.exists():
         part = path.with_name(path.name + ".part")
         shape = (recipe.pictures_count, recipe.size_px, recipe.size_px, 3)
-        np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape).flush()
+        empty = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)  # type: ignore[no-untyped-call]
+        empty.flush()
         jobs = [
             (recipe, first, min(first + _CHUNK, recipe.count), str(part)) for first in range(0, recipe.count, _CHUNK)
         ]

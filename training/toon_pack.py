@@ -78,7 +78,7 @@ def seal(folder: Path = PACK) -> Pack:
     The captioner's files must be there already (`training.captions` writes them).
     """
     settings = write_networks(folder)
-    for name in ("llava", "adapters"):
+    for name in ("llava", "adapters/story", "adapters/descriptive"):
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"the pack has no {name}/ yet: run `python -m training.captions --out {folder}`")
     (folder / "MODEL_CARD.md").write_text(model_card(), encoding="utf-8")

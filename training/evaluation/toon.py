@@ -79,7 +79,7 @@ def held_out_stories(count: int, split: str = "test") -> list[Story]:
     return [sample_story(FIRST_SEED + number, split=split) for number in range(count)]
 
 
-def story_tasks(stories: Sequence[Story], count: int) -> list[Task]:
+def story_tasks(stories: Sequence[Story], count: int, size_px: int) -> list[Task]:
     """Frames 2 to 5 of the stories, with the true earlier frames as references."""
     tasks: list[Task] = []
     for number, story in enumerate(stories):
@@ -88,7 +88,7 @@ def story_tasks(stories: Sequence[Story], count: int) -> list[Task]:
             if beat > 0:
                 references = tuple(seen[-MAX_REFERENCES:])
                 tasks.append(Task(frame.scene, frame.description, 1000 * number + beat, references))
-            seen.append(Seen(pixels=render(frame.scene), description=frame.description))
+            seen.append(Seen(pixels=render(frame.scene, size_px), description=frame.description))
     return tasks[:count]
 
 
@@ -166,16 +166,17 @@ JUDGE_TARGETS = {"characters": 0.98, "setting": 0.98, "time": 0.98}
 def picture_figures(pack: Pack, frames: int, say: Callable[[str], None]) -> list[Figure]:
     """Everything about pictures."""
     model, judge = load_frame_model(pack), load_judge()
+    size_px = model.manifest.width_px
     figures: list[Figure] = []
     for name, split in (("known", "test"), ("new", "new")):
         n = min(100, frames)
-        pictures = np.stack([render(sample_frame(FIRST_SEED + i, split=split).scene) for i in range(n)])
+        pictures = np.stack([render(sample_frame(FIRST_SEED + i, split=split).scene, size_px) for i in range(n)])
         target = 23.0 if name == "known" else None
         psnr = reconstruction_psnr_db(model.codec.vae, pictures)
         figures.append(Figure(name=f"vae_psnr_db_{name}", value=psnr, n=n, target=target))
     say("pictures: autoencoder done")
-    tasks = story_tasks(held_out_stories(-(-frames // 4)), frames)
-    figures += judged("judge", judge, tasks, [render(task.scene) for task in tasks], JUDGE_TARGETS)
+    tasks = story_tasks(held_out_stories(-(-frames // 4)), frames, size_px)
+    figures += judged("judge", judge, tasks, [render(task.scene, size_px) for task in tasks], JUDGE_TARGETS)
     start = time.perf_counter()
     drawn = draw_all(model, tasks)
     each_s = (time.perf_counter() - start) / len(tasks)

@@ -1,0 +1,106 @@
+"""What a training row of the frame model sees, and that a step learns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from services.models.denoiser import Example
+from services.models.text_encoder import TextEncoder
+from services.models.tiny import byte_tokenizer
+from services.models.toon import MAX_REFERENCES
+from training import frame
+from training.frame import Corpus, FrameTrainee
+from training.loop import step_generator
+from training.recipes import toon_frame
+
+
+class Window:
+    """A byte tokenizer whose texts are cut short, so that a few bytes are a description."""
+
+    def __init__(self) -> None:
+        inner = byte_tokenizer()
+        self.pad_id, self.bos_id, self.eos_id = inner.pad_id, inner.bos_id, inner.eos_id
+        self.encode = inner.encode
+        self.decode = inner.decode
+
+
+@pytest.fixture
+def trainee() -> FrameTrainee:
+    torch.manual_seed(0)
+    tokenizer = Window()
+    model = frame.toon_text_encoder(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    text = TextEncoder(model, tokenizer)
+    rows = 4 + 3 * 5  # four single frames, three stories
+    latents = np.arange(rows, dtype=np.float16)[:, None, None, None] * np.ones((1, 4, 16, 16), np.float16) / 10
+    tokens = frame.token_rows(text, [f"frame {row}" for row in range(rows)])
+    corpus = Corpus(latents, tokens, stories_from=4)
+    recipe = replace(toon_frame(), single_rows=1, story_rows=3)
+    codec = None  # the blank picture's latent is given
+    return FrameTrainee(recipe, codec, corpus, corpus, text, torch.zeros(4, 16, 16))  # type: ignore[arg-type]
+
+
+def seen_examples(trainee: FrameTrainee, monkeypatch: pytest.MonkeyPatch, rows: int) -> list[Example]:
+    examples: list[Example] = []
+
+    def remember(example: Example, **others: object) -> torch.Tensor:
+        examples.append(example)
+        return torch.zeros(len(example.latents_BCHW))
+
+    monkeypatch.setattr(trainee.denoiser, "loss", remember)
+    trainee._story_loss(trainee.corpus, rows, step_generator(0, 0))
+    return examples
+
+
+def frame_numbers(latents: torch.Tensor) -> torch.Tensor:
+    return (latents.float().mean(dim=(-1, -2, -3)) * 10).round().long()
+
+
+def test_references_are_the_frames_before_and_the_newest_is_last(
+    trainee: FrameTrainee, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainee.recipe = replace(trainee.recipe, unrelated_share=0.0, references_shares=(0.2, 0.3, 0.5))
+    (example,) = seen_examples(trainee, monkeypatch, 64)
+    targets, references = frame_numbers(example.latents_BCHW), frame_numbers(example.reference_latents_BNCHW)
+    counts = example.present_BN.sum(dim=1)
+    assert set(counts.tolist()) == {1, 2, 3}
+    for target, row, present in zip(targets, references, example.present_BN, strict=True):
+        beat = (int(target) - 4) % 5
+        count = int(present.sum())
+        assert 1 <= count <= min(beat, MAX_REFERENCES)
+        assert present.tolist() == [False] * (MAX_REFERENCES - count) + [True] * count
+        assert row[present].tolist() == [int(target) - distance for distance in range(count, 0, -1)]
+
+
+def test_an_unrelated_reference_comes_alone(trainee: FrameTrainee, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainee.recipe = replace(trainee.recipe, unrelated_share=1.0)
+    (example,) = seen_examples(trainee, monkeypatch, 32)
+    assert example.present_BN.sum(dim=1).tolist() == [1] * 32
+    assert bool(example.present_BN[:, -1].all())
+    assert int((frame_numbers(example.latents_BCHW) < 4).sum()) > 0  # single frames too
+
+
+def test_the_same_step_has_the_same_loss_and_another_step_another(trainee: FrameTrainee) -> None:
+    with torch.no_grad():
+        first, again = (float(trainee.loss(3, 0.0, step_generator(1, 3))) for _ in range(2))
+        other = float(trainee.loss(4, 0.0, step_generator(1, 4)))
+    assert first == again
+    assert first != other
+
+
+def test_every_part_of_the_model_learns(trainee: FrameTrainee) -> None:
+    trainee.networks.train()
+    trainee.loss(0, 0.0, step_generator(1, 0)).backward()  # type: ignore[no-untyped-call]
+    still = [name for name, p in trainee.networks.named_parameters() if p.grad is None]
+    assert still == []
+    assert any("attn3" in name for name, _ in trainee.networks.named_parameters())
+
+
+def test_a_description_that_does_not_fit_is_an_error(trainee: FrameTrainee) -> None:
+    from services.models.errors import TextTooLong
+
+    with pytest.raises(TextTooLong):
+        frame.token_rows(trainee.text, ["a word " * 40])
