@@ -191,7 +191,6 @@ def first_picture(story: StoryProcess, image: bytes) -> Image.Image:
     assert picture.mode == "RGB"
     assert picture.size == (given.width_px, given.height_px)
     assert not picture.info
-    story.wait_state(made.story_id, State.STATE_SUCCEEDED)
     return picture
 
 
