@@ -16,8 +16,9 @@ from prometheus_client import start_http_server
 
 from services.caption.config import CaptionSettings
 from services.caption.engine import CaptionEngine
+from services.caption.loading import build_engine
 from services.caption.metrics import PrometheusObserver
-from services.caption.service import CaptionServicer, build_engine
+from services.caption.service import CaptionServicer
 from services.runtime.channel import OPTIONS
 from services.runtime.config import Installation
 from services.runtime.errors import EngineDead

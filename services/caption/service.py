@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from fabula.caption.v1 import caption_service_pb2 as pb
 from fabula.caption.v1 import caption_service_pb2_grpc as pb_grpc
 
 from services.caption.config import CaptionSettings
-from services.caption.driver import AsyncDriver, Driver, DriverSettings, InProcessDriver
-from services.caption.engine import CaptionEngine, Observer, adapter_folders, adapter_rank_max, read_model
 from services.caption.job import TEMPERATURE_DEFAULT, DescribeJob, Finish, Sampling, StoryJob, Written
 from services.caption.metrics import ServeObserver
-from services.models.pack import find_pack, load_pack
 from services.runtime.config import Installation
 from services.runtime.errors import EngineDead
 from services.runtime.rpc import unary_method
 from services.runtime.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    # Ray builds the application in a process of its own, which needs neither torch nor vLLM.
+    from services.caption.engine import CaptionEngine
 
 log = structlog.get_logger("fabula.caption")
 
@@ -97,46 +98,6 @@ def cost_to_pb(written: Written) -> dict[str, Any]:
     return {"finish_reason": finish, "usage": usage, "pack_digest": written.pack_digest}
 
 
-def build_engine(
-    settings: CaptionSettings, installation: Installation, observer: Observer | None = None
-) -> CaptionEngine:
-    """The engine the settings describe, not started yet. Raises ModelError when the pack cannot be used."""
-    pack = load_pack(find_pack(settings.pack, installation.pack_folders))
-    model = read_model(pack)
-    adapters = adapter_folders(pack)
-    on_gpu = _on_gpu(settings)
-    driver_settings = DriverSettings(
-        llava=pack.path("llava/config.json").parent,
-        adapters=adapters,
-        adapter_rank_max=adapter_rank_max(tuple(adapters.values())),
-        context_tokens=model.context_tokens,
-        on_gpu=on_gpu,
-        dtype=("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype,
-        threads=settings.threads,
-        max_running=settings.max_running,
-        kv_cache_bytes=settings.kv_cache_mib << 20,
-        gpu_memory_ratio=settings.gpu_memory_ratio,
-        stall_s=settings.stall_s,
-    )
-    in_process = settings.drive == "in_process" or (settings.drive == "auto" and not on_gpu)
-    driver: Driver = InProcessDriver(driver_settings) if in_process else AsyncDriver(driver_settings)
-    return CaptionEngine(
-        model,
-        driver,
-        max_requests=settings.max_running + settings.max_queued,
-        max_attempts=settings.max_attempts,
-        observer=observer,
-    )
-
-
-def _on_gpu(settings: CaptionSettings) -> bool:
-    if settings.device != "auto":
-        return settings.device == "cuda"
-    import torch
-
-    return torch.cuda.is_available()
-
-
 class CaptionDeployment(CaptionServicer):
     """The servicer as a Ray Serve replica. Constructed means warmed; a dead engine ends the process."""
 
@@ -145,6 +106,8 @@ class CaptionDeployment(CaptionServicer):
         installation = Installation.load()
         configure_logging("caption", installation.log_level)
         chosen = CaptionSettings.load(**settings)
+        from services.caption.loading import build_engine
+
         # Ray would pickle the exception, and every process that reads it would import vLLM to do so.
         try:
             engine = await asyncio.to_thread(build_engine, chosen, installation, ServeObserver())

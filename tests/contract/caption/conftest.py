@@ -20,9 +20,10 @@ from prometheus_client import CollectorRegistry
 
 from services.caption.config import CaptionSettings
 from services.caption.engine import CaptionEngine
+from services.caption.loading import build_engine
 from services.caption.metrics import PrometheusObserver
 from services.caption.server import start_server
-from services.caption.service import CaptionServicer, build_engine
+from services.caption.service import CaptionServicer
 from services.models.pack import Pack
 from services.models.tiny import build_tiny_pack
 from services.runtime.channel import ServiceChannel
