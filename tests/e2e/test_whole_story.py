@@ -86,6 +86,9 @@ def test_status_reads_processes_replicas_and_metrics(installation: LocalInstalla
         "frame": "RUNNING",
     }
     assert status["memory_bytes"] == sum(each["memory_bytes"] for each in status["processes"])
+    packs = {each["service"]: each for each in status["packs"]}
+    assert set(packs) == {"caption", "frame"}
+    assert packs["caption"]["digest"] == packs["frame"]["digest"]
     assert any(name.startswith("story_") for name in status["metrics"])
     assert any(name.startswith("ray_") for name in status["metrics"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +62,8 @@ app.add_typer(stories, name="story")
 
 def main() -> None:
     """The entry point."""
+    # A command that is told to end cleans up behind it as after Ctrl-C: `demo` stops what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(exits.TERMINATED))
     try:
         app()
     except KeyboardInterrupt:

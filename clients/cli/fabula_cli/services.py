@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
+from fabula.caption.v1 import caption_service_pb2 as caption_pb
+from fabula.caption.v1.caption_service_pb2_grpc import CaptionServiceStub
+from fabula.frame.v1 import frame_service_pb2 as frame_pb
+from fabula.frame.v1.frame_service_pb2_grpc import FrameServiceStub
 from fabula_client import Client, FabulaError, RetryPolicy
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -166,7 +171,7 @@ def inspect(installation: Installation) -> dict[str, Any]:
                 read_exposition(replicas), ("ray_caption_", "ray_frame_", "ray_serve_deployment_replica_healthy")
             ),
         }
-        found["packs"] = packs_in(replicas)
+        found["packs"] = packs_loaded(installation, f"127.0.0.1:{shown['ports']['Serve gRPC ingress']}")
     return found
 
 
@@ -193,14 +198,28 @@ def scrape(url: str) -> str:
         return ""
 
 
-def packs_in(exposition: str) -> list[dict[str, str]]:
-    """The packs that the replicas say they have loaded, by service."""
-    packs = {
-        (sample.labels.get("application", ""), sample.labels["pack"])
-        for sample in read_exposition(exposition)
-        if sample.name.startswith(("ray_caption_", "ray_frame_")) and "pack" in sample.labels
-    }
-    return [{"service": service, "pack": pack} for service, pack in sorted(packs)]
+def packs_loaded(installation: Installation, ingress: str) -> list[dict[str, str]]:
+    """The packs that the replicas answer for, asked with the installation's token; empty for a service that is away."""
+    try:
+        token = (installation.home / "token").read_text().strip()
+    except OSError:
+        return []
+    packs = []
+    with grpc.insecure_channel(ingress, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        asked = (
+            ("caption", CaptionServiceStub(channel).ListPacks, caption_pb.ListPacksRequest()),
+            ("frame", FrameServiceStub(channel).ListPacks, frame_pb.ListPacksRequest()),
+        )
+        for service, list_packs, request in asked:
+            try:
+                answer = list_packs(request, timeout=5.0, metadata=(("application", service), ("fabula-token", token)))
+            except grpc.RpcError:
+                continue
+            for pack in answer.packs:
+                packs.append(
+                    {"service": service, "pack": pack.name, "architecture": pack.architecture, "digest": pack.digest}
+                )
+    return packs
 
 
 @contextmanager
@@ -292,7 +311,13 @@ def _status_view(found: dict[str, Any]) -> RenderableType:
         table.add_row("[bold]together[/]", "", f"[bold]{size(found['memory_bytes'])}[/]")
         parts += [Text(), table]
     if found["packs"]:
-        parts += [Text(), Text("packs  " + "  ".join(f"{each['service']}: {each['pack']}" for each in found["packs"]))]
+        parts += [
+            Text(),
+            Text(
+                "packs  "
+                + "  ".join(f"{each['service']}: {each['pack']} {each['digest'][:19]}" for each in found["packs"])
+            ),
+        ]
     if found["stories"]:
         parts += [
             Text(),
