@@ -215,10 +215,10 @@ def packs_loaded(installation: Installation, ingress: str) -> list[dict[str, str
                 answer = list_packs(request, timeout=5.0, metadata=(("application", service), ("fabula-token", token)))
             except grpc.RpcError:
                 continue
-            for pack in answer.packs:
-                packs.append(
-                    {"service": service, "pack": pack.name, "architecture": pack.architecture, "digest": pack.digest}
-                )
+            packs += [
+                {"service": service, "pack": each.name, "architecture": each.architecture, "digest": each.digest}
+                for each in answer.packs
+            ]
     return packs
 
 
