@@ -104,7 +104,7 @@ class FrameTrainee:
         unet = build_storygen(UNET)
         unet.start_references_from_self_attention()
         # torch's fused attention is slow backwards on a CPU (a third of a step); the plain one computes the same.
-        unet.set_attn_processor(AttnProcessor())
+        unet.set_attn_processor(AttnProcessor())  # type: ignore[operator]
         text_model: Any = text.model
         text_model.set_attn_implementation("eager")
         self.denoiser = StoryDenoiser(unet, Schedule(SCHEDULE))

@@ -100,7 +100,10 @@ def test_a_description_must_parse_and_name_whom_the_caption_names() -> None:
 
 
 def test_a_missed_target_is_said() -> None:
-    low, high = Figure(name="a", value=0.7, n=10, target=0.8), Figure(name="b", value=3.0, n=10, target=2.0, at_most=True)
+    low, high = (
+        Figure(name="a", value=0.7, n=10, target=0.8),
+        Figure(name="b", value=3.0, n=10, target=2.0, at_most=True),
+    )
     assert not low.passed
     assert not high.passed
     assert Figure(name="c", value=0.1, n=10).passed
