@@ -53,6 +53,12 @@ class Cast:
         known = self.mentioned("\n".join(texts))
         return frozenset(self.names) - known if known else frozenset()
 
+    def faults(self, description: str, caption: str) -> int:
+        """How many of the cast a description of `caption` leaves out or names more than once; 0 is what is wanted."""
+        missing = len(self.mentioned(caption) - self.mentioned(description))
+        counts = (len(re.findall(rf"\b{re.escape(name)}\b", description)) for name in self.mentioned(description))
+        return missing + sum(count - 1 for count in counts)
+
 
 def name_tokens(tokenizer: StoryTokenizer, names: Iterable[str]) -> tuple[int, ...]:
     """Tokens that are a whole name, with or without the space before it. Names of several tokens have none."""

@@ -92,7 +92,7 @@ async def test_each_question_goes_to_its_adapter_with_its_length() -> None:
 
 
 async def test_a_description_may_only_name_who_the_captions_name() -> None:
-    driver = ScriptedDriver(["One.", "Two.", "Three."])
+    driver = ScriptedDriver(["Mina waves.", "Two.", "Three."])
     engine = CaptionEngine(replace(MODEL, cast=Cast(("Mina", "Pip", "Bruno"))), driver)
     await engine.describe(replace(DESCRIBE, previous_caption="Pip slept.", caption="Mina met Zora."))
     await engine.describe(replace(DESCRIBE, previous_caption="She slept.", caption="She woke."))
@@ -101,6 +101,17 @@ async def test_a_description_may_only_name_who_the_captions_name() -> None:
     assert set(driver.asks[0].forbidden_ids) <= bruno
     assert MODEL.tokenizer.encode(" Bruno")[0] in driver.asks[0].forbidden_ids
     assert driver.asks[1].forbidden_ids == driver.asks[2].forbidden_ids == (), "who 'she' is, the picture says"
+
+
+async def test_a_description_that_leaves_somebody_out_is_chosen_again() -> None:
+    wrong = ["A cat.", "Mina and Mina.", "Nobody.", "Mina waves to Pip.", "Pip, Mina.", "x", "x", "x"]
+    driver = ScriptedDriver(wrong)
+    engine = CaptionEngine(replace(MODEL, cast=Cast(("Mina", "Pip"))), driver)
+    written = await engine.describe(replace(DESCRIBE, caption="Mina met Pip."))
+    assert written.text == "Mina waves to Pip."
+    assert len(driver.asks) == 8
+    assert len({ask.seed for ask in driver.asks}) == 8
+    assert written.completion_tokens == sum(len(MODEL.tokenizer.encode(text)) for text in wrong)
 
 
 async def test_an_empty_answer_is_tried_again_with_another_seed_and_some_heat() -> None:
