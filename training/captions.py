@@ -131,15 +131,14 @@ class CaptionsRecipe:
     )
     descriptive: Phase = Phase(
         name="descriptive",
-        steps=600,
-        rows_per_step=24,
+        steps=200,
+        rows_per_step=16,
         tasks=("descriptive",),
         rename_ratio=0.05,
         matrix_rate=0.0,
-        rate=3e-3,
         name_weight=8.0,
         seed=2,
-        minutes=14.0,
+        minutes=1.5,
     )
     adapter_rank: int = 8
     adapter_alpha: float = 16.0
