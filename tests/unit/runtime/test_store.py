@@ -98,7 +98,7 @@ async def main():
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     print(len(await store.get(small)), len(await store.get(await store.put(b"y" * 20_000))))
 asyncio.run(main())
-# A thread of the store that wakes while the interpreter is being taken down aborts the process; story ends like this too.
+# A thread of the store that wakes while the interpreter ends would abort it; the story service ends like this too.
 sys.stdout.flush()
 os._exit(0)
 """
