@@ -12,7 +12,7 @@ from services.models.pack import Pack, PackSettings, write_pack
 from training.clip import CHECKPOINT as CLIP
 from training.evaluation.judge import CHECKPOINT as JUDGE
 from training.frame import CHECKPOINT as FRAME
-from training.recipes import toon_clip, toon_decoder, toon_frame, toon_judge, toon_vae
+from training.recipes import toon_clip, toon_frame, toon_judge, toon_vae
 from training.storage import load_checkpoint, training_dir
 from training.vae import CHECKPOINT as VAE
 from training.vae import DECODER_CHECKPOINT as DECODER
@@ -52,7 +52,7 @@ def figures_table(evaluation: Mapping[str, Any]) -> str:
 
 def model_card(evaluation: Mapping[str, Any] | None = None, today: datetime | None = None) -> str:
     """The card as Markdown. Without an evaluation it says that there is none yet."""
-    vae, frame, decoder, judge, clip = toon_vae(), toon_frame(), toon_decoder(), toon_judge(), toon_clip()
+    vae, frame, judge, clip = toon_vae(), toon_frame(), toon_judge(), toon_clip()
     day = (today or datetime.now(UTC)).strftime("%Y-%m-%d")
     measured = "Not evaluated yet: run `make eval-toon`."
     limits = ""
@@ -93,11 +93,12 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 
 {runs_table()}
 
-Rows a step: autoencoder {vae.batch} frames (as many pixels in crops at first), decoder {decoder.batch}, frame model
+Rows a step: autoencoder {vae.batch} frames (as many pixels in crops at first), frame model
 {rows}, CLIP {clip.batch}, judge {judge.batch}. Muon for matrices, AdamW for the rest; the learning rate goes linearly
 to zero at the end of each run, which a cap on minutes may bring forward. The captioner's runs are described in
 `training/captions.py`. Machine: {_processor()}, bfloat16 autocast, shared with other work.
-Made {day} by `make toon-pack`.
+Made {day}, stage by stage with the stages' own commands and caps on their minutes, and restarted several times on the
+way (`training/LOG.md`); `make toon-pack` runs the same recipes in one go.
 
 ## Measured ({day}, `make eval-toon`)
 
