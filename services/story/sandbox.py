@@ -1,5 +1,5 @@
 """Has untrusted pictures decoded in a child process. The child serves one picture at a time and lives on; one that dies
-or takes too long is replaced, and only the picture at hand is refused.
+or takes too long is replaced, and only the picture that killed it is refused.
 """
 
 from __future__ import annotations
@@ -48,24 +48,36 @@ class Sandbox:
     async def decode(self, data: bytes) -> CleanImage:
         """A clean copy of an untrusted picture. Raises ImageUnreadable, ImageTooLarge, ImageTooSmall, Unavailable."""
         async with self._turn:
-            child = await self._ready_child()
             with DECODE_SECONDS.time():
                 try:
-                    async with asyncio.timeout(DECODE_TIMEOUT_S):
-                        header, png = await _ask(child, data)
-                except (TimeoutError, asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError) as error:
-                    # Also when the caller went away: the child would answer the next picture with this one's result.
-                    await self._kill()
-                    if isinstance(error, asyncio.CancelledError):
-                        raise
-                    log.warning("decoder_lost", cause=type(error).__name__)
-                    raise ImageUnreadable("decoding this picture took too much time or memory", field="image") from None
+                    header, png = await self._ask_child(data)
+                except (asyncio.IncompleteReadError, ConnectionError):
+                    # The child may have died before this picture came. Only one that dies of it twice is to blame.
+                    log.warning("decoder_lost", cause="died")
+                    try:
+                        header, png = await self._ask_child(data)
+                    except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+                        raise ImageUnreadable("this picture cannot be decoded within limits", field="image") from None
+                except TimeoutError:
+                    log.warning("decoder_lost", cause="slow")
+                    raise ImageUnreadable("decoding this picture took too much time", field="image") from None
         if "reason" in header:
             kinds: dict[str, type[InvalidArgument]] = {
                 kind.reason: kind for kind in (ImageUnreadable, ImageTooLarge, ImageTooSmall)
             }
             raise kinds[header["reason"]](header["message"], field="image")
         return CleanImage(png, header["width_px"], header["height_px"])
+
+    async def _ask_child(self, data: bytes) -> tuple[dict[str, Any], bytes]:
+        """The child's answer. Whatever else ends the asking ends the child too, also a caller that went away: it would
+        answer the next picture with this one's result."""
+        child = await self._ready_child()
+        try:
+            async with asyncio.timeout(DECODE_TIMEOUT_S):
+                return await _ask(child, data)
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            await self._kill()
+            raise
 
     async def close(self) -> None:
         """Ends the child."""
