@@ -439,7 +439,7 @@ async def test_a_task_cancelled_while_its_job_is_checked_leaves_nothing_behind(
         go_on.set()
         monkeypatch.setattr(engine_module, "sketch_of", sketch_of)
         async with asyncio.timeout(WAIT_S):
-            while not (submitted and submitted[0].cancelled):
+            while not (submitted and submitted[0].cancelled):  # noqa: ASYNC110 - a thread submits, and tells nobody
                 await asyncio.sleep(0.01)
         assert [event async for event in engine.render(job(2))]
 
