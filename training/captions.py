@@ -52,6 +52,7 @@ from training.captions_data import (
 )
 from training.captions_sight import Sight, accuracy, targets
 from training.optimizer import OptimizerRecipe, Pace
+from training.precision import autocast, device_of, fast_dtype
 from training.storage import training_dir
 from training.toon.cast import MAIN, SIDE_NAMES
 
@@ -156,13 +157,14 @@ def answer_loss(model: Any, given: Batch, heavy: Tensor | None = None, weight: f
     Tokens of `heavy` count `weight` times: a name is one token in twenty and the one that must be right.
     """
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    labels_BN = torch.from_numpy(given.labels_BN)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    device = device_of(whole)
+    labels_BN = torch.from_numpy(given.labels_BN).to(device)
+    with autocast(device):
         hidden_BND = whole.model(
-            input_ids=torch.from_numpy(given.ids_BN),
-            pixel_values=llava.pixels(given.images_BHWC),
-            attention_mask=_additive(given.visible_B1NN),
-            position_ids=torch.from_numpy(given.positions_BN),
+            input_ids=torch.from_numpy(given.ids_BN).to(device),
+            pixel_values=llava.pixels(given.images_BHWC).to(device),
+            attention_mask=_additive(given.visible_B1NN, device),
+            position_ids=torch.from_numpy(given.positions_BN).to(device),
             use_cache=False,
         ).last_hidden_state
         asked_BN = labels_BN[:, 1:] != IGNORED  # the logits of all other places are never computed
@@ -171,14 +173,14 @@ def answer_loss(model: Any, given: Batch, heavy: Tensor | None = None, weight: f
     losses = nn.functional.cross_entropy(logits.float(), asked, reduction="none")
     if heavy is None:
         return losses.mean()
-    weights = torch.isin(asked, heavy).float() * (weight - 1.0) + 1.0
+    weights = torch.isin(asked, heavy.to(device)).float() * (weight - 1.0) + 1.0
     return (losses * weights).sum() / weights.sum()
 
 
-def _additive(visible_B1NN: npt.NDArray[np.bool_]) -> Tensor:
+def _additive(visible_B1NN: npt.NDArray[np.bool_], device: torch.device) -> Tensor:
     """The mask as zeros and a large negative number, which attention adds to its scores."""
-    visible = torch.from_numpy(visible_B1NN)
-    return torch.zeros(visible.shape, dtype=torch.bfloat16).masked_fill_(~visible, -1e4)
+    visible = torch.from_numpy(visible_B1NN).to(device)
+    return torch.zeros(visible.shape, dtype=fast_dtype(device), device=device).masked_fill_(~visible, -1e4)
 
 
 def draw_rows(
@@ -214,12 +216,14 @@ class SightTrainee:
         rng = random.Random(f"{self.phase.name} {self.phase.seed} {step}")
         chosen = [rng.choice(frames.frames) for _ in range(self.phase.rows_per_step)]
         images_BHWC = np.stack([degrade(frames.images_NHWC[frame.picture], rng) for frame in chosen])
-        return llava.pixels(images_BHWC), targets([frame.scene for frame in chosen])
+        device = device_of(self.networks)
+        truth = targets([frame.scene for frame in chosen])
+        return llava.pixels(images_BHWC).to(device), {name: wanted.to(device) for name, wanted in truth.items()}
 
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
         """Mean cross entropy over all labels."""
         pixels_BCHW, truth = self._batch(self.frames, step)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast(device_of(self.networks)):
             return self.sight.loss(pixels_BCHW, truth)
 
     def measure(self) -> dict[str, float]:

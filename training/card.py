@@ -96,7 +96,7 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 Rows a step: autoencoder {vae.batch} frames (as many pixels in crops at first), frame model
 {rows}, CLIP {clip.batch}, judge {judge.batch}. Muon for matrices, AdamW for the rest; the learning rate goes linearly
 to zero at the end of each run, which a cap on minutes may bring forward. The captioner's runs are described in
-`training/captions.py`. Machine: {_processor()}, bfloat16 autocast, shared with other work.
+`training/captions.py`. Machine: {_processor()}.
 Made {day}, stage by stage with the stages' own commands and caps on their minutes, and restarted several times on the
 way (`training/LOG.md`); `make toon-pack` runs the same recipes in one go.
 

@@ -24,6 +24,7 @@ from training.evaluation.judge import as_input
 from training.frame import TOKENIZER_FOLDER, descriptions
 from training.loop import LoopRecipe, RunResult, train
 from training.pictures import ShelfRecipe, shelf
+from training.precision import autocast, device_of
 from training.storage import load_checkpoint, training_dir
 
 CHECKPOINT = "clip.safetensors"
@@ -84,23 +85,24 @@ class ClipTrainee:
         return torch.from_numpy(padded.ids_BN), torch.from_numpy(padded.mask_BN).long()
 
     def _logits(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        out = self.model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
+        device = device_of(self.networks)
+        out = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), pixel_values=pixels.to(device))
         logits: Tensor = out.logits_per_image.float()
         return logits
 
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(self.pictures), (self.recipe.batch,), generator=generator)
         ids, mask = self.tokens
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(device_of(self.networks)):
             logits = self._logits(as_input(self.pictures[rows.numpy()]), ids[rows], mask[rows])
-        wanted = torch.arange(len(rows))
+        wanted = torch.arange(len(rows), device=logits.device)
         return (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2
 
     def measure(self) -> dict[str, float]:
         """Share of held-out pictures whose own description, out of 100, fits best."""
         ids, mask = self.held_out_tokens
         logits = self._logits(as_input(np.asarray(self.held_out[:100])), ids[:100], mask[:100])
-        return {"own_text_of_100": float((logits.argmax(dim=1) == torch.arange(len(logits))).float().mean())}
+        return {"own_text_of_100": float((logits.argmax(dim=1).cpu() == torch.arange(len(logits))).float().mean())}
 
 
 def train_clip(recipe: ClipRecipe) -> tuple[Any, RunResult]:

@@ -31,6 +31,7 @@ from services.models.vae import Codec
 from training.latents import Latents, latents_of, scaling_of
 from training.loop import LoopRecipe, RunResult, train
 from training.pictures import STORY_FRAMES, ShelfRecipe, shelf
+from training.precision import autocast, device_of
 from training.storage import load_checkpoint, training_dir
 from training.toon.world import sample_frame
 from training.vae import encoding_vae
@@ -114,11 +115,16 @@ class FrameTrainee:
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
         recipe = self.recipe
         singles = torch.randint(len(self.corpus.latents), (recipe.single_rows,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(self.device):
             total = self._single_loss(self.corpus, singles, generator, recipe.text_dropped) * recipe.single_rows
             if recipe.story_rows > 0:
                 total = total + self._story_loss(self.corpus, recipe.story_rows, generator) * recipe.story_rows
         return total / (recipe.single_rows + recipe.story_rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are; batches are drawn on the CPU and sent there."""
+        return device_of(self.networks)
 
     def _take(self, corpus: Corpus, rows: Tensor) -> tuple[Tensor, Tensor]:
         picks = rows.numpy()
@@ -131,19 +137,22 @@ class FrameTrainee:
             like
         )
         noise = torch.randn(like.shape, generator=generator)
-        return (spread * steps).long().clamp_max(steps - 1), noise, torch.randn(like.shape, generator=generator)
+        other = torch.randn(like.shape, generator=generator)
+        timesteps = (spread * steps).long().clamp_max(steps - 1)
+        return timesteps.to(self.device), noise.to(self.device), other.to(self.device)
 
     def _single_loss(self, corpus: Corpus, rows: Tensor, generator: torch.Generator, dropped: float) -> Tensor:
         latents, ids = self._take(corpus, rows)
         hidden = torch.rand(len(rows), generator=generator) < dropped
         ids = torch.where(hidden[:, None], self.nothing_ids_S, ids)
         timesteps, noise, other = self._noise(generator, latents)
+        latents = latents.to(self.device)
         example = Example(
             latents_BCHW=latents,
             text_BSD=self.text.states(ids),
             reference_latents_BNCHW=latents[:, None][:, :0],
-            reference_text_BNSD=torch.zeros(len(rows), 0, *self.text_shape),
-            present_BN=torch.zeros(len(rows), 0, dtype=torch.bool),
+            reference_text_BNSD=torch.zeros(len(rows), 0, *self.text_shape, device=self.device),
+            present_BN=torch.zeros(len(rows), 0, dtype=torch.bool, device=self.device),
         )
         return self.denoiser.loss(example, timesteps_B=timesteps, noise_BCHW=noise, reference_noise_BCHW=other).mean()
 
@@ -168,10 +177,10 @@ class FrameTrainee:
         earlier = torch.where(present, earlier, 0)  # row 0 stands in slots that are not looked at
         latents, ids = self._take(corpus, target)
         reference_latents, reference_ids = self._take(corpus, earlier.flatten())
-        reference_text = torch.zeros(rows * MAX_REFERENCES, *self.text_shape)
+        reference_text = torch.zeros(rows * MAX_REFERENCES, *self.text_shape, device=self.device)
         filled = present.flatten()
         with torch.no_grad():
-            reference_text[filled] = self.text.states(reference_ids[filled]).float()
+            reference_text[filled.to(self.device)] = self.text.states(reference_ids[filled]).float()
             nothing = self.text.states(self.nothing_ids_S[None])[0].float()
         timesteps, noise, reference_noise = self._noise(generator, latents)
         chance = torch.rand(2, rows, generator=generator) if drops else torch.ones(2, rows)
@@ -179,11 +188,11 @@ class FrameTrainee:
         ids = torch.where((chance[0] < recipe.text_dropped)[:, None], self.nothing_ids_S, ids)
         never = torch.zeros(rows, dtype=torch.bool)
         example = Example(
-            latents_BCHW=latents,
+            latents_BCHW=latents.to(self.device),
             text_BSD=self.text.states(ids),
-            reference_latents_BNCHW=reference_latents.view(rows, MAX_REFERENCES, *latents.shape[1:]),
+            reference_latents_BNCHW=reference_latents.view(rows, MAX_REFERENCES, *latents.shape[1:]).to(self.device),
             reference_text_BNSD=reference_text.view(rows, MAX_REFERENCES, *self.text_shape),
-            present_BN=present,
+            present_BN=present.to(self.device),
         )
         return self.denoiser.loss(
             example,
@@ -191,13 +200,13 @@ class FrameTrainee:
             noise_BCHW=noise,
             reference_noise_BCHW=reference_noise,
             dropped=Dropped(text_B=never, references_B=chance[1] < recipe.references_dropped, no_references_B=never),
-            unconditional=Unconditional(text_SD=nothing, blank_CHW=self.blank_CHW),
+            unconditional=Unconditional(text_SD=nothing, blank_CHW=self.blank_CHW.to(self.device)),
         ).mean()
 
     def measure(self) -> dict[str, float]:
         """Loss on held-out stories, over evenly spread noise levels; the same frames and noise at every call."""
         generator = torch.Generator().manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(self.device):
             values = [
                 float(self._story_loss(self.held_out, 64, generator, drops=False)) for _ in range(_HELD_OUT_BATCHES)
             ]

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 
 from services.models.vae import Codec, LatentScaling
 from training.pictures import Pixels, ShelfRecipe, shelf
+from training.precision import autocast
 from training.storage import training_dir
 
 Latents = npt.NDArray[np.float16]
@@ -77,7 +78,7 @@ def latents_of(
     path = home / f"{fingerprint(vae)}-{recipe.file_name}"
     if not path.exists():
         pictures = shelf(recipe, folder=folder)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast(torch.device("cpu")):
             chunks = [
                 codec.encode(_pixels(pictures[first : first + batch])).to(torch.float16).numpy()
                 for first in range(0, len(pictures), batch)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from training.optimizer import MuonAdam, OptimizerRecipe, Pace
+from training.precision import default_device, device_of
 from training.storage import (
     Checkpoint,
     load_checkpoint,
@@ -97,14 +98,16 @@ def train(
     adam_only: Callable[[str], bool] = lambda name: False,
     say: Callable[[str], None] = lambda line: print(line, flush=True),
     until_step: int | None = None,
+    device: str | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> RunResult:
     """Train from the checkpoint at `path` (or from nothing) to the end of `recipe`, or to `until_step`.
 
+    Computes on `device` (the default one if None) and leaves the networks on the CPU.
     On return `path` holds the last state; `networks` hold the average where one is kept. Raises FloatingPointError when
     the loss is not a number: the last checkpoint is then from before.
     """
-    networks = trainee.networks
+    networks = trainee.networks.to(device or default_device())
     optimizer = MuonAdam(
         [(name, p) for name, p in networks.named_parameters() if p.requires_grad], recipe.optimizer, adam_only
     )
@@ -115,7 +118,7 @@ def train(
         networks.load_state_dict(found.part("networks"))
         restore_optimizer(optimizer, found.part("optimizer"))
         if average is not None:
-            average.values = found.part("average")
+            average.values = {n: v.to(device_of(networks)) for n, v in found.part("average").items()}
         step, before_s, figures = (
             int(found.facts["step"]),
             float(found.facts["elapsed_s"]),
@@ -184,5 +187,5 @@ def train(
     keep(done=done)
     if average is not None and done:
         average.swapped_into(networks)
-    networks.eval()
+    networks.to("cpu").eval()
     return RunResult(step, elapsed_s(), figures)

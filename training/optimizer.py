@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.precision import fast_dtype
+
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that pushes singular values towards 1 in five rounds
 
 
@@ -133,7 +135,7 @@ def orthogonalised(matrix: Tensor, rounds: int = 5) -> Tensor:
     """The semi-orthogonal matrix nearest to `matrix`, roughly (singular values end in about 0.7..1.2)."""
     a, b, c = _NEWTON_SCHULZ
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).to(torch.bfloat16)
+    x = (matrix if wide else matrix.T).to(fast_dtype(matrix.device))
     x = x / (x.norm() + 1e-7)
     for _ in range(rounds):
         gram = x @ x.T

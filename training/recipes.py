@@ -29,6 +29,8 @@ def toon_vae(minutes: float | None = None) -> VaeRecipe:
             ShelfRecipe(split="train", breadth="wide", count=8_000),
             ShelfRecipe(split="train", breadth="scene", count=16_000),
         ),
+        square_weight=3.0,
+        edge_weight=0.5,
         held_out=(
             ("known", ShelfRecipe(split="validation", breadth="scene", count=256)),
             ("new", ShelfRecipe(split="new", breadth="scene", count=256)),
@@ -63,7 +65,7 @@ def toon_frame(minutes: float | None = None) -> FrameRecipe:
             ema=0.985,
         ),
         singles=ShelfRecipe(split="train", breadth="scene", count=3_000),
-        stories=ShelfRecipe(split="train", breadth="story", count=1_600),
+        stories=ShelfRecipe(split="train", breadth="story", count=3_000),
         held_out=ShelfRecipe(split="validation", breadth="story", count=60),
     )
 

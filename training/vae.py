@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from services.models.toon import toon_vae as fresh_vae
 from training.loop import LoopRecipe, RunResult, train
 from training.pictures import Pixels, ShelfRecipe, shelf
+from training.precision import autocast, device_of
 from training.storage import load_checkpoint, training_dir
 
 CHECKPOINT = "vae.safetensors"
@@ -80,9 +81,11 @@ def psnr_db(mean_square_error: Tensor) -> Tensor:
 def reconstruction_psnr_db(vae: AutoencoderKL, pictures: Pixels, batch: int = 16) -> float:
     """Mean over pictures of the PSNR of `decode(mean of encode)`, clipped to the value range, as served."""
     values = []
+    device = device_of(vae)
     with torch.no_grad():
         for first in range(0, len(pictures), batch):
             pixels = torch.from_numpy(np.array(pictures[first : first + batch])).permute(0, 3, 1, 2).float() / 127.5 - 1
+            pixels = pixels.to(device)
             again = vae.decode(vae.encode(pixels, return_dict=False)[0].mean, return_dict=False)[0].clamp(-1, 1)
             values.append(psnr_db((again - pixels).square().mean(dim=(1, 2, 3))))
     return float(torch.cat(values).mean())
@@ -107,11 +110,13 @@ class VaeTrainee:
         size = int(self.shelves[0].shape[1])
         rows = recipe.batch * (size // recipe.crop_px) ** 2 if crops else recipe.batch
         pixels = picture_batch(self.shelves, rows, generator, recipe.crop_px if crops else None)
-        with torch.autocast("cpu", torch.bfloat16):
+        device = device_of(self.networks)
+        pixels = pixels.to(device)
+        with autocast(device):
             with torch.set_grad_enabled(not recipe.decoder_only):
                 posterior = self.vae.encode(pixels, return_dict=False)[0]
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
-            latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+            latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(device)
             again = self.vae.decode(latents, return_dict=False)[0].float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
         loss = (
@@ -121,7 +126,7 @@ class VaeTrainee:
         )
         if not crops:
             edges = zip(gradients(again), gradients(pixels), strict=True)
-            loss = loss + recipe.edge_weight * sum((F.l1_loss(a, b) for a, b in edges), torch.zeros(()))
+            loss = loss + recipe.edge_weight * sum((F.l1_loss(a, b) for a, b in edges), torch.zeros((), device=device))
         out: Tensor = loss
         return out
 

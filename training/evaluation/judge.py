@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from training.loop import LoopRecipe, RunResult, train
 from training.pictures import Pixels, ShelfRecipe, shelf
+from training.precision import autocast, device_of
 from training.storage import training_dir
 from training.toon.cast import MAIN
 from training.toon.scene import ACTIONS, MOODS, PROPS, SETTINGS, TIMES, Scene
@@ -109,7 +110,8 @@ class Judge(nn.Module):
         self.eval()
         found: list[Verdict] = []
         for first in range(0, len(pictures), batch):
-            answers = self(as_input(np.stack([np.asarray(p) for p in pictures[first : first + batch]])))
+            pixels = as_input(np.stack([np.asarray(p) for p in pictures[first : first + batch]]))
+            answers = self(pixels.to(device_of(self)))
             found += [self._verdict({k: v[row] for k, v in answers.items()}) for row in range(len(answers["time"]))]
         return found
 
@@ -211,11 +213,12 @@ class JudgeTrainee:
         shrunk = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2.0, mode="bilinear")
         soft = torch.rand(len(rows), 1, 1, 1, generator=generator) * 0.8
         pixels = pixels.lerp(shrunk, soft)
-        with torch.autocast("cpu", torch.bfloat16):
-            answers = self.judge(pixels)
-        total = torch.zeros(())
+        device = device_of(self.networks)
+        with autocast(device):
+            answers = self.judge(pixels.to(device))
+        total = torch.zeros((), device=device)
         for name, (kind, _) in HEADS.items():
-            logits, wanted = answers[name].float(), self.targets[name][rows]
+            logits, wanted = answers[name].float(), self.targets[name][rows].to(device)
             if kind == "one":
                 total = total + F.cross_entropy(logits, wanted)
             else:

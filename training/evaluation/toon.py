@@ -32,8 +32,8 @@ from PIL import Image
 from services.models.drawing import Drawing, Pixels, Seen, Sketch, advance, begin, finish
 from services.models.pack import Pack, load_pack
 from services.models.registry import FrameModel, load_frame_model
+from training.evaluation.captions import is_whole, names_agree, names_in
 from training.evaluation.judge import Judge, agreement, load_judge, truth
-from training.toon.cast import MAIN
 from training.toon.reading import parse
 from training.toon.render import render
 from training.toon.scene import Scene
@@ -202,14 +202,17 @@ def picture_figures(pack: Pack, frames: int, say: Callable[[str], None]) -> list
     return figures
 
 
-def names_in(text: str) -> frozenset[str]:
-    """Names of the main cast that occur in a text as words."""
-    words = {word.strip(".,!?;:'\"").removesuffix("'s") for word in text.split()}
-    return frozenset(character.name for character in MAIN if character.name in words)
+@dataclass(frozen=True)
+class Told:
+    """A true caption, the one before it, and the description the pack's captioner wrote for it."""
+
+    previous_caption: str
+    caption: str
+    description: str
 
 
-async def write_descriptions(pack: Pack, stories: Sequence[Story], count: int) -> list[tuple[str, str]]:
-    """(caption, the description the pack's captioner writes for it), for frames 2 to 5 with their true predecessors."""
+async def write_descriptions(pack: Pack, stories: Sequence[Story], count: int) -> list[Told]:
+    """Descriptions for frames 2 to 5 with their true predecessors."""
     from services.caption.driver import DriverSettings, InProcessDriver
     from services.caption.engine import CaptionEngine, adapter_folders, adapter_rank_max, read_model
     from services.caption.job import DescribeJob, Sampling
@@ -244,22 +247,26 @@ async def write_descriptions(pack: Pack, stories: Sequence[Story], count: int) -
                         sampling=Sampling(temperature=0.0),
                     )
                 )
-        return [(job.caption, (await engine.describe(job)).text) for job in jobs[:count]]
+        answers = await asyncio.gather(*(engine.describe(job) for job in jobs[:count]))
+        return [
+            Told(job.previous_caption, job.caption, answer.text) for job, answer in zip(jobs, answers, strict=False)
+        ]
     finally:
         await engine.stop()
 
 
-def text_figures(pairs: Sequence[tuple[str, str]]) -> list[Figure]:
-    """Do descriptions parse, and do they name whom the caption names?"""
-    parsed = [parse(description) for _, description in pairs]
-    understood = [bool(p.actors) and p.setting is not None and p.time is not None for p in parsed]
-    named = [names_in(caption) <= names_in(description) for caption, description in pairs]
+def text_figures(told: Sequence[Told]) -> list[Figure]:
+    """Do descriptions parse, do they name whom the caption names, and nobody who is in neither caption?"""
+    understood = [is_whole(parse(one.description)) for one in told]
+    named = [names_in(one.caption) <= names_in(one.description) for one in told]
     both = [u and n for u, n in zip(understood, named, strict=True)]
-    n = len(pairs)
+    agreed = [names_agree(one.description, one.caption, names_in(one.previous_caption)) for one in told]
+    n = len(told)
     return [
         Figure(name="description_parses", value=sum(understood) / n, n=n),
         Figure(name="description_names", value=sum(named) / n, n=n),
         Figure(name="description_parses_and_names", value=sum(both) / n, n=n, target=0.90),
+        Figure(name="description_names_nobody_else", value=sum(agreed) / n, n=n),
     ]
 
 

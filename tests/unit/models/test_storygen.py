@@ -54,7 +54,9 @@ def test_toon_network_keeps_its_budget() -> None:
     with torch.device("meta"):
         network = build_storygen(toon.UNET)
         with FlopCounterMode(display=False) as flops, torch.no_grad():
-            network.predict(torch.empty(1, 4, 16, 16), torch.zeros(1), torch.empty(1, toon.TEXT_POSITIONS, 192))
+            network.predict(
+                torch.empty(1, toon.LATENT_CHANNELS, 16, 16), torch.zeros(1), torch.empty(1, toon.TEXT_POSITIONS, 192)
+            )
     assert flops.get_total_flops() <= 1.65e9  # attention included
     assert 7e6 <= sum(p.numel() for p in network.parameters()) <= 9e6
 

@@ -15,7 +15,7 @@ from services.models.registry import FrameModel
 from services.models.tiny import build_tiny_pack
 from training.evaluation import toon
 from training.evaluation.judge import Judge, Verdict, agreement, load_judge, save_judge, targets, truth
-from training.evaluation.toon import Figure, report, story_tasks, table, text_figures
+from training.evaluation.toon import Figure, Told, report, story_tasks, table, text_figures
 from training.toon.world import sample_frame
 
 
@@ -92,11 +92,16 @@ def test_a_description_must_parse_and_name_whom_the_caption_names() -> None:
     figures = {
         f.name: f.value
         for f in text_figures(
-            [(f"{name} laughed.", description), (f"{other} laughed.", description), (f"{name} laughed.", "mumble")]
+            [
+                Told("", f"{name} laughed.", description),
+                Told("", f"{other} laughed.", description),
+                Told("", f"{name} laughed.", "mumble"),
+            ]
         )
     }
     assert figures["description_parses"] == pytest.approx(2 / 3)
     assert figures["description_parses_and_names"] == pytest.approx(1 / 3)
+    assert figures["description_names_nobody_else"] == pytest.approx(1 / 3)
 
 
 def test_a_missed_target_is_said() -> None:

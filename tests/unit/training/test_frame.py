@@ -11,7 +11,7 @@ import torch
 from services.models.denoiser import Example
 from services.models.text_encoder import TextEncoder
 from services.models.tiny import byte_tokenizer
-from services.models.toon import MAX_REFERENCES
+from services.models.toon import LATENT_CHANNELS, MAX_REFERENCES
 from training import frame
 from training.frame import Corpus, FrameTrainee
 from training.loop import step_generator
@@ -35,12 +35,14 @@ def trainee() -> FrameTrainee:
     model = frame.toon_text_encoder(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     text = TextEncoder(model, tokenizer)
     rows = 4 + 3 * 5  # four single frames, three stories
-    latents = np.arange(rows, dtype=np.float16)[:, None, None, None] * np.ones((1, 4, 16, 16), np.float16) / 10
+    latents = (
+        np.arange(rows, dtype=np.float16)[:, None, None, None] * np.ones((1, LATENT_CHANNELS, 16, 16), np.float16) / 10
+    )
     tokens = frame.token_rows(text, [f"frame {row}" for row in range(rows)])
     corpus = Corpus(latents, tokens, stories_from=4)
     recipe = replace(toon_frame(), single_rows=1, story_rows=3)
     codec = None  # the blank picture's latent is given
-    return FrameTrainee(recipe, codec, corpus, corpus, text, torch.zeros(4, 16, 16))  # type: ignore[arg-type]
+    return FrameTrainee(recipe, codec, corpus, corpus, text, torch.zeros(LATENT_CHANNELS, 16, 16))  # type: ignore[arg-type]
 
 
 def seen_examples(trainee: FrameTrainee, monkeypatch: pytest.MonkeyPatch, rows: int) -> list[Example]:

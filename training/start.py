@@ -1,0 +1,110 @@
+"""Starts a run from the weights of a pack instead of from nothing.
+
+Writes the checkpoint of step 0, which the run then continues from. A network that has grown since (more latent
+channels) keeps what it knew: weights lie in the corner of the larger ones they came from, the rest is fresh.
+
+    python -m training.start vae frame [--pack DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from services.models.pack import Pack, load_pack
+from services.models.registry import TEXT_WEIGHTS, UNET_WEIGHTS, VAE_WEIGHTS
+from services.models.storygen import build_storygen
+from services.models.tokenizer import StoryTokenizer
+from services.models.toon import UNET, toon_text_encoder, toon_vae
+from training.frame import CHECKPOINT as FRAME_CHECKPOINT
+from training.storage import Checkpoint, save_checkpoint, training_dir, with_prefix
+from training.vae import CHECKPOINT as VAE_CHECKPOINT
+
+# A VAE's moments are its means followed by its log variances, so a grown one has two corners, not one.
+_MOMENTS = ("encoder.conv_out.", "quant_conv.")
+
+
+def grown(fresh: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`fresh` with the values of `known` in the leading corner of each tensor.
+
+    Raises ValueError when a name differs or a tensor has shrunk.
+    """
+    if fresh.keys() != known.keys():
+        raise ValueError(f"not the same network: {sorted(fresh.keys() ^ known.keys())[:3]}")
+    out = {}
+    for name, value in fresh.items():
+        old = known[name].to(value.dtype)
+        if old.ndim != value.ndim or any(a > b for a, b in zip(old.shape, value.shape, strict=True)):
+            raise ValueError(f"{name}: {tuple(old.shape)} does not fit into {tuple(value.shape)}")
+        new = value.detach().clone()
+        moments = (
+            [name.startswith(_MOMENTS)] * 2 if name.startswith("quant_conv.weight") else [name.startswith(_MOMENTS)]
+        )
+        _place(new, old, moments)
+        out[name] = new
+    return out
+
+
+def _place(new: Tensor, old: Tensor, in_halves: list[bool]) -> None:
+    """Copy `old` into `new`; dimensions marked in `in_halves` are copied half by half."""
+    index = [torch.arange(size) for size in old.shape]
+    for dim, halves in enumerate(in_halves[: old.ndim]):
+        if halves:
+            half = torch.arange(old.shape[dim] // 2)
+            index[dim] = torch.cat([half, new.shape[dim] // 2 + half])
+    if old.ndim == 0:
+        new.copy_(old)
+        return
+    new[torch.meshgrid(*index, indexing="ij")] = old
+
+
+def start_vae(pack: Pack) -> None:
+    """Write step 0 of the autoencoder's run."""
+    torch.manual_seed(1)
+    networks = with_prefix("vae", grown(toon_vae().state_dict(), load_file(pack.path(f"vae/{VAE_WEIGHTS}"))))
+    _save(VAE_CHECKPOINT, networks)
+
+
+def start_frame(pack: Pack) -> None:
+    """Write step 0 of the frame model's run."""
+    torch.manual_seed(2)
+    tokenizer = StoryTokenizer.load(pack.path("tokenizer/tokenizer.json"))
+    text: Any = toon_text_encoder(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    unet = build_storygen(UNET)
+    networks = with_prefix("unet", grown(unet.state_dict(), load_file(pack.path(f"unet/{UNET_WEIGHTS}"))))
+    networks |= with_prefix("text", grown(text.state_dict(), load_file(pack.path(f"text_encoder/{TEXT_WEIGHTS}"))))
+    _save(FRAME_CHECKPOINT, networks)
+
+
+def _save(name: str, networks: dict[str, Tensor]) -> None:
+    path = training_dir() / name
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: move it away to start anew")
+    facts: dict[str, Any] = {"step": 0, "elapsed_s": 0.0, "figures": {}, "done": False}
+    save_checkpoint(path, Checkpoint(with_prefix("networks", networks) | with_prefix("average", networks), facts))
+
+
+STARTS = {"vae": start_vae, "frame": start_frame}
+
+
+def main() -> None:
+    """Start the named runs."""
+    from training.toon_pack import PACK
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="+", choices=tuple(STARTS))
+    parser.add_argument("--pack", type=Path, default=PACK)
+    arguments = parser.parse_args()
+    pack = load_pack(arguments.pack)
+    for name in arguments.networks:
+        STARTS[name](pack)
+
+
+if __name__ == "__main__":
+    main()
