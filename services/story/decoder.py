@@ -1,8 +1,8 @@
 """Decodes untrusted pictures one by one, in a child process with hard limits. Run by `sandbox.py`, never imported.
 
-Speaks length-prefixed messages on standard input and output: picture bytes in, a JSON header and PNG bytes out. It
-gets no environment, can write no file, and the kernel bounds its memory and CPU time. If a picture kills it, it is
-replaced, and nothing else notices.
+Speaks length-prefixed messages on standard input and output: picture bytes in, a JSON header and PNG bytes out; the
+header repeats the number of the request it answers. It gets no environment, can write no file, and the kernel bounds
+its memory and CPU time. If a picture kills it, it is replaced, and nothing else notices.
 """
 
 import io
@@ -114,7 +114,7 @@ def _read(count: int) -> bytes:
     return data
 
 
-def _answer(header: dict[str, Any], payload: bytes = b"") -> None:
+def _answer(header: dict[str, Any], payload: bytes) -> None:
     head = json.dumps(header).encode()
     sys.stdout.buffer.write(struct.pack(">II", len(head), len(payload)) + head + payload)
     sys.stdout.buffer.flush()
@@ -128,21 +128,23 @@ def main() -> None:
     Image.preinit()
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS * 8  # our own cap answers below it with a size; this one is behind it
     _limit()
-    _answer({"ready": [plugin.__name__ for plugin in plugins]})
+    _answer({"ready": [plugin.__name__ for plugin in plugins]}, b"")
     while True:
-        (size,) = struct.unpack(">I", _read(4))
+        number, size = struct.unpack(">QI", _read(12))
         data = _read(size)
         _allow_cpu()
+        header: dict[str, Any] = {"request": number}
+        png = b""
         try:
             png, width, height = clean_png(data)
+            header |= {"width_px": width, "height_px": height}
         except Refused as refused:
-            _answer({"reason": refused.reason, "message": refused.message})
+            header |= {"reason": refused.reason, "message": refused.message}
         except MemoryError:
-            _answer({"reason": "IMAGE_TOO_LARGE", "message": "the picture needs too much memory"})
+            header |= {"reason": "IMAGE_TOO_LARGE", "message": "the picture needs too much memory"}
         except Exception as error:  # noqa: BLE001 - as above
-            _answer({"reason": "IMAGE_UNREADABLE", "message": f"the picture is damaged ({type(error).__name__})"})
-        else:
-            _answer({"width_px": width, "height_px": height}, png)
+            header |= {"reason": "IMAGE_UNREADABLE", "message": f"the picture is damaged ({type(error).__name__})"}
+        _answer(header, png)
 
 
 if __name__ == "__main__":

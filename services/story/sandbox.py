@@ -39,6 +39,7 @@ class Sandbox:
     def __init__(self) -> None:
         self._child: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
+        self._asked = 0  # requests so far; each one's number comes back with its answer
 
     async def start(self) -> None:
         """Starts the child, so that the first picture need not wait for it."""
@@ -70,12 +71,13 @@ class Sandbox:
 
     async def _ask_child(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         """The child's answer. Whatever else ends the asking ends the child too, also a caller that went away: it would
-        answer the next picture with this one's result."""
+        answer the next picture with this one's result. Raises ConnectionError when it did that all the same."""
         child = await self._ready_child()
         try:
             async with asyncio.timeout(DECODE_TIMEOUT_S):
-                return await _ask(child, data)
-        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+                self._asked += 1
+                return await _ask(child, self._asked, data)
+        except BaseException:
             await self._kill()
             raise
 
@@ -106,6 +108,10 @@ class Sandbox:
         except (TimeoutError, asyncio.IncompleteReadError) as error:
             await self._kill()
             raise Unavailable("the picture decoder does not start", metadata={"service": "decoder"}) from error
+        except BaseException:
+            # A caller that went away leaves an unread "ready": the next one would take it for its own answer.
+            await self._kill()
+            raise
         return child
 
     async def _kill(self) -> None:
@@ -120,11 +126,14 @@ class Sandbox:
         await child.wait()
 
 
-async def _ask(child: asyncio.subprocess.Process, data: bytes) -> tuple[dict[str, Any], bytes]:
+async def _ask(child: asyncio.subprocess.Process, number: int, data: bytes) -> tuple[dict[str, Any], bytes]:
     assert child.stdin is not None
-    child.stdin.write(struct.pack(">I", len(data)) + data)
+    child.stdin.write(struct.pack(">QI", number, len(data)) + data)
     await child.stdin.drain()
-    return await _receive(child)
+    header, payload = await _receive(child)
+    if header.get("request") != number:
+        raise ConnectionError("the decoder answered another request")
+    return header, payload
 
 
 async def _receive(child: asyncio.subprocess.Process) -> tuple[dict[str, Any], bytes]:
