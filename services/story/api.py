@@ -36,6 +36,7 @@ from services.story.workflow import StoryWorkflows
 
 DEFAULT_PAGE = 50
 MOST_PAGE = 200
+MOST_CALLS = 1000  # in flight at each of the two edges; most are watches, which last as long as a story
 STORY_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 log = structlog.get_logger("fabula.story.api")
@@ -84,6 +85,8 @@ class StoryApi:
         options = check_options(request, default_pack=self._settings.default_pack)
         caption = check_caption(request.caption)
         check_image(request.image)
+        # Asked again when the story is written; here, so that a full queue costs no decoding.
+        await self._repository.check_room(max_queued=self._settings.max_queued)
         await self._packs.check(options.pack, now_s=time.monotonic())
         image = await self._sandbox.decode(request.image)
         given = Frame(

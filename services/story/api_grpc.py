@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.runtime.rpc import stream_method, unary_method
-from services.story.api import StoryApi
+from services.story.api import MOST_CALLS, StoryApi
 from services.story.intake import MOST_IMAGE_BYTES, StoryRequest
 from services.story.metrics import REQUEST_SECONDS
 from services.story.protobuf import event_to_pb, story_to_pb
@@ -135,6 +135,7 @@ class GrpcEdge:
     def __init__(self, api: StoryApi, *, host: str, port: int) -> None:
         self._server = grpc.aio.server(
             interceptors=[RequestMetrics()],
+            maximum_concurrent_rpcs=MOST_CALLS,
             options=[
                 ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),  # a second process on the port must fail, not share it

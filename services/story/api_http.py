@@ -35,10 +35,11 @@ from services.runtime.errors import (
     InvalidArgument,
     NotFound,
     OriginNotAllowed,
+    QueueFull,
     Unimplemented,
 )
 from services.runtime.telemetry import metrics_page
-from services.story.api import StoryApi
+from services.story.api import MOST_CALLS, StoryApi
 from services.story.config import StorySettings
 from services.story.documents import (
     CreateStoryBody,
@@ -343,12 +344,13 @@ def _add_errors(app: FastAPI) -> None:
 
 
 class EdgeMiddleware:
-    """Stands before everything: host, origin and size checks, request and trace ids, timing."""
+    """Stands before everything: host, origin, size and load checks, request and trace ids, timing."""
 
     def __init__(self, app: ASGIApp, settings: StorySettings) -> None:
         self._app = app
         self._hosts = settings.hosts()
         self._origins = settings.origins()
+        self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -368,21 +370,25 @@ class EdgeMiddleware:
             await send(message)
 
         with calling(call), structlog.contextvars.bound_contextvars(request_id=call.request_id):
+            self._in_flight += 1
             try:
                 self._check(scope["path"], headers)
                 await self._app(scope, _bounded(receive, headers), send_with_id)
             except FabulaError as error:
                 await _problem_response(error)(scope, receive, send_with_id)
             finally:
+                self._in_flight -= 1
                 route = scope.get("route")
                 REQUEST_SECONDS.labels(
                     protocol="http", method=getattr(route, "name", "unknown"), reason=f"{status // 100}xx"
                 ).observe(time.monotonic() - started)
 
     def _check(self, path: str, headers: Headers) -> None:
-        """Raises HostNotAllowed, OriginNotAllowed."""
+        """Raises HostNotAllowed, OriginNotAllowed, QueueFull."""
         if path in PROBES:
-            return
+            return  # also under load: a process that is merely busy must not be restarted for it
+        if self._in_flight > MOST_CALLS:
+            raise QueueFull(f"{MOST_CALLS} calls are in flight; try again after a pause", retry_after_s=2.0)
         host = headers.get("host", "")
         name = _host_name(host)
         if "*" not in self._hosts and name not in self._hosts:

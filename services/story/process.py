@@ -16,7 +16,7 @@ from services.runtime.channel import ServiceChannel
 from services.runtime.config import ConfigInvalid, Installation
 from services.runtime.errors import FabulaError, ShuttingDown, Unavailable
 from services.runtime.store import ObjectStore
-from services.story.api import StoryApi
+from services.story.api import MOST_CALLS, StoryApi
 from services.story.api_grpc import GrpcEdge
 from services.story.api_http import http_app
 from services.story.backends import CaptionBackend, FrameBackend
@@ -99,6 +99,7 @@ class StoryProcess:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                limit_concurrency=2 * MOST_CALLS,  # connections, idle ones included; the app says no long before
                 timeout_graceful_shutdown=max(1, round(settings.drain_s)),
             )
         )

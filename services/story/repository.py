@@ -80,15 +80,7 @@ class Repository:
                             request_id=request_id, body_sha256=body_sha256, story_id=story_id, create_us=at
                         )
                     )
-                queued = await connection.scalar(
-                    select(func.count()).select_from(stories).where(stories.c.state == State.QUEUED.value)
-                )
-                if (queued or 0) > max_queued:
-                    raise QueueFull(
-                        f"{max_queued} stories wait already; try again when some have started",
-                        metadata={"queued_count": str(max_queued)},
-                        retry_after_s=5.0,
-                    )
+                await _check_room(connection, max_queued=max_queued)
                 await connection.execute(insert(frames).values(story_id=story_id, **_frame_row(given), create_us=at))
                 await _append(connection, story_id, StateChanged(state=State.QUEUED), at)
                 return await _story(connection, story_id), True
@@ -112,6 +104,11 @@ class Repository:
             if row.body_sha256 != body_sha256:
                 raise IdempotencyKeyReused(metadata={"request_id": request_id})
             return await _story(connection, row.story_id)
+
+    async def check_room(self, *, max_queued: int) -> None:
+        """Raises QueueFull while no further story would be taken."""
+        async with reading(self._engine) as connection:
+            await _check_room(connection, max_queued=max_queued, coming=1)
 
     async def get(self, story_id: str) -> Story:
         """A story with its frames. Raises StoryNotFound."""
@@ -396,6 +393,18 @@ async def _append(connection: AsyncConnection, story_id: str, what: Durable, at:
         )
     )
     return int(sequence)
+
+
+async def _check_room(connection: AsyncConnection, *, max_queued: int, coming: int = 0) -> None:
+    queued = await connection.scalar(
+        select(func.count()).select_from(stories).where(stories.c.state == State.QUEUED.value)
+    )
+    if (queued or 0) + coming > max_queued:
+        raise QueueFull(
+            f"{max_queued} stories wait already; try again when some have started",
+            metadata={"queued_count": str(max_queued)},
+            retry_after_s=5.0,
+        )
 
 
 async def _exists(connection: AsyncConnection, story_id: str) -> None:

@@ -14,12 +14,20 @@ from typing import Any
 
 import structlog
 
-from services.runtime.errors import ImageTooLarge, ImageTooSmall, ImageUnreadable, InvalidArgument, Unavailable
+from services.runtime.errors import (
+    ImageTooLarge,
+    ImageTooSmall,
+    ImageUnreadable,
+    InvalidArgument,
+    QueueFull,
+    Unavailable,
+)
 from services.story.metrics import DECODE_SECONDS
 
 DECODER = Path(__file__).with_name("decoder.py")
 DECODE_TIMEOUT_S = 15.0
 START_TIMEOUT_S = 20.0
+MOST_CALLERS = 32  # at once, the one being served included; each holds a picture in memory and waits for all before it
 
 log = structlog.get_logger("fabula.story.sandbox")
 
@@ -39,6 +47,7 @@ class Sandbox:
     def __init__(self) -> None:
         self._child: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
+        self._callers = 0
         self._asked = 0  # requests so far; each one's number comes back with its answer
 
     async def start(self) -> None:
@@ -47,27 +56,39 @@ class Sandbox:
             await self._ready_child()
 
     async def decode(self, data: bytes) -> CleanImage:
-        """A clean copy of an untrusted picture. Raises ImageUnreadable, ImageTooLarge, ImageTooSmall, Unavailable."""
-        async with self._turn:
-            with DECODE_SECONDS.time():
-                try:
-                    header, png = await self._ask_child(data)
-                except (asyncio.IncompleteReadError, ConnectionError):
-                    # The child may have died before this picture came. Only one that dies of it twice is to blame.
-                    log.warning("decoder_lost", cause="died")
-                    try:
-                        header, png = await self._ask_child(data)
-                    except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
-                        raise ImageUnreadable("this picture cannot be decoded within limits", field="image") from None
-                except TimeoutError:
-                    log.warning("decoder_lost", cause="slow")
-                    raise ImageUnreadable("decoding this picture took too much time", field="image") from None
+        """A clean copy of an untrusted picture.
+
+        Raises ImageUnreadable, ImageTooLarge, ImageTooSmall, QueueFull, Unavailable.
+        """
+        if self._callers >= MOST_CALLERS:
+            raise QueueFull(f"{MOST_CALLERS} pictures wait to be decoded; try again after a pause", retry_after_s=2.0)
+        self._callers += 1
+        try:
+            async with self._turn:
+                header, png = await self._decode(data)
+        finally:
+            self._callers -= 1
         if "reason" in header:
             kinds: dict[str, type[InvalidArgument]] = {
                 kind.reason: kind for kind in (ImageUnreadable, ImageTooLarge, ImageTooSmall)
             }
             raise kinds[header["reason"]](header["message"], field="image")
         return CleanImage(png, header["width_px"], header["height_px"])
+
+    async def _decode(self, data: bytes) -> tuple[dict[str, Any], bytes]:
+        with DECODE_SECONDS.time():
+            try:
+                return await self._ask_child(data)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                # The child may have died before this picture came. Only one that dies of it twice is to blame.
+                log.warning("decoder_lost", cause="died")
+            except TimeoutError:
+                log.warning("decoder_lost", cause="slow")
+                raise ImageUnreadable("decoding this picture took too much time", field="image") from None
+            try:
+                return await self._ask_child(data)
+            except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+                raise ImageUnreadable("this picture cannot be decoded within limits", field="image") from None
 
     async def _ask_child(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         """The child's answer. Whatever else ends the asking ends the child too, also a caller that went away: it would

@@ -75,6 +75,9 @@ async def test_a_story_is_whole_or_absent(repository: Repository) -> None:
     with pytest.raises(QueueFull):
         await create(repository, "s4", key="k4", most=1)
     assert await repository.find_by_request("k4", "b") is None
+    with pytest.raises(QueueFull):
+        await repository.check_room(max_queued=1)
+    await repository.check_room(max_queued=2)
     story = await repository.get("s1")
     assert (story.state, story.last_sequence, len(story.frames)) == (State.QUEUED, 1, 1)
 

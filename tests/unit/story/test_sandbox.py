@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from services.runtime.errors import QueueFull
 from services.story import sandbox as sandbox_module
 from services.story.sandbox import CleanImage, Sandbox
 
@@ -79,5 +80,21 @@ async def test_a_decoder_out_of_step_is_replaced(tmp_path: Path, monkeypatch: py
     sandbox = Sandbox()
     try:
         assert colour_of(await sandbox.decode(png(GREEN))) == GREEN
+    finally:
+        await sandbox.close()
+
+
+async def test_too_many_at_once_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_module, "MOST_CALLERS", 3)
+    sandbox = Sandbox()
+    try:
+        callers = [asyncio.create_task(sandbox.decode(png(GREEN))) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull) as caught:
+            await sandbox.decode(png(RED))
+        assert caught.value.retry_after_s
+        callers[1].cancel()  # its place is free again
+        await asyncio.gather(*callers, return_exceptions=True)
+        assert colour_of(await sandbox.decode(png(BLUE))) == BLUE
     finally:
         await sandbox.close()
