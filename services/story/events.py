@@ -79,12 +79,13 @@ async def watch(
 ) -> AsyncGenerator[Event, None]:
     """Durable events above `after`, then whatever happens, until the story has ended.
 
+    An `after` that the story has not reached counts as where it is now: no later event is held back for it.
     Raises StoryNotFound (also when the story is deleted meanwhile) and ShuttingDown.
     """
     with broadcaster.watcher(story_id) as watcher:
-        last = after
         # Asked first: if the story had ended before we read its events, there is nothing to wait for after them.
-        ended = (await repository.state(story_id)).ended
+        state, last_sequence = await repository.position(story_id)
+        ended, last = state.ended, min(after, last_sequence)
         while True:
             watcher.woken.clear()
             while batch := await repository.events(story_id, after=last):
@@ -103,4 +104,4 @@ async def watch(
                 async with asyncio.timeout(poll_s):
                     await watcher.woken.wait()
             except TimeoutError:
-                continue
+                ended = (await repository.state(story_id)).ended

@@ -117,13 +117,21 @@ class Repository:
 
     async def state(self, story_id: str) -> State:
         """Where it stands. Raises StoryNotFound."""
+        return (await self.position(story_id))[0]
+
+    async def position(self, story_id: str) -> tuple[State, int]:
+        """Where it stands, and the sequence number of its last event. Raises StoryNotFound."""
         async with reading(self._engine) as connection:
-            state = await connection.scalar(
-                select(stories.c.state).where(stories.c.story_id == story_id, stories.c.delete_us.is_(None))
-            )
-        if state is None:
+            row = (
+                await connection.execute(
+                    select(stories.c.state, stories.c.last_sequence).where(
+                        stories.c.story_id == story_id, stories.c.delete_us.is_(None)
+                    )
+                )
+            ).one_or_none()
+        if row is None:
             raise StoryNotFound(metadata={"story_id": story_id[:64]})
-        return State(state)
+        return State(row.state), int(row.last_sequence)
 
     async def origin(self, story_id: str) -> tuple[str, str]:
         """Traceparent and request id of the call that made the story; empty if it is gone."""

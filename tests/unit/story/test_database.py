@@ -13,6 +13,7 @@ from alembic.runtime.migration import MigrationContext
 from services.runtime.config import ConfigInvalid
 from services.runtime.errors import IdempotencyKeyReused, QueueFull, StoryNotFound
 from services.story.database import database_urls, open_database, open_for_migrations
+from services.story.events import Broadcaster, watch
 from services.story.migrate import is_current, upgrade
 from services.story.records import Frame, Options, State
 from services.story.repository import Repository
@@ -117,6 +118,8 @@ async def test_nothing_is_written_to_a_story_that_has_ended(repository: Reposito
     assert await repository.write_caption("s", 1, caption="late", seed=1, duration_s=0.1) is None
     assert await repository.commit_frame("s", 1, {"image_sha256": "1" * 64}, {}) is None
     assert (await repository.get("s")).last_sequence == 2
+    beyond = watch(repository, Broadcaster(), "s", after=2**63, poll_s=0.01)  # no number the database could hold
+    assert [event async for event in beyond] == []
 
 
 async def test_a_deleted_story_leaves_only_its_request_id(repository: Repository) -> None:

@@ -30,15 +30,19 @@ class Log:
     def __init__(self) -> None:
         self.events_so_far: list[Event] = []
         self.reads = 0
+        self.silent_end: State | None = None
 
     def add(self, what: Durable) -> None:
         self.events_so_far.append(Event(story_id="s", sequence=len(self.events_so_far) + 1, time_us=0, what=what))
 
     async def state(self, story_id: str) -> State:
+        return (await self.position(story_id))[0]
+
+    async def position(self, story_id: str) -> tuple[State, int]:
         if not self.events_so_far:
             raise StoryNotFound()
         changes = [event.what.state for event in self.events_so_far if isinstance(event.what, StateChanged)]
-        return changes[-1]
+        return self.silent_end or changes[-1], len(self.events_so_far)
 
     async def events(self, story_id: str, *, after: int) -> list[Event]:
         self.reads += 1
@@ -99,6 +103,29 @@ async def test_what_another_process_wrote_is_found_without_being_told() -> None:
     await anext(events)
     log.add(StateChanged(state=State.SUCCEEDED))
     assert [event.sequence async for event in events] == [2]
+
+
+@pytest.mark.parametrize("after", [2, 2**63, 2**64 - 1])
+async def test_a_watcher_ahead_of_the_story_sees_what_comes(after: int) -> None:
+    log, broadcaster = Log(), Broadcaster()
+    log.add(StateChanged(state=State.RUNNING))
+    events = follow(log, broadcaster, after)
+    waiting = asyncio.ensure_future(anext(events))
+    await asyncio.sleep(0)
+    log.add(StateChanged(state=State.SUCCEEDED))
+    broadcaster.durable("s")
+    assert (await asyncio.wait_for(waiting, 30)).sequence == 2
+    assert [event async for event in events] == []
+
+
+async def test_a_watch_ends_with_its_story_whatever_its_events_say() -> None:
+    log, broadcaster = Log(), Broadcaster()
+    log.add(StateChanged(state=State.RUNNING))
+    events = follow(log, broadcaster, 1, poll_s=0.01)
+    waiting = asyncio.ensure_future(anext(events, None))
+    await asyncio.sleep(0)
+    log.silent_end = State.SUCCEEDED
+    assert await asyncio.wait_for(waiting, 30) is None
 
 
 async def test_a_slow_watcher_misses_passing_news_only() -> None:
