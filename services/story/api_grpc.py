@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.runtime.rpc import stream_method, unary_method
 from services.story.api import MOST_CALLS, StoryApi
+from services.story.config import port_refused
 from services.story.intake import MOST_IMAGE_BYTES, StoryRequest
 from services.story.metrics import REQUEST_SECONDS
 from services.story.protobuf import event_to_pb, story_to_pb
@@ -130,7 +131,7 @@ class RequestMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg
 
 
 class GrpcEdge:
-    """The gRPC server and its health."""
+    """The gRPC server and its health. Making one binds its port and raises ConfigInvalid when that is taken."""
 
     def __init__(self, api: StoryApi, *, host: str, port: int) -> None:
         self._server = grpc.aio.server(
@@ -147,7 +148,10 @@ class GrpcEdge:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         name = f"[{host}]" if ":" in host else host
-        self.port = self._server.add_insecure_port(f"{name}:{port}")
+        try:
+            self.port = self._server.add_insecure_port(f"{name}:{port}")
+        except RuntimeError as error:
+            raise port_refused(host, port, str(error)) from error
 
     async def start(self) -> None:
         """Starts to answer; health says NOT_SERVING until `serving`."""

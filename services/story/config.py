@@ -60,5 +60,13 @@ class StorySettings(Settings):
         return self.caption_target or ingress, self.frame_target or ingress
 
 
+def port_refused(host: str, port: int, why: str) -> ConfigInvalid:
+    """What stops the process when it cannot have a port."""
+    return ConfigInvalid(
+        f"FABULA_PORT_BASE, FABULA_STORY_HOST: port {port} of {host} cannot be bound ({why}); stop what holds it, or "
+        "choose another port base"
+    )
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -21,7 +22,7 @@ from services.story.api_grpc import GrpcEdge
 from services.story.api_http import http_app
 from services.story.backends import CaptionBackend, FrameBackend
 from services.story.caretaker import Caretaker
-from services.story.config import StorySettings
+from services.story.config import StorySettings, port_refused
 from services.story.database import database_urls, open_database
 from services.story.events import Broadcaster
 from services.story.intake import PackCheck
@@ -90,12 +91,12 @@ class StoryProcess:
             broadcaster=self._broadcaster,
             settings=settings,
         )
+        # Both ports first: nothing has been started that would have to be stopped again.
+        http_sockets = bound_sockets(settings.host, installation.story_http_port)
         self._grpc = GrpcEdge(self._api, host=settings.host, port=installation.story_grpc_port)
         self._http = _HttpServer(
             uvicorn.Config(
                 http_app(self._api, settings, self._check_ready),
-                host=settings.host,
-                port=installation.story_http_port,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -104,7 +105,7 @@ class StoryProcess:
             )
         )
         await self._grpc.start()
-        self._serving = asyncio.create_task(self._http.serve(), name="http")
+        self._serving = asyncio.create_task(self._http.serve(http_sockets), name="http")
         await asyncio.gather(self._http_up(), self._sandbox.start(), self._launch())
         self._housekeeping = asyncio.create_task(self._caretaker.run(), name="caretaker")
         self._is_ready = True
@@ -137,7 +138,7 @@ class StoryProcess:
     async def _http_up(self) -> None:
         while not self._http.started:
             if self._serving.done():
-                raise ConfigInvalid(f"FABULA_PORT_BASE: port {self._installation.story_http_port} cannot be bound")
+                raise Unavailable("the HTTP server ended while it started", metadata={"service": "story"})
             await asyncio.sleep(0.01)
 
     async def _check_ready(self) -> None:
@@ -146,6 +147,27 @@ class StoryProcess:
         if not self._is_ready:
             raise Unavailable("starting")
         await self._api.check_database()
+
+
+def bound_sockets(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address of `host`. uvicorn would bind them itself, but ends the process when it cannot.
+
+    Raises ConfigInvalid.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        found = dict.fromkeys(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))  # hosts files repeat themselves
+        for family, kind, _, _, address in found:
+            sockets.append(socket.socket(family, kind))
+            sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sockets[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sockets[-1].bind(address)
+    except OSError as error:
+        for bound in sockets:
+            bound.close()
+        raise port_refused(host, port, error.strerror or str(error)) from error
+    return sockets
 
 
 class _HttpServer(uvicorn.Server):

@@ -30,7 +30,7 @@ from services.runtime.errors import (
 )
 from tests.contract.story import pictures
 from tests.contract.story.scripted_services import TOKEN, Script, ScriptedServices
-from tests.contract.story.story_process import ROOT, StoryProcess
+from tests.contract.story.story_process import ROOT, StoryProcess, free_port_base
 from tests.contract.story.test_input import refusal
 
 State = story_pb2.Story.State
@@ -305,13 +305,17 @@ def test_a_wrong_setting_stops_the_process_and_is_named(
     assert named in ended.stderr
 
 
-def test_a_taken_port_stops_the_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offset", [0, 1], ids=["http", "grpc"])
+def test_a_taken_port_stops_the_process_and_is_named(tmp_path: Path, offset: int) -> None:
+    base = free_port_base()
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        taken.bind(("127.0.0.1", base + offset))
         taken.listen()
-        ended = run_story(tmp_path, FABULA_PORT_BASE=str(taken.getsockname()[1]))
-    assert ended.returncode != 0
-    assert str(taken) not in ended.stderr
+        ended = run_story(tmp_path, FABULA_PORT_BASE=str(base))
+    assert ended.returncode == 2, ended.stderr
+    told = ended.stderr.splitlines()[-1]
+    assert "FABULA_PORT_BASE" in told
+    assert f"port {base + offset} " in told
 
 
 def test_the_process_stays_light(story: StoryProcess) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ import pytest
 from fabula.story.v1 import story_service_pb2 as pb
 from fabula.story.v1 import story_service_pb2_grpc as pb_grpc
 
+from services.runtime.config import ConfigInvalid
 from services.runtime.errors import QueueFull, StoryNotFound
 from services.story import api_grpc, api_http
 from services.story.api import StoryApi
@@ -19,6 +21,7 @@ from services.story.api_http import EdgeMiddleware
 from services.story.config import StorySettings
 from services.story.events import Broadcaster
 from services.story.intake import StoryRequest
+from services.story.process import bound_sockets
 
 
 class FullRepository:
@@ -110,3 +113,17 @@ async def test_http_takes_so_many_calls_and_no_more(monkeypatch: pytest.MonkeyPa
     go_on.set()
     assert [(await answer)["status"] for answer in (*taken, probe)] == [200] * 3
     assert (await call("/v1/stories"))["status"] == 200
+
+
+async def test_a_taken_port_is_a_wrong_setting_for_both_edges() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigInvalid, match=f"FABULA_PORT_BASE.*{port}"):
+            bound_sockets("127.0.0.1", port)
+        with pytest.raises(ConfigInvalid, match=f"FABULA_PORT_BASE.*{port}"):
+            GrpcEdge(SlowApi(), host="127.0.0.1", port=port)  # type: ignore[arg-type]
+    for free in bound_sockets("127.0.0.1", port):
+        with free:
+            assert free.getsockname() == ("127.0.0.1", port)
