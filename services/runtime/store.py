@@ -1,13 +1,16 @@
 """The object store: bytes under their own SHA-256, in a local folder or in S3, GCS or Azure.
 
-Writing is atomic (an object is whole or absent) and idempotent; reading checks the hash. Knows nothing of what the
-bytes are.
+Writing is atomic (an object is whole or absent, also after a power cut) and idempotent; reading checks the hash. Knows
+nothing of what the bytes are.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import os
 import re
+import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,7 +26,7 @@ from services.runtime.errors import ObjectCorrupt, ObjectNotFound, StorageFull, 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PREFIX = "sha256"
 # No space left, file too large (a limit on the process), quota exceeded; then how object stores say it.
-FULL = re.compile(r"os error (28|27|122)\b|No space left|QuotaExceeded|InsufficientStorage|507 ", re.IGNORECASE)
+FULL = re.compile(r"(os error|Errno) (28|27|122)\b|No space left|QuotaExceeded|InsufficientStorage|507 ", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class ObjectStore:
     def __init__(self, backend: Any) -> None:
         """`backend` is an obstore store."""
         self._backend = backend
+        # Only a local folder has to be told to reach the disk; the others answer when they have the object.
+        self._folder = Path(backend.prefix) if isinstance(backend, LocalStore) and backend.prefix else None
 
     @classmethod
     def open(cls, url: str, default_folder: Path) -> ObjectStore:
@@ -60,9 +65,13 @@ class ObjectStore:
         unreferenced objects away until whoever put it has committed the reference.
         """
         sha256 = hashlib.sha256(data).hexdigest()
+        path = _path(sha256)
+        # Beside its place until it has reached the disk: there may be a whole object there that somebody counts on.
+        draft = path if self._folder is None else f"{path}.{secrets.token_hex(4)}"
         try:
-            # One put, never multipart: a local put then is one file written beside and renamed into place.
-            await obstore.put_async(self._backend, _path(sha256), data, use_multipart=False)
+            await obstore.put_async(self._backend, draft, data, use_multipart=False)  # one put is all or nothing
+            if self._folder is not None:
+                await asyncio.to_thread(_settle, self._folder, draft, path)
         except (BaseError, OSError) as error:
             raise _failure(error) from error
         return sha256
@@ -81,6 +90,16 @@ class ObjectStore:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ObjectCorrupt(metadata={"sha256": sha256})
         return data
+
+    async def modified_time(self, sha256: str) -> datetime | None:
+        """When an object was put last; None if it is not there."""
+        try:
+            meta = await obstore.head_async(self._backend, _path(sha256))
+        except (NotFoundError, FileNotFoundError):
+            return None
+        except (BaseError, OSError) as error:
+            raise _failure(error) from error
+        return meta["last_modified"]
 
     async def delete(self, sha256: str) -> None:
         """Removes an object; one that is not there is no error."""
@@ -106,6 +125,28 @@ class ObjectStore:
 def _path(sha256: str) -> str:
     # Two levels, so that no folder grows beyond what file systems and people like.
     return f"{PREFIX}/{sha256[:2]}/{sha256}"
+
+
+def _settle(folder: Path, draft: str, path: str) -> None:
+    """Has the disk keep a draft, moves it into place, and has the disk keep that too, new folders included."""
+    try:
+        _sync(folder / draft)
+        os.replace(folder / draft, folder / path)
+    except OSError:
+        (folder / draft).unlink(missing_ok=True)
+        raise
+    place = (folder / path).parent
+    while place != folder.parent:
+        _sync(place)
+        place = place.parent
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _failure(error: Exception) -> StorageFull | Unavailable:
