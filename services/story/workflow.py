@@ -38,6 +38,7 @@ APPLICATION_NAME = "fabula-story"
 WORKFLOW_VERSION = "1"
 QUEUE = "stories"
 QUEUE_POLL_S = 0.1  # how soon an accepted story starts
+PAST_EVERY_STEP = 2**31 - 1  # the largest step number DBOS's column holds
 MOST_RECOVERIES = 50  # a story that has taken its process down so often is set aside
 
 log = structlog.get_logger("fabula.story.workflow")
@@ -120,6 +121,10 @@ class StoryWorkflows:
         """Queues a story anew that no process is running."""
         await DBOS.resume_workflow_async(story_id, queue_name=QUEUE)
 
+    async def rewind(self, story_id: str) -> None:
+        """Queues a story anew whose run ended with an error, all recorded steps kept. Raises what DBOS raises."""
+        await DBOS.rewind_workflow_async(story_id, start_step=PAST_EVERY_STEP, queue_name=QUEUE)
+
     async def forget(self, story_id: str) -> None:
         """Removes the engine's record of a story, texts included."""
         await DBOS.delete_workflow_async(story_id)
@@ -132,18 +137,17 @@ class StoryWorkflows:
     # -- one story ---------------------------------------------------------------------------------------------------
 
     async def _run(self, story_id: str) -> str:
-        traceparent, request_id = await self._repository.origin(story_id)
-        call = call_from_headers(request_id=request_id, traceparent=traceparent, timeout_s=None)
         self.running.add(story_id)
-        with calling(call), structlog.contextvars.bound_contextvars(story_id=story_id):
+        with structlog.contextvars.bound_contextvars(story_id=story_id):
             try:
-                if await self._repository.state(story_id) is State.WAITING:
+                # No steps, because a replay may read something else; but tried like steps: what leaves here is final.
+                traceparent, request_id = await self._try(story_id, "origin", lambda: self._repository.origin(story_id))
+                if await self._try(story_id, "state", lambda: self._repository.state(story_id)) is State.WAITING:
                     self._waiting.add(story_id)  # said by a process that died since
-                return await self._make(story_id)
+                with calling(call_from_headers(request_id=request_id, traceparent=traceparent, timeout_s=None)):
+                    return await self._make(story_id)
             except Stopped:
                 return "STOPPED"
-            except StoryNotFound:
-                return "DELETED"
             finally:
                 self.running.discard(story_id)
                 self._waiting.discard(story_id)

@@ -1,0 +1,123 @@
+"""A story outlives what goes wrong before its first step, and a run that ended with an error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dbos import DBOS
+
+from services.runtime.errors import FabulaError, StoryNotFound, Unavailable
+from services.story.config import StorySettings
+from services.story.database import database_urls, prepare_sqlite
+from services.story.events import Broadcaster
+from services.story.records import State
+from services.story.workflow import StoryWorkflows
+
+
+class Tables:
+    """The part of the repository that a run reads before its first step. Fails as often as it is told to."""
+
+    def __init__(self) -> None:
+        self.failures: list[Exception] = []
+        self.running_seen: list[bool] = []
+        self.workflows: StoryWorkflows | None = None
+
+    def _enter(self) -> None:
+        assert self.workflows is not None
+        self.running_seen.append("s" in self.workflows.running)
+        if self.failures:
+            raise self.failures.pop(0)
+
+    async def origin(self, story_id: str) -> tuple[str, str]:
+        self._enter()
+        return "", "r"
+
+    async def state(self, story_id: str) -> State:
+        self._enter()
+        return State.QUEUED
+
+    async def change_state(self, story_id: str, to: State, **_: Any) -> bool:
+        return False
+
+    async def mark_enqueued(self, story_id: str) -> None:
+        return None
+
+
+def workflows_over(tables: Tables) -> StoryWorkflows:
+    nobody: Any = None
+    tables.workflows = StoryWorkflows(
+        repository=tables,  # type: ignore[arg-type]
+        store=nobody,
+        caption=nobody,
+        frame=nobody,
+        broadcaster=Broadcaster(),
+        settings=StorySettings(retry_first_s=0.001, retry_most_s=0.002, poll_s=60),
+    )
+    return tables.workflows
+
+
+@pytest.mark.parametrize("error", [Unavailable("the database does not answer"), RuntimeError("a hiccup")])
+async def test_a_database_that_hiccups_at_the_start_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tables = Tables()
+    tables.failures = [error, error]
+    workflows = workflows_over(tables)
+
+    async def make(story_id: str) -> str:
+        return "SUCCEEDED"
+
+    monkeypatch.setattr(workflows, "_make", make)
+    assert await workflows._run("s") == "SUCCEEDED"
+    # All the while it counted as running, so nobody had it run again beside itself.
+    assert tables.running_seen == [True] * 4
+    assert not workflows.running
+
+
+async def test_a_story_deleted_before_it_starts_just_stops() -> None:
+    tables = Tables()
+    gone: FabulaError = StoryNotFound()
+    tables.failures = [gone]
+    assert await workflows_over(tables)._run("s") == "STOPPED"
+
+
+@pytest.fixture
+async def launched(tmp_path: Path) -> AsyncIterator[StoryWorkflows]:
+    workflows = workflows_over(Tables())
+    urls = database_urls("", tmp_path)
+    prepare_sqlite(urls)
+    await workflows.launch(system_database_url=urls.workflows, executor_id="me", migrate=True)
+    yield workflows
+    await asyncio.to_thread(DBOS.destroy)
+
+
+async def test_a_run_that_ended_with_an_error_goes_on_after_its_last_step(
+    launched: StoryWorkflows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    async def make(story_id: str) -> str:
+        async def step() -> str:
+            steps.append(story_id)
+            return "drawn"
+
+        drawn = await DBOS.run_step_async({"name": "render"}, step)
+        if len(steps) == 1 and not ended:
+            raise RuntimeError("the engine could not record it")
+        return f"{drawn} once"
+
+    ended = False
+    monkeypatch.setattr(launched, "_make", make)
+    await launched.enqueue("s")
+    run = await DBOS.retrieve_workflow_async("s")
+    with pytest.raises(Exception, match="could not record it"):
+        await run.get_result()
+    assert (await launched.engine_records(["s"]))["s"][0] == "ERROR"
+    ended = True
+    await launched.rewind("s")
+    assert await run.get_result() == "drawn once"
+    assert steps == ["s"]  # the step was not done again
