@@ -128,6 +128,7 @@ class StoryProcess:
             await self._caretaker.sign_off()
 
     async def _launch(self) -> None:
+        await self._caretaker.sign_on()
         await self._workflows.launch(
             system_database_url=self._urls.workflows,
             executor_id=self._caretaker.executor_id,
