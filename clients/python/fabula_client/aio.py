@@ -24,8 +24,17 @@ import grpc
 from fabula.story.v1 import story_service_pb2 as pb
 from fabula.story.v1.story_service_pb2_grpc import StoryServiceStub
 
-from fabula_client.calls import Connection, Metadata
-from fabula_client.errors import ImageCorrupt, NotFound, StoryCancelled, StoryFailed, Unavailable, WaitTimedOut
+from fabula_client.calls import MOST_IMAGE_BYTES, Connection, Metadata
+from fabula_client.errors import (
+    FieldViolation,
+    ImageCorrupt,
+    InvalidArgument,
+    NotFound,
+    StoryCancelled,
+    StoryFailed,
+    Unavailable,
+    WaitTimedOut,
+)
 from fabula_client.retrying import RetryPolicy
 from fabula_client.story import Frame, State, StateChanged, Story, StoryEvent, event_from_pb, story_from_pb
 
@@ -95,9 +104,10 @@ class AsyncStories:
         `steps` 1 to 100, guidance 0 to 30 and `temperature` 0 to 2 are the pack's defaults if unset.
         `idempotency_key` names this request: the same key with the same body gives the same story. Without one, a
         fresh key makes the retries of this call safe. Raises InvalidArgument, IdempotencyKeyReused,
-        ResourceExhausted, Unavailable, and OSError for an unreadable path.
+        ResourceExhausted, Unavailable, and OSError for an unreadable path. A picture has at most 8 MiB; a larger one
+        is refused here, as the service would (IMAGE_TOO_LARGE): the transport might not even carry it.
         """
-        picture = image if isinstance(image, bytes) else await asyncio.to_thread(Path(image).read_bytes)
+        picture = await asyncio.to_thread(_read_picture, image)
         request = pb.CreateStoryRequest(
             request_id=idempotency_key or str(uuid.uuid4()),
             image=picture,
@@ -178,20 +188,29 @@ class AsyncStory:
         A broken connection is taken up again where it broke: no durable event is missed or given twice. Raises
         Unavailable once the service has not been reached for `patience_s`, NotFound when the story is deleted.
         """
-        last, failures, heard = after_sequence, 0, time.monotonic()
+        last, failures, pause = after_sequence, 0, 0.0
+        lost_at = time.monotonic()  # when the service was last seen to go
         while True:
             request = pb.WatchStoryRequest(story_id=self.story_id, after_sequence=last)
             error: Unavailable | None = None
+            opened_at, heard = time.monotonic(), False
             try:
-                async for message in self._connection.stream(self._stub.WatchStory, request):
-                    failures, heard = 0, time.monotonic()
-                    event = event_from_pb(message.event)
-                    if 0 < event.sequence <= last:
-                        continue  # replayed by a service that counts differently than we asked; seen already
-                    last = event.sequence or last
-                    yield event
-                    if isinstance(event, StateChanged) and event.state.ended:
-                        return
+                try:
+                    async for message in self._connection.stream(self._stub.WatchStory, request):
+                        failures, heard = 0, True
+                        event = event_from_pb(message.event)
+                        if 0 < event.sequence <= last:
+                            continue  # replayed by a service that counts differently than we asked; seen already
+                        last = event.sequence or last
+                        yield event
+                        if isinstance(event, StateChanged) and event.state.ended:
+                            return
+                finally:
+                    # A story that waits is silent, so a stream that stood for as long as the pause before it was at
+                    # the service too. Where nobody answers, a try fails at once.
+                    now = time.monotonic()
+                    if heard or now - opened_at >= pause:
+                        lost_at = now
                 if (await self.refresh()).ended and self.value.last_sequence <= last:
                     return  # the end was before `after_sequence`
             except Unavailable as caught:
@@ -199,7 +218,7 @@ class AsyncStory:
             # The service is away, or closed the stream early because it stops.
             failures += 1
             pause = self._connection.retry.pause_s(failures, random.random())
-            if time.monotonic() + pause - heard > patience_s:
+            if time.monotonic() + pause - lost_at > patience_s:
                 raise error or Unavailable("the stream of events keeps ending before the story does")
             await asyncio.sleep(pause)
 
@@ -265,3 +284,26 @@ class AsyncStory:
     @property
     def _stub(self) -> StoryServiceStub:
         return StoryServiceStub(self._connection.channel)
+
+
+def _read_picture(image: ImageSource) -> bytes:
+    """The picture's bytes; a file that is too large is not read."""
+    if isinstance(image, bytes):
+        _check_size(len(image))
+        return image
+    with Path(image).open("rb") as file:
+        _check_size(os.fstat(file.fileno()).st_size)
+        picture = file.read(MOST_IMAGE_BYTES + 1)  # a pipe has no size beforehand
+    _check_size(len(picture))
+    return picture
+
+
+def _check_size(size_bytes: int) -> None:
+    if size_bytes > MOST_IMAGE_BYTES:
+        message = f"the picture has {size_bytes} bytes; at most {MOST_IMAGE_BYTES} are taken"
+        raise InvalidArgument(
+            message,
+            reason="IMAGE_TOO_LARGE",
+            metadata={"field": "image", "limit_bytes": str(MOST_IMAGE_BYTES)},
+            field_violations=(FieldViolation("image", message),),
+        )
