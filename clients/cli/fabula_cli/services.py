@@ -51,7 +51,7 @@ def bring_up(
 ) -> dict[str, Any]:
     """Starts the services unless they are starting, and waits until they are ready; returns the record.
 
-    Raises CannotStart, having stopped them again.
+    Raises CannotStart, having stopped them again; those that somebody else had started are left alone.
     """
     stopped = phase_of(installation) == "stopped"
     starting = installation.start(serve_config) if stopped else installation.join()
@@ -71,7 +71,8 @@ def bring_up(
     except SupervisorFailed as error:
         raise CannotStart(str(error)) from None
     except CannotStart:
-        installation.ask("down")
+        if stopped:
+            installation.ask("down")
         raise
 
 
