@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from services.models.pack import Pack, PackSettings, write_pack
+from services.models.toon import LATENT_CHANNELS
 from training.clip import CHECKPOINT as CLIP
 from training.evaluation.judge import CHECKPOINT as JUDGE
 from training.frame import CHECKPOINT as FRAME
+from training.precision import on_gpu
 from training.recipes import toon_clip, toon_frame, toon_judge, toon_vae
 from training.storage import load_checkpoint, training_dir
 from training.vae import CHECKPOINT as VAE
@@ -52,7 +54,8 @@ def figures_table(evaluation: Mapping[str, Any]) -> str:
 
 def model_card(evaluation: Mapping[str, Any] | None = None, today: datetime | None = None) -> str:
     """The card as Markdown. Without an evaluation it says that there is none yet."""
-    vae, frame, judge, clip = toon_vae(), toon_frame(), toon_judge(), toon_clip()
+    gpu = on_gpu()
+    vae, frame, judge, clip = toon_vae(gpu=gpu), toon_frame(gpu=gpu), toon_judge(gpu=gpu), toon_clip(gpu=gpu)
     day = (today or datetime.now(UTC)).strftime("%Y-%m-%d")
     measured = "Not evaluated yet: run `make eval-toon`."
     limits = ""
@@ -71,7 +74,7 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 
 | part | architecture |
 | --- | --- |
-| `vae/` | AutoencoderKL, 8× smaller, 4 latent channels |
+| `vae/` | AutoencoderKL, 8× smaller, {LATENT_CHANNELS} latent channels |
 | `text_encoder/` | CLIP text model, 192 wide, 4 layers, 96 positions |
 | `unet/` | StoryGen UNet (96, 160): diffusers' conditional UNet with `attn3` and `norm4` in every transformer block |
 | `tokenizer/` | byte-level BPE, 2,048 entries, shared by all |

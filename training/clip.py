@@ -7,7 +7,6 @@ Shapes: B pairs of a picture and its description.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from services.models.tokenizer import StoryTokenizer
+from training.command import run_arguments, run_parser
 from training.evaluation.judge import as_input
 from training.frame import TOKENIZER_FOLDER, descriptions
 from training.loop import LoopRecipe, RunResult, train
 from training.pictures import ShelfRecipe, shelf
-from training.precision import autocast, device_of
+from training.precision import autocast, device_of, on_gpu
 from training.storage import load_checkpoint, training_dir
 
 CHECKPOINT = "clip.safetensors"
@@ -145,12 +145,8 @@ def main() -> None:
     """Train the toon pack's CLIP."""
     from training.recipes import toon_clip
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=None, help="end after this much training time, at rate zero")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    _, result = train_clip(toon_clip(arguments.minutes))
+    arguments = run_arguments(run_parser(__doc__))
+    _, result = train_clip(toon_clip(arguments.minutes, gpu=on_gpu()))
     print(f"clip: {result.steps} steps, {result.elapsed_s / 60:.1f} min, {result.figures}")
 
 

@@ -10,7 +10,6 @@ them is another function, and a network that learned it first has to unlearn it.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,11 @@ from services.models.text_encoder import TextEncoder
 from services.models.tokenizer import StoryTokenizer
 from services.models.toon import MAX_REFERENCES, SCHEDULE, UNET, toon_text_encoder
 from services.models.vae import Codec
+from training.command import run_arguments, run_parser
 from training.latents import Latents, latents_of, scaling_of
 from training.loop import LoopRecipe, RunResult, train
 from training.pictures import STORY_FRAMES, ShelfRecipe, shelf
-from training.precision import autocast, device_of
+from training.precision import autocast, device_of, on_gpu
 from training.storage import load_checkpoint, training_dir
 from training.toon.world import sample_frame
 from training.vae import encoding_vae
@@ -262,12 +262,8 @@ def main() -> None:
     """Train the toon pack's frame model."""
     from training.recipes import toon_frame
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=None, help="end after this much training time, at rate zero")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    result = train_frame(toon_frame(arguments.minutes))
+    arguments = run_arguments(run_parser(__doc__))
+    result = train_frame(toon_frame(arguments.minutes, gpu=on_gpu()))
     print(f"frame: {result.steps} steps, {result.elapsed_s / 60:.1f} min, {result.figures}")
 
 

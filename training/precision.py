@@ -9,9 +9,14 @@ import torch
 from torch import nn
 
 
+def on_gpu() -> bool:
+    """Whether training here runs on a GPU."""
+    return torch.cuda.is_available()
+
+
 def default_device() -> str:
-    """Return "cuda" where there is a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Where training computes unless told otherwise."""
+    return "cuda" if on_gpu() else "cpu"
 
 
 def device_of(networks: nn.Module) -> torch.device:

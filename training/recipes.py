@@ -1,6 +1,7 @@
 """Every run of the toon pack as a function that returns a frozen recipe: what is trained, on what, for how long.
 
-Steps are what a quiet run does; `minutes` caps a run's time and brings its learning rate to zero by then.
+Steps are what a quiet run does; `minutes` caps a run's time and brings its learning rate to zero by then. On a GPU
+(`gpu`) steps are wide, because a narrow one leaves it idle; on a CPU they are narrow, because there are few of them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from training.pictures import ShelfRecipe
 from training.vae import VaeRecipe
 
 
-def toon_vae(minutes: float | None = None) -> VaeRecipe:
-    """The autoencoder: 8,000 wide pictures and the first 4,000 of the frame model's."""
+def toon_vae(minutes: float | None = None, *, gpu: bool = False) -> VaeRecipe:
+    """The autoencoder: wide pictures, so that no palette is new to it, and twice as many of the cast."""
     return VaeRecipe(
         loop=LoopRecipe(
-            pace=Pace(steps=20_000, warmup_steps=20, minutes=minutes, decay_share=0.6),
+            pace=Pace(steps=16_000, warmup_steps=20, minutes=minutes, decay_share=0.6),
             optimizer=OptimizerRecipe(matrix_rate=0.02, rate=2e-3, weight_decay=0.0),
             seed=1,
             ema=0.98,
@@ -29,6 +30,7 @@ def toon_vae(minutes: float | None = None) -> VaeRecipe:
             ShelfRecipe(split="train", breadth="wide", count=8_000),
             ShelfRecipe(split="train", breadth="scene", count=16_000),
         ),
+        batch=32 if gpu else 4,
         square_weight=3.0,
         edge_weight=0.5,
         held_out=(
@@ -38,10 +40,10 @@ def toon_vae(minutes: float | None = None) -> VaeRecipe:
     )
 
 
-def toon_decoder(minutes: float | None = None) -> VaeRecipe:
+def toon_decoder(minutes: float | None = None, *, gpu: bool = False) -> VaeRecipe:
     """The autoencoder's decoder, learning on with the encoder frozen: whole frames, squares weighted up."""
     return replace(
-        toon_vae(),
+        toon_vae(gpu=gpu),
         loop=LoopRecipe(
             pace=Pace(steps=4_000, warmup_steps=20, minutes=minutes, decay_share=0.8),
             optimizer=OptimizerRecipe(matrix_rate=0.01, rate=1e-3, weight_decay=0.0),
@@ -55,22 +57,24 @@ def toon_decoder(minutes: float | None = None) -> VaeRecipe:
     )
 
 
-def toon_frame(minutes: float | None = None) -> FrameRecipe:
+def toon_frame(minutes: float | None = None, *, gpu: bool = False) -> FrameRecipe:
     """The frame model: single frames and stories, drawn from other seeds than the judge's."""
     return FrameRecipe(
         loop=LoopRecipe(
-            pace=Pace(steps=30_000, warmup_steps=20, minutes=minutes, decay_share=0.5),
+            pace=Pace(steps=10_000, warmup_steps=20, minutes=minutes, decay_share=0.5),
             optimizer=OptimizerRecipe(matrix_rate=0.02, rate=3e-3, weight_decay=0.01),
             seed=2,
             ema=0.985,
         ),
+        single_rows=16 if gpu else 2,
+        story_rows=240 if gpu else 30,
         singles=ShelfRecipe(split="train", breadth="scene", count=3_000),
-        stories=ShelfRecipe(split="train", breadth="story", count=3_000),
+        stories=ShelfRecipe(split="train", breadth="story", count=12_000 if gpu else 3_000),
         held_out=ShelfRecipe(split="validation", breadth="story", count=60),
     )
 
 
-def toon_judge(minutes: float | None = None) -> JudgeRecipe:
+def toon_judge(minutes: float | None = None, *, gpu: bool = False) -> JudgeRecipe:
     """The judge of `make eval-toon`: seeds that nothing else is trained on, accuracy on held-out combinations."""
     return JudgeRecipe(
         loop=LoopRecipe(
@@ -79,12 +83,13 @@ def toon_judge(minutes: float | None = None) -> JudgeRecipe:
             seed=3,
             ema=0.99,
         ),
-        pictures=ShelfRecipe(split="train", breadth="scene", count=6_000, first_seed=200_000),
+        pictures=ShelfRecipe(split="train", breadth="scene", count=100_000 if gpu else 6_000, first_seed=200_000),
         held_out=ShelfRecipe(split="test", breadth="scene", count=1_000),
+        batch=256 if gpu else 32,
     )
 
 
-def toon_clip(minutes: float | None = None) -> ClipRecipe:
+def toon_clip(minutes: float | None = None, *, gpu: bool = False) -> ClipRecipe:
     """The CLIP: the frame model's single frames with their descriptions."""
     return ClipRecipe(
         loop=LoopRecipe(

@@ -30,6 +30,7 @@ from training.evaluation.judge import train_and_ship
 from training.frame import train_frame, trained_frame
 from training.latents import scaling_of
 from training.pictures import shelf
+from training.precision import on_gpu
 from training.recipes import toon_clip, toon_decoder, toon_frame, toon_judge, toon_vae
 from training.storage import training_dir
 from training.vae import encoding_vae, train_vae, trained_vae
@@ -101,12 +102,12 @@ def stages(folder: Path) -> dict[str, Callable[[], object]]:
 
     return {
         "tokenizer": tokenizer,
-        "vae": lambda: train_vae(toon_vae()),
-        "decoder": lambda: train_vae(toon_decoder()),
-        "frame": lambda: train_frame(toon_frame()),
-        "clip": lambda: train_clip(toon_clip()),
+        "vae": lambda: train_vae(toon_vae(gpu=on_gpu())),
+        "decoder": lambda: train_vae(toon_decoder(gpu=on_gpu())),
+        "frame": lambda: train_frame(toon_frame(gpu=on_gpu())),
+        "clip": lambda: train_clip(toon_clip(gpu=on_gpu())),
         "captions": lambda: _module("training.captions", "--out", str(folder)),
-        "judge": lambda: train_and_ship(toon_judge()),
+        "judge": lambda: train_and_ship(toon_judge(gpu=on_gpu())),
         "pack": lambda: print(f"toon pack {seal(folder).digest} in {folder}"),
         "evaluation": lambda: _module("training.evaluation.toon", "--pack", str(folder), "--card"),
     }

@@ -10,7 +10,6 @@ go on learning alone while the frame model already trains: latents stay what the
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.models.toon import toon_vae as fresh_vae
+from training.command import run_arguments, run_parser
 from training.loop import LoopRecipe, RunResult, train
 from training.pictures import Pixels, ShelfRecipe, shelf
-from training.precision import autocast, device_of
+from training.precision import autocast, device_of, on_gpu
 from training.storage import load_checkpoint, training_dir
 
 CHECKPOINT = "vae.safetensors"
@@ -180,13 +180,10 @@ def main() -> None:
     """Train the toon pack's autoencoder."""
     from training.recipes import toon_decoder, toon_vae
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=None, help="end after this much training time, at rate zero")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = run_parser(__doc__)
     parser.add_argument("--decoder", action="store_true", help="let the decoder of a finished run learn on")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    result = train_vae((toon_decoder if arguments.decoder else toon_vae)(arguments.minutes))
+    arguments = run_arguments(parser)
+    result = train_vae((toon_decoder if arguments.decoder else toon_vae)(arguments.minutes, gpu=on_gpu()))
     print(f"vae: {result.steps} steps, {result.elapsed_s / 60:.1f} min, {result.figures}")
 
 

@@ -11,7 +11,6 @@ Shapes: B pictures, uint8 `[B, 128, 128, 3]` outside and floats `[B, 3, 128, 128
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.command import run_arguments, run_parser
 from training.loop import LoopRecipe, RunResult, train
 from training.pictures import Pixels, ShelfRecipe, shelf
-from training.precision import autocast, device_of
+from training.precision import autocast, device_of, on_gpu
 from training.storage import training_dir
 from training.toon.cast import MAIN
 from training.toon.scene import ACTIONS, MOODS, PROPS, SETTINGS, TIMES, Scene
@@ -274,12 +274,8 @@ def main() -> None:
     """Train the judge and write it beside this file."""
     from training.recipes import toon_judge
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=None, help="end after this much training time, at rate zero")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    result = train_and_ship(toon_judge(arguments.minutes))
+    arguments = run_arguments(run_parser(__doc__))
+    result = train_and_ship(toon_judge(arguments.minutes, gpu=on_gpu()))
     print(f"judge: {result.steps} steps, {result.elapsed_s / 60:.1f} min, {result.figures}")
 
 
