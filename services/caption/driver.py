@@ -28,7 +28,7 @@ import structlog
 from PIL import Image
 
 from services.caption.job import Finish
-from services.runtime.errors import EngineDead, Internal, ShuttingDown
+from services.runtime.errors import EngineDead, Internal, ReplicaLost, ShuttingDown
 
 log = structlog.get_logger("fabula.caption")
 
@@ -83,7 +83,11 @@ class Driver(Protocol):
         """Load base and adapters. Raises RuntimeError, free of vLLM's types, when one cannot be loaded."""
 
     async def generate(self, ask: Ask) -> Reply:
-        """Decode one request together with the others in flight. Raises EngineDead, ShuttingDown or Internal."""
+        """Decode one request together with the others in flight.
+
+        Raises EngineDead, ShuttingDown or Internal; ReplicaLost when the engine died while it held this request. The
+        difference matters: one of those it held may have killed it, and would kill the next engine too.
+        """
 
     def check_health(self) -> None:
         """Raises EngineDead once the engine has died or hangs; it does not come back."""
@@ -282,7 +286,7 @@ class InProcessDriver:
         engine, self._engine = self._engine, None
         waiting, self._waiting = self._waiting, {}
         for loop, future, _ in waiting.values():
-            _fail(loop, future, error)
+            _fail(loop, future, ReplicaLost(error.message) if self._death else error)
         while self._commands:  # what came in between meets `_engine` None and is refused
             self._commands.popleft()()
         engine.engine_core.shutdown()
@@ -390,7 +394,10 @@ class AsyncDriver:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            self.check_health()
+            try:
+                self.check_health()
+            except EngineDead as death:
+                raise ReplicaLost(death.message) from None
             log.exception("vllm_refused_request")
             raise Internal(f"vLLM refused the request: {type(error).__name__}") from None
         finally:

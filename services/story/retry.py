@@ -19,7 +19,8 @@ from services.runtime.errors import (
 )
 
 # How often one step may fail in a way that can be the request's own fault before the story is set aside. An outage
-# (nothing answers, no room, a wrong token) is not the request's fault and is waited out for as long as it takes.
+# (nothing answers, no room, a wrong token) is not the request's fault and is waited out for as long as it takes. So a
+# service says REPLICA_LOST to what it worked on when it died, and ENGINE_DEAD to what came in after that.
 MOST_ATTEMPTS: dict[type[FabulaError], int] = {ReplicaLost: 5, DeadlineExceeded: 3, Internal: 3}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import cycle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +68,18 @@ def test_a_request_that_takes_replicas_down_is_called_poison() -> None:
     assert isinstance(decision, GiveUp)
     assert decision.error.reason == "POISON_REQUEST"
     assert "actor died" in decision.error.message
+
+
+def test_poison_is_found_though_each_death_is_followed_by_refusals() -> None:
+    # As a story sees an engine that its request kills: lost with it, then refused until the next engine is up.
+    repeats: Counter[str] = Counter()
+    for attempt, error in enumerate(cycle([ReplicaLost(), EngineDead(), Unavailable(), EngineDead()]), start=1):
+        repeats[error.reason] += 1
+        decision = after(error, attempt, repeats[error.reason])
+        if isinstance(decision, GiveUp):
+            break
+    assert decision.error.reason == "POISON_REQUEST"
+    assert repeats["REPLICA_LOST"] == MOST_ATTEMPTS[ReplicaLost]
 
 
 def test_a_blip_and_a_full_queue_do_not_show_but_an_outage_and_a_full_disk_do() -> None:
