@@ -69,5 +69,6 @@ USER 10001:10001
 # For engines without probes of their own. Kubernetes uses the manifests' probes and ignores this.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=90s --retries=6 \
     CMD ["python", "-S", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8481/api/healthz', timeout=3)"]
-# KubeRay writes the command of every Ray pod. Off Kubernetes: ray start --head --block, with RAY_AUTH_MODE=token.
+# KubeRay writes the command of every Ray pod. Off Kubernetes, with RAY_AUTH_MODE=token:
+# ray start --head --block --dashboard-agent-listen-port 8481
 CMD ["ray", "--version"]

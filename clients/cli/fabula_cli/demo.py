@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from importlib.resources import files
@@ -136,6 +137,9 @@ def _say(told: dict[str, Any], out: Path, as_json: bool, *, running: bool) -> No
         mark = "[green]✓[/]" if each["state"] == State.SUCCEEDED else f"[red]✗ {each['state']}[/]"
         people.print(f"{mark} {escape(str(each['page']))}  [dim]{duration(each['duration_s'])}[/]")
     people.print(f"\nAll together: [bold]{escape(str(Path(out).resolve() / 'index.html'))}[/]")
-    start = "" if running else "fabula up\n    "
+    fabula = escape(sys.argv[0])  # a newcomer's shell does not know the environment that `make demo` made
+    start = "" if running else f"{fabula} up\n    "
     people.print("Make your own:")
-    people.print(f'    {start}fabula story continue --image first.png --caption "Your first sentence." --out mystory/')
+    people.print(
+        f'    {start}{fabula} story continue --image first.png --caption "Your first sentence." --out mystory/'
+    )

@@ -233,10 +233,9 @@ def lock_file() -> Path | None:
     """The lock that this environment was made from; None outside a checkout."""
     found = importlib.util.find_spec("services")
     for folder in (found.submodule_search_locations or ()) if found else ():
-        for name in ("gpu.lock", "cpu.lock"):
-            path = Path(folder).parent / "requirements" / name
-            if path.exists() and (name != "gpu.lock" or shutil.which("nvidia-smi")):
-                return path
+        path = Path(folder).parent / "requirements" / "cpu.lock"
+        if path.exists():
+            return path
     return None
 
 

@@ -250,7 +250,18 @@ def test_ray_is_told_to_stop_because_the_shell_above_it_does_not_pass_signals_on
             assert pod.spec["terminationGracePeriodSeconds"] > int(command[3])
 
 
-def test_replicas_have_time_to_drain(rendered):
+def test_the_story_pods_can_ask_for_enough_to_make_every_service_grow(rendered):
+    (story,) = (one for one in rendered.of("Deployment") if one["metadata"]["name"] == "story")
+    running = int(rendered.one("ConfigMap", "story-settings")["data"]["FABULA_STORY_MAX_RUNNING"])
+    asked = story["spec"]["replicas"] * running  # a story in progress has one call open at a time
+    for application in rendered.serve_config["applications"]:
+        for deployment in application["deployments"]:
+            scaling = deployment["autoscaling_config"]
+            assert asked >= scaling["max_replicas"] * scaling["target_ongoing_requests"], deployment["name"]
+
+
+def test_a_replica_that_scales_down_has_time_to_drain(rendered):
+    """Serve's own drain; an eviction ends Ray after the preStop hook's 30 s and does not wait for it."""
     longest_s = max(
         deployment["graceful_shutdown_timeout_s"]
         for application in rendered.serve_config["applications"]

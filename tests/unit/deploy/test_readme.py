@@ -61,5 +61,6 @@ def test_the_overlay_replaces_images_and_settings(overlay):
     images = {container["image"] for pod in overlay.pods for container in pod.containers}
     assert images == {"registry.example/fabula/story:0.1.0", "registry.example/fabula/ray:0.1.0-gpu"}
     settings = overlay.one("ConfigMap", "story-settings")
+    assert re.fullmatch(r"story-settings-\w+", settings["metadata"]["name"]), "a change of it must roll the pods"
     assert "stories.example.com" in settings["data"]["FABULA_STORY_ALLOWED_HOSTS"]
     assert "FABULA_STORY_CAPTION_TARGET" in settings["data"]
