@@ -1,4 +1,4 @@
-"""Runs training steps until the recipe's end, keeping a checkpoint that a later run continues from, bit for bit.
+"""Runs training steps to the end of a recipe, with checkpoints that a later run goes on from (on a CPU bit for bit).
 
 Knows no model: a `Trainee` gives the loss of a batch drawn by a generator that depends on the step alone, so a resumed
 run sees what an uninterrupted one would have seen.

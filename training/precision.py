@@ -26,9 +26,11 @@ def device_of(networks: nn.Module) -> torch.device:
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """The fastest type for matrix products on `device`."""
-    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    if device.type == "cuda":
+        multiplied = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        multiplied = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if multiplied else torch.float32
 
 
 def autocast(device: torch.device) -> torch.autocast:

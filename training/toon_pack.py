@@ -67,7 +67,7 @@ def write_networks(folder: Path) -> PackSettings:
         max_references=MAX_REFERENCES,
         reference_range="signed",
         sample_latents=False,  # trained on posterior means
-        latents=scaling_of(encoding_vae(), shelf(toon_frame().singles)),
+        latents=scaling_of(encoding_vae(), shelf(toon_frame(gpu=on_gpu()).singles)),
         schedule=SCHEDULE,
         sampling=SAMPLING,
     )

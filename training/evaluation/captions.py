@@ -204,15 +204,18 @@ def evaluate(pack: Path, stories_count: int = 50, seed: int = 0, split: str = "t
         for case, caption, image in zip(found, captions, images, strict=True):
             prompt = prompts.description_prompt(tokenizer, case.now.caption, caption, _BUDGET_TOKENS)
             strangers = captioner.cast.strangers((case.now.caption, caption))
-            questions.append(Question(image, prompt, name_tokens(tokenizer, strangers)))
+            questions.append(Question(image, prompt, name_tokens(tokenizer, strangers, (case.now.caption, caption))))
         texts = captioner.answer("descriptive", questions)
         torch.manual_seed(seed)
         for _ in range(NAME_LOCK_TRIES):  # as served: the best of some more tries where somebody is missing
-            faults = [captioner.cast.faults(text, caption) for text, caption in zip(texts, captions, strict=True)]
+            faults = [
+                captioner.cast.faults(text, case.now.caption, caption)
+                for case, text, caption in zip(found, texts, captions, strict=True)
+            ]
             again = [number for number, count in enumerate(faults) if count]
             sampled = captioner.answer("descriptive", [questions[n] for n in again], temperature=RETRY_TEMPERATURE)
             for number, text in zip(again, sampled, strict=True):
-                if captioner.cast.faults(text, captions[number]) < faults[number]:
+                if captioner.cast.faults(text, found[number].now.caption, captions[number]) < faults[number]:
                     texts[number] = text
         return texts
 

@@ -48,7 +48,7 @@ def quiet(line: str) -> None:
 
 def test_a_run_learns(tmp_path: Path) -> None:
     before = Line().measure()["error"]
-    result = train(Line(), RECIPE, tmp_path / "line.safetensors", say=quiet)
+    result = train(Line(), RECIPE, tmp_path / "line.safetensors", say=quiet, device="cpu")
     assert result.steps == 60
     assert result.figures["error"] < before / 4
 
@@ -56,9 +56,9 @@ def test_a_run_learns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [1, 23, 59])
 def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path: Path, stop: int) -> None:
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
-    train(Line(), RECIPE, whole, say=quiet)
-    train(Line(), RECIPE, broken, say=quiet, until_step=stop)
-    train(Line(), RECIPE, broken, say=quiet)
+    train(Line(), RECIPE, whole, say=quiet, device="cpu")
+    train(Line(), RECIPE, broken, say=quiet, until_step=stop, device="cpu")
+    train(Line(), RECIPE, broken, say=quiet, device="cpu")
     one, other = load_checkpoint(whole), load_checkpoint(broken)
     assert one is not None
     assert other is not None
@@ -70,16 +70,16 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path: Path, sto
 
 def test_a_finished_run_is_not_continued(tmp_path: Path) -> None:
     path = tmp_path / "line.safetensors"
-    train(Line(), RECIPE, path, say=quiet)
-    again = train(Line(broken_at=60), RECIPE, path, say=quiet)
+    train(Line(), RECIPE, path, say=quiet, device="cpu")
+    again = train(Line(broken_at=60), RECIPE, path, say=quiet, device="cpu")
     assert again.steps == 60
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
     path = tmp_path / "line.safetensors"
-    train(Line(), RECIPE, path, say=quiet, until_step=10)
+    train(Line(), RECIPE, path, say=quiet, until_step=10, device="cpu")
     with pytest.raises(FloatingPointError, match="step 12"):
-        train(Line(broken_at=12), RECIPE, path, say=quiet)
+        train(Line(broken_at=12), RECIPE, path, say=quiet, device="cpu")
     kept = load_checkpoint(path)
     assert kept is not None
     assert kept.facts["step"] == 10
@@ -90,7 +90,9 @@ def test_a_cap_on_minutes_ends_a_run_at_rate_zero(tmp_path: Path) -> None:
     recipe = LoopRecipe(
         pace=Pace(steps=1_000_000, minutes=1.0), optimizer=OptimizerRecipe(), save_every_s=1e9, measure_every_s=1e9
     )
-    result = train(Line(), recipe, tmp_path / "line.safetensors", say=quiet, clock=lambda: float(next(now)))
+    result = train(
+        Line(), recipe, tmp_path / "line.safetensors", say=quiet, clock=lambda: float(next(now)), device="cpu"
+    )
     assert 0 < result.steps < 60
     assert recipe.pace.factor(result.steps, 60.0) == 0.0
 
