@@ -123,6 +123,7 @@ class CaptionEngine:
         self._observer = observer or _Nobody()
         self._clock = clock
         self._running = 0
+        self._choosing = 0  # places that second choices will take or have taken
 
     async def start(self, *, warm_up: bool = True) -> None:
         """Load the model, then write an example caption and description. Raises RuntimeError when it cannot."""
@@ -179,24 +180,33 @@ class CaptionEngine:
         check_caption(job.caption, "caption")
         budget = self._budget(job.sampling.max_tokens, DESCRIPTIVE)
         prompt = prompts.description_prompt(self.model.tokenizer, job.previous_caption, job.caption, budget)
-        strangers = self.model.cast.strangers((job.previous_caption, job.caption))
-        forbidden = name_tokens(self.model.tokenizer, strangers)
+        cast, captions = self.model.cast, (job.previous_caption, job.caption)
+        forbidden = name_tokens(self.model.tokenizer, cast.strangers(captions), captions)
         first = await self._write(prompt, job.image, DESCRIPTIVE, job.sampling, forbidden)
-        crowded = self._running + NAME_LOCK_TRIES > self._max_requests  # nobody is refused for a second choice's sake
-        if crowded or self.model.cast.faults(first.text, job.caption) == 0:
+        # Nobody is refused for a second choice's sake, so those being made count as if they all ran already.
+        crowded = self._running + self._choosing + NAME_LOCK_TRIES > self._max_requests
+        if crowded or cast.faults(first.text, *captions) == 0:
             return first
         # The small model leaves people out: the name lock takes the best of some more tries, decoded together.
         warmer = replace(job.sampling, temperature=max(job.sampling.temperature, RETRY_TEMPERATURE))
-        others = await asyncio.gather(
-            *(
-                self._write(
-                    prompt, job.image, DESCRIPTIVE, replace(warmer, seed=derived_seed(warmer.seed, n)), forbidden
-                )
-                for n in range(1, 1 + NAME_LOCK_TRIES)
+        self._choosing += NAME_LOCK_TRIES
+        try:
+            answers = await asyncio.gather(
+                *(
+                    self._write(
+                        prompt, job.image, DESCRIPTIVE, replace(warmer, seed=derived_seed(warmer.seed, n)), forbidden
+                    )
+                    for n in range(1, 1 + NAME_LOCK_TRIES)
+                ),
+                return_exceptions=True,  # a try that fails is no reason to lose the description that is there
             )
-        )
+        finally:
+            self._choosing -= NAME_LOCK_TRIES
+        others = [answer for answer in answers if isinstance(answer, Written)]
+        if not others:
+            return first
         # min() keeps the earliest of equals, so the same request gives the same text.
-        best = min((first, *others), key=lambda written: self.model.cast.faults(written.text, job.caption))
+        best = min((first, *others), key=lambda written: cast.faults(written.text, *captions))
         tokens = first.completion_tokens + sum(written.completion_tokens for written in others)
         seconds = first.duration_s + max(written.duration_s for written in others)
         return replace(best, completion_tokens=tokens, duration_s=seconds)

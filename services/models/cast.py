@@ -53,14 +53,23 @@ class Cast:
         known = self.mentioned("\n".join(texts))
         return frozenset(self.names) - known if known else frozenset()
 
-    def faults(self, description: str, caption: str) -> int:
-        """How many of the cast a description of `caption` leaves out or names more than once; 0 is what is wanted."""
-        missing = len(self.mentioned(caption) - self.mentioned(description))
-        counts = (len(re.findall(rf"\b{re.escape(name)}\b", description)) for name in self.mentioned(description))
-        return missing + sum(count - 1 for count in counts)
+    def faults(self, description: str, previous_caption: str, caption: str) -> int:
+        """How many names of a description of `caption` are wrong; 0 is what is wanted.
+
+        Counts whoever of the caption it leaves out, every repetition, and every stranger: a name of several tokens can
+        not be forbidden, only found.
+        """
+        named = self.mentioned(description)
+        missing = len(self.mentioned(caption) - named)
+        counts = (len(re.findall(rf"\b{re.escape(name)}\b", description)) for name in named)
+        return missing + sum(count - 1 for count in counts) + len(named & self.strangers((previous_caption, caption)))
 
 
-def name_tokens(tokenizer: StoryTokenizer, names: Iterable[str]) -> tuple[int, ...]:
-    """Tokens that are a whole name, with or without the space before it. Names of several tokens have none."""
+def name_tokens(tokenizer: StoryTokenizer, names: Iterable[str], texts: Iterable[str] = ()) -> tuple[int, ...]:
+    """Tokens that are a whole name, with or without the space before it. Names of several tokens have none.
+
+    Tokens that `texts` are made of are left out: "Tom" is how "Tommy" begins, and Tommy may be a user's own.
+    """
     forms: list[Sequence[int]] = [tokenizer.encode(form) for name in names for form in (name, f" {name}")]
-    return tuple(sorted({ids[0] for ids in forms if len(ids) == 1}))
+    told = {index for text in texts for index in (*tokenizer.encode(text), *tokenizer.encode(f" {text}"))}
+    return tuple(sorted({ids[0] for ids in forms if len(ids) == 1} - told))

@@ -24,6 +24,22 @@ def test_only_whole_name_tokens_are_locked() -> None:
     assert {TOKENIZER.decode([index]).strip() for index in tokens} == {"Mina"}
 
 
+def test_a_name_that_begins_like_a_strangers_can_be_written() -> None:
+    caption = "Mina met Tommy."
+    (tom,) = TOKENIZER.encode(" Tom")
+    assert tom in TOKENIZER.encode(" Tommy"), "else this test says nothing"
+    assert tom in name_tokens(TOKENIZER, ["Tom"])
+    assert tom not in name_tokens(TOKENIZER, ["Tom"], (caption,))
+
+
+def test_a_stranger_of_several_tokens_is_found_afterwards() -> None:
+    cast = Cast(("Mina", "Pip", "Daisy"))
+    assert len(TOKENIZER.encode(" Daisy")) > 1, "else it could be forbidden"
+    assert cast.faults("Mina and Pip play.", "Pip slept.", "Mina met Pip.") == 0
+    assert cast.faults("Mina, Pip and Daisy play.", "Pip slept.", "Mina met Pip.") == 1
+    assert cast.faults("Mina and Daisy play, Daisy sings.", "Pip slept.", "Mina met Pip.") == 3
+
+
 def test_a_saved_cast_comes_back_and_a_missing_one_is_empty(tmp_path: Path) -> None:
     assert Cast.load(tmp_path) == Cast()
     CAST.save(tmp_path)

@@ -114,6 +114,14 @@ async def test_a_description_that_leaves_somebody_out_is_chosen_again() -> None:
     assert written.completion_tokens == sum(len(MODEL.tokenizer.encode(text)) for text in wrong)
 
 
+async def test_a_description_survives_the_tries_that_were_to_better_it() -> None:
+    driver = ScriptedDriver(["A cat."] + [""] * 3 * 7)
+    engine = CaptionEngine(replace(MODEL, cast=Cast(("Mina", "Pip"))), driver)
+    written = await engine.describe(replace(DESCRIBE, caption="Mina met Pip."))
+    assert written.text == "A cat."
+    assert len(driver.asks) > 8
+
+
 async def test_an_empty_answer_is_tried_again_with_another_seed_and_some_heat() -> None:
     driver = ScriptedDriver(["", " \n\x07", "At last."])
     written = await CaptionEngine(MODEL, driver).write_caption(STORY)
