@@ -19,8 +19,6 @@ from services.runtime.config import Installation
 from services.runtime.errors import EngineDead
 from services.runtime.telemetry import configure_logging
 
-HEALTH_PERIOD_S = 2.0
-
 
 async def start_server(servicer: CaptionServicer, address: str) -> tuple[grpc.aio.Server, int]:
     """A started server with health and reflection, and its port (useful when `address` ends in `:0`)."""
@@ -43,7 +41,7 @@ async def run(host: str, port: int, metrics_port: int) -> None:
         start_http_server(metrics_port, addr=host)
     print(f"caption service on {host}:{bound}", flush=True)
     stopping = standalone.stop_requested()
-    died = asyncio.create_task(_watch(engine, stopping))
+    died = asyncio.create_task(standalone.watch_health(lambda: _lives(engine), stopping))
     await stopping.wait()
     await server.stop(standalone.DRAIN_S)
     await engine.stop()
@@ -52,15 +50,12 @@ async def run(host: str, port: int, metrics_port: int) -> None:
     died.cancel()
 
 
-async def _watch(engine: CaptionEngine, stopping: asyncio.Event) -> bool:
-    """Ends the process when the engine dies: whoever supervises it starts a new one. True when it died."""
-    while True:
-        try:
-            engine.check_health()
-        except EngineDead:
-            stopping.set()
-            return True
-        await asyncio.sleep(HEALTH_PERIOD_S)
+def _lives(engine: CaptionEngine) -> bool:
+    try:
+        engine.check_health()
+    except EngineDead:
+        return False
+    return True
 
 
 def main() -> None:

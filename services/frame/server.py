@@ -38,9 +38,13 @@ async def run(host: str, port: int, metrics_port: int) -> None:
         start_http_server(metrics_port, addr=host)
     print(f"frame service on {host}:{bound}", flush=True)
     stopping = standalone.stop_requested()
+    died = asyncio.create_task(standalone.watch_health(lambda: engine.is_healthy, stopping))
     await stopping.wait()
     await server.stop(standalone.DRAIN_S)
     await asyncio.to_thread(engine.stop)
+    if died.done() and died.result():
+        raise SystemExit(1)
+    died.cancel()
 
 
 def main() -> None:

@@ -145,10 +145,17 @@ class Pack:
 
 
 def find_pack(name: str, search: Sequence[Path]) -> Path:
-    """The first folder called `name` with a manifest on the search path. Raises PackNotFound."""
+    """The first folder called `name` with a manifest on the search path.
+
+    Raises PackNotFound, or PackManifestInvalid when the manifest there gives another name: two packs that call
+    themselves alike would hide each other.
+    """
     if _NAME.fullmatch(name):
         for folder in search:
             if (folder / name / MANIFEST).is_file():
+                own = read_manifest(folder / name).name
+                if own != name:
+                    raise PackManifestInvalid(f"the pack in {folder / name} calls itself {own!r}: rename the folder")
                 return folder / name
     places = os.pathsep.join(str(folder) for folder in search) or "nowhere"
     raise PackNotFound(f"no pack {name!r} in {places}; set FABULA_PACKS to the folder that holds it")

@@ -65,10 +65,14 @@ def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> Frame
         raise PackManifestInvalid(f"sampler {manifest.sampling.sampler!r} is unknown; known: {known}")
     try:
         tokenizer = StoryTokenizer.load(pack.path("tokenizer/tokenizer.json"))
-        unet = build_storygen(StoryGenConfig.from_dict(_config(pack, "unet")))
-        vae: Any = build_vae(VaeShape.from_dict(_config(pack, "vae")))
+        unet_shape = StoryGenConfig.from_dict(_config(pack, "unet"))
+        vae_shape = VaeShape.from_dict(_config(pack, "vae"))
+        text_shape = TextShape.from_dict(_config(pack, "text_encoder"))
+        check_fit(manifest, unet_shape, vae_shape, text_shape)
+        unet = build_storygen(unet_shape)
+        vae: Any = build_vae(vae_shape)
         text: Any = build_text_encoder(
-            TextShape.from_dict(_config(pack, "text_encoder")),
+            text_shape,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
@@ -97,6 +101,22 @@ def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> Frame
         device=device,
         dtype=dtype,
     )
+
+
+def check_fit(manifest: Manifest, unet: StoryGenConfig, vae: VaeShape, text: TextShape) -> None:
+    """Raises ValueError where the networks of a pack do not fit each other: each alone would load without complaint."""
+    latents = {
+        "the VAE's latent channels": vae.latent_channels,
+        "the manifest's latent shifts": len(manifest.latents.shift),
+        "the manifest's latent scales": len(manifest.latents.scale),
+        "the UNet's input channels": unet.in_channels,
+        "the UNet's output channels": unet.out_channels,
+    }
+    if len(set(latents.values())) > 1:
+        told = ", ".join(f"{what} are {count}" for what, count in latents.items())
+        raise ValueError(f"latent channels differ: {told}")
+    if unet.cross_attention_dim != text.width:
+        raise ValueError(f"the UNet reads texts {unet.cross_attention_dim} wide, the text encoder's are {text.width}")
 
 
 ARCHITECTURES: dict[str, Callable[[Pack, torch.device, torch.dtype], FrameModel]] = {

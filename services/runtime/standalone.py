@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.runtime.channel import OPTIONS
 
+HEALTH_PERIOD_S = 2.0
 DRAIN_S = 20.0  # how long calls in flight may take to end after a request to stop
 
 
@@ -43,6 +44,14 @@ def stop_requested() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     return stopping
+
+
+async def watch_health(is_healthy: Callable[[], bool], stopping: asyncio.Event) -> bool:
+    """Sets `stopping` once the engine is ill: whoever supervises the process starts a new one. True when it was."""
+    while is_healthy():
+        await asyncio.sleep(HEALTH_PERIOD_S)
+    stopping.set()
+    return True
 
 
 def address_flags(service: str) -> argparse.Namespace:

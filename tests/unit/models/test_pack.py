@@ -78,6 +78,12 @@ def test_first_match_on_the_search_path_wins(tmp_path: Path, pack_folder: Path) 
     assert find_pack("tiny", [tmp_path / "nowhere", other, pack_folder.parent]) == other / "tiny"
 
 
+def test_a_folder_that_bears_another_packs_name_is_refused(tmp_path: Path, pack_folder: Path) -> None:
+    shutil.copytree(pack_folder, tmp_path / "tiny-new")
+    with pytest.raises(PackManifestInvalid, match="calls itself 'tiny'"):
+        find_pack("tiny-new", [tmp_path])
+
+
 @pytest.mark.parametrize("name", ["absent", "../tiny", "", "/etc", "Tiny", "a/b"])
 def test_unknown_packs_are_not_found(pack_folder: Path, name: str) -> None:
     with pytest.raises(PackNotFound):
@@ -186,6 +192,23 @@ def test_unknown_network_settings_are_named(pack_folder: Path) -> None:
     config = json.loads((pack_folder / "unet/config.json").read_text())
     (pack_folder / "unet/config.json").write_text(json.dumps({**config, "wheels": 4}))
     with pytest.raises(PackManifestInvalid, match="wheels"):
+        load_frame_model(reseal(pack_folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("vae/config.json", {"latent_channels": 8}, "VAE's latent channels are 8"),
+        ("unet/config.json", {"in_channels": 9}, "input channels are 9"),
+        ("unet/config.json", {"cross_attention_dim": 32}, "32 wide"),
+    ],
+)
+def test_networks_that_do_not_fit_each_other_are_refused(
+    pack_folder: Path, file: str, change: dict[str, Any], said: str
+) -> None:
+    config = json.loads((pack_folder / file).read_text())
+    (pack_folder / file).write_text(json.dumps(config | change))
+    with pytest.raises(PackManifestInvalid, match=said):
         load_frame_model(reseal(pack_folder))
 
 
