@@ -99,7 +99,8 @@ class ObjectStore:
             return None
         except (BaseError, OSError) as error:
             raise _failure(error) from error
-        return meta["last_modified"]
+        modified_time: datetime = meta["last_modified"]
+        return modified_time
 
     async def delete(self, sha256: str) -> None:
         """Removes an object; one that is not there is no error."""
