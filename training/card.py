@@ -96,12 +96,15 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 
 {runs_table()}
 
+Autoencoder and frame model started from the weights of the pack before (`training.start`), which had seen about 9,000
+frames' worth of pixels and 23,000 rows. A network without a row here was taken over from that pack as it was.
+
 Rows a step: autoencoder {vae.batch} frames (as many pixels in crops at first), frame model
 {rows}, CLIP {clip.batch}, judge {judge.batch}. Muon for matrices, AdamW for the rest; the learning rate goes linearly
 to zero at the end of each run, which a cap on minutes may bring forward. The captioner's runs are described in
 `training/captions.py`. Machine: {_processor()}.
-Made {day}, stage by stage with the stages' own commands and caps on their minutes, and restarted several times on the
-way (`training/LOG.md`); `make toon-pack` runs the same recipes in one go.
+Made {day}, stage by stage with the stages' own commands and caps on their minutes (`training/LOG.md`); `make toon-pack`
+runs the same recipes in one go, from nothing.
 
 ## Measured ({day}, `make eval-toon`)
 
@@ -113,7 +116,7 @@ references and read by the judge; right means that the whole answer for a frame 
 
 ## Limits
 
-- A first version, trained for about an hour on a shared two-core machine: faces and props are soft.
+- Trained for under two hours on two CPU cores: faces and props are soft, and looks still get mixed up.
 - Knows only its own world: other pictures and words give guesses, and new characters need training.{limits}
 """
 
