@@ -23,6 +23,7 @@ from typing import Protocol
 
 import numpy as np
 import structlog
+import torch
 
 from services.frame.batching import Candidate, choose
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
@@ -38,6 +39,7 @@ from services.runtime.errors import (
     PackUnknown,
     QueueFull,
     RenderFailed,
+    ReplicaLost,
     ShuttingDown,
 )
 
@@ -132,6 +134,8 @@ class FrameEngine:
         self._running: list[Ticket] = []
         self._arrivals = 0
         self._turn = 0
+        self._beginning = 0  # jobs that are neither waiting nor running: the one that is being begun
+        self._dead = False
         self._stopping = False
         self._busy_since_s: float | None = None  # start of the unit of work in hand; None while idle
         self._job_s = 1.0  # running mean of a job's seconds, for retry advice
@@ -207,7 +211,7 @@ class FrameEngine:
     async def render(self, job: FrameJob) -> AsyncGenerator[Event, None]:
         """Events of `job` as they happen, the last a RenderedFrame. Closing the iterator cancels the job.
 
-        Raises what `submit` raises, and RenderFailed, DeadlineExceeded or ShuttingDown.
+        Raises what `submit` raises, and RenderFailed, DeadlineExceeded, ReplicaLost or ShuttingDown.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | FabulaError] = asyncio.Queue()
@@ -237,10 +241,11 @@ class FrameEngine:
     def _refuse_if_full(self) -> None:
         if self._stopping:
             raise ShuttingDown()
-        if not self._thread.is_alive():
+        if self._dead or not self._thread.is_alive():
             raise EngineDead()
         queued = len(self._waiting)
-        if queued >= self.settings.max_queued:
+        # Free places count too: a burst that comes while the thread is busy finds nobody running yet.
+        if queued + len(self._running) + self._beginning >= self.settings.max_running + self.settings.max_queued:
             pause_s = max(1.0, self._job_s * queued / self.settings.max_running)
             raise QueueFull(f"{queued} frames wait already; try again later", retry_after_s=round(pause_s, 1))
 
@@ -261,10 +266,15 @@ class FrameEngine:
             raise
         finally:
             with self._changed:
-                left = [*self._running, *self._waiting]
+                self._dead = True  # whoever submits from now on is told, although the thread still lives a moment
+                running, waiting = list(self._running), list(self._waiting)
                 self._running.clear()
                 self._waiting.clear()
-            for ticket in left:
+            # One of those that were drawn may have killed the engine, and would kill the next one too: callers count
+            # how often they get ReplicaLost. Those that only waited had no part in it.
+            for ticket in running:
+                self._end(ticket, ShuttingDown() if self._stopping else ReplicaLost())
+            for ticket in waiting:
                 self._end(ticket, ShuttingDown() if self._stopping else EngineDead())
 
     def _wait_for_work(self) -> bool:
@@ -280,16 +290,20 @@ class FrameEngine:
                 if not self._waiting:
                     return
                 ticket = self._waiting.popleft()
+                self._beginning = 1
             ticket.started_s = self._clock()
-            if (reason := self._lost(ticket)) is not None:
-                self._end(ticket, reason)
-                continue
+            ticket.last_turn = self._turn  # newcomers go behind those who wait for a step, or they could starve them
             try:
+                if (reason := self._lost(ticket)) is not None:
+                    self._end(ticket, reason)
+                    continue
                 ticket.drawing = begin(ticket.model, ticket.sketch)
             except Exception as error:  # noqa: BLE001 - whatever a network raises, it is this job's and no other's
                 self._fail(ticket, error)
             else:
                 self._running.append(ticket)
+            finally:
+                self._beginning = 0
 
     def _drop_lost(self) -> None:
         for ticket in list(self._running):
@@ -383,6 +397,11 @@ class FrameEngine:
         if isinstance(error, FabulaError):
             self._end(ticket, error)
             return
+        if isinstance(error, torch.AcceleratorError):
+            # The GPU's context is broken and every later call would fail at once, which to a router looks like a very
+            # fast replica. So the engine dies, and its replica with it.
+            self._end(ticket, ReplicaLost())
+            raise error
         log.error("job_failed", exc_info=error, seed=ticket.sketch.seed, kind=ticket.kind)
         self._end(ticket, RenderFailed())
 

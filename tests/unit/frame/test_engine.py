@@ -35,6 +35,7 @@ from services.runtime.errors import (
     PackUnknown,
     QueueFull,
     RenderFailed,
+    ReplicaLost,
     ShuttingDown,
     TooManyReferences,
     ValueOutOfRange,
@@ -358,16 +359,20 @@ def test_stopping_tells_everybody(tiny_model: FrameModel, gate: Gate) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_thread_makes_the_engine_unhealthy_and_answers_everybody(
-    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+    tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bug(*_: Any) -> Any:
         raise RuntimeError("a bug in the chooser")
 
-    with running(tiny_model) as engine:
+    with running(tiny_model, EngineSettings(max_running=1)) as engine:
+        drawn, waiting = Inbox(engine, job(1)), Inbox(engine, job(3))
+        gate.wait()
         assert engine.is_healthy
         monkeypatch.setattr(engine_module, "choose", bug)
-        inbox = Inbox(engine, job(1))
-        assert isinstance(inbox.last(), EngineDead)
+        gate.open()
+        # What was being drawn may be the cause, so its caller counts; what only waited is not blamed.
+        assert isinstance(drawn.last(), ReplicaLost)
+        assert isinstance(waiting.last(), EngineDead)
         engine._thread.join(WAIT_S)
         assert not engine.is_healthy
         with pytest.raises(EngineDead):
@@ -452,3 +457,30 @@ def test_settings_that_cannot_work_cannot_be_made() -> None:
 def test_an_unknown_default_pack_is_refused(tiny_model: FrameModel) -> None:
     with pytest.raises(ValueError, match="default pack"):
         FrameEngine({"tiny": tiny_model}, "toon")
+
+
+def test_a_broken_gpu_ends_the_engine_and_not_only_the_job(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: FrameModel, drawings: Sequence[Drawing]) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine_module, "advance", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with running(tiny_model, EngineSettings(max_running=2)) as engine:
+        assert isinstance(Inbox(engine, job(1)).last(), ReplicaLost)
+        engine._thread.join(WAIT_S)
+        assert not engine.is_healthy
+        with pytest.raises(EngineDead):
+            engine.submit(job(2), lambda _: None)
+
+
+def test_a_burst_on_an_idle_engine_is_refused_only_beyond_places_and_queue(tiny_model: FrameModel, gate: Gate) -> None:
+    with running(tiny_model, EngineSettings(max_running=3, max_queued=1)) as engine:
+        inboxes = [Inbox(engine, job(seed)) for seed in range(4)]
+        gate.wait()
+        with pytest.raises(QueueFull):
+            engine.submit(job(9), lambda _: None)
+        gate.open()
+        for inbox in inboxes:
+            inbox.frame()
