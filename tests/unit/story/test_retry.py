@@ -78,6 +78,7 @@ def test_poison_is_found_though_each_death_is_followed_by_refusals() -> None:
         decision = after(error, attempt, repeats[error.reason])
         if isinstance(decision, GiveUp):
             break
+    assert isinstance(decision, GiveUp)
     assert decision.error.reason == "POISON_REQUEST"
     assert repeats["REPLICA_LOST"] == MOST_ATTEMPTS[ReplicaLost]
 
