@@ -246,6 +246,7 @@ class Supervisor:
     running: list[Running] = field(init=False)
     sessions: list[ProcessIdentity] = field(init=False)
     written: str = field(init=False, default="")
+    unwritable: bool = field(init=False, default=False)  # the record on the disk is out of date
     ready_s: float | None = field(init=False, default=None)
     stopping: bool = field(init=False, default=False)
 
@@ -259,6 +260,9 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         try:
+            self._write()
+            if self.unwritable:
+                raise SystemExit(CANNOT_START)  # without a first record `down` could not find this process
             while not self.stopping:
                 for each in self.running:
                     self._keep(each)
@@ -275,7 +279,12 @@ class Supervisor:
         now = self.clock()
         if each.process is None:
             if now >= each.start_at:
-                self._start(each)
+                try:
+                    self._start(each)
+                except OSError as error:  # no room for a log, no memory for a process: the others need not end for it
+                    each.failures += 1
+                    each.message = f"cannot be started: {error}"
+                    each.start_at = now + pause_after(each.failures)
             return
         status = each.process.poll()
         if status is None:
@@ -396,12 +405,22 @@ class Supervisor:
             "applications": read_serve_status(self.installation).get("applications", {}),
         }
         text = json.dumps(document, indent=1)
-        if text != self.written:
-            path = record_path(self.installation)
-            draft = path.with_suffix(".tmp")
+        if text == self.written:
+            return
+        path = record_path(self.installation)
+        draft = path.with_suffix(".tmp")
+        try:
             draft.write_text(text)
             draft.replace(path)
-            self.written = text
+        except OSError as error:
+            # A full disk must not end what runs, and what runs can be found and ended without the record, by its mark.
+            # The next tick tries again.
+            if not self.unwritable:
+                with contextlib.suppress(OSError):  # the log may be on the same disk
+                    print(f"the record cannot be written: {error}", file=sys.stderr, flush=True)
+            self.unwritable = True
+        else:
+            self.written, self.unwritable = text, False
 
 
 def read_serve_status(installation: Installation) -> dict[str, Any]:

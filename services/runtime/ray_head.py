@@ -8,6 +8,7 @@ to loopback. Knows no service: which applications run is in the Serve config.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -114,11 +115,24 @@ def applications() -> dict[str, dict[str, Any]]:
     return seen
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Replaces a file in one step, so that a reader sees the old one or the new one."""
+def write_json(path: Path, document: Mapping[str, Any]) -> bool:
+    """Replaces a file in one step, so that a reader sees the old one or the new one.
+
+    False when that cannot be done now: a full disk must not end the node and every replica on it.
+    """
     draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(document, indent=1))
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(document, indent=1))
+        draft.replace(path)
+    except OSError:
+        return False
+    return True
+
+
+def say(line: str) -> None:
+    """Writes a line to the log, unless its disk is full."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def main(config_path: Path) -> int:
@@ -138,17 +152,17 @@ def main(config_path: Path) -> int:
     reported: set[str] = set()
     while True:
         if dead := node.dead_processes():
-            print(f"Ray lost {sorted(kind for kind, _ in dead)}", file=sys.stderr, flush=True)
+            say(f"Ray lost {sorted(kind for kind, _ in dead)}")
             os._exit(1)  # no clean-up that waits for what is dead; the kernel and the supervisor see to the rest
         now = applications()
         for name, each in now.items():
             if each["message"] and each["message"] not in reported:
                 reported.add(each["message"])
-                print(f"{name}: {each['status']}: {each['message']}", file=sys.stderr, flush=True)
+                say(f"{name}: {each['status']}: {each['message']}")
             each["message"] = last_words(each["message"])
-        if now != last:
-            write_json(status_path, {"pid": os.getpid(), "node_s": round(node_s, 2), "applications": now})
-            last = now
+        document = {"pid": os.getpid(), "node_s": round(node_s, 2), "applications": now}
+        if now != last and write_json(status_path, document):
+            last = now  # else the next look tries again
         time.sleep(POLL_S if any(each["status"] != "RUNNING" for each in now.values()) or not now else 1.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from services.runtime import cluster
+from services.runtime import cluster, processes
 from services.runtime.config import Installation
 from services.runtime.processes import MARK, ProcessIdentity
 
@@ -127,6 +128,88 @@ def test_what_dies_is_started_again_and_a_stop_leaves_nothing(installation: Inst
     finally:
         supervisor.kill()
         supervisor.wait()
+
+
+@pytest.fixture
+def full_disk(installation: Installation) -> Callable[[bool], None]:
+    """Makes the disk that the record is on full, or gives it room again: to the kernel, /dev/full is full."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this kernel has no /dev/full")
+    draft = cluster.record_path(installation).with_suffix(".tmp")
+
+    def fill(full: bool) -> None:
+        if full:
+            draft.symlink_to("/dev/full")
+        else:
+            draft.unlink()
+
+    return fill
+
+
+def running(installation: Installation) -> set[int]:
+    """The programs that run, asked of the kernel and not of the record."""
+    return {process.pid for process in processes.find(cluster.instance_of(installation))}
+
+
+def test_a_full_disk_ends_nothing_and_a_stop_works_on_it(
+    installation: Installation, full_disk: Callable[[bool], None]
+) -> None:
+    supervisor = supervise(installation, SLEEP)
+    try:
+        first = until(lambda: program_of(installation))
+        until(lambda: cluster.read_record(installation)["phase"] == "ready")
+        full_disk(True)
+        os.kill(first.pid, signal.SIGKILL)
+        until(lambda: (now := running(installation)) and first.pid not in now)
+        assert program_of(installation) is None  # the record tells what was
+        assert supervisor.poll() is None
+        full_disk(False)
+        second = until(lambda: program_of(installation))
+        assert cluster.read_record(installation)["programs"]["echo"]["restarts"] == 1
+        full_disk(True)
+        assert cluster.down(installation) == {"was_running": True, "left_over_count": 0}
+        assert supervisor.wait(60) == 0
+        assert not second.alive
+        assert running(installation) == set()
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+        cluster.down(installation)
+
+
+def test_nothing_is_started_that_no_record_leads_to(
+    installation: Installation, full_disk: Callable[[bool], None]
+) -> None:
+    full_disk(True)
+    supervisor = supervise(installation, SLEEP)
+    try:
+        assert supervisor.wait(120) == cluster.CANNOT_START
+        assert running(installation) == set()
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+        cluster.down(installation)
+
+
+def test_a_program_that_cannot_be_started_does_not_end_the_others(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    program = cluster.Program(name="echo", command=(sys.executable, "-c", SLEEP), stop_s=0.0)
+    now_s = [0.0]
+    supervisor = cluster.Supervisor(
+        installation=installation, wanted=(program,), environment=dict(os.environ), clock=lambda: now_s[0]
+    )
+    monkeypatch.setattr(cluster.subprocess, "Popen", no_memory)
+    each = supervisor.running[0]
+    for failures in (1, 2, 3):
+        supervisor._keep(each)
+        supervisor._keep(each)  # not before the pause is over
+        assert each.failures == failures
+        now_s[0] = each.start_at
+    assert "Cannot allocate memory" in each.message
 
 
 def test_down_ends_what_a_killed_supervisor_left(installation: Installation) -> None:
