@@ -163,10 +163,10 @@ def names_in(text: str) -> set[str]:
 
 
 def is_whole(description: ParsedDescription) -> bool:
-    """Whether a description says who (at least the species), where and when."""
+    """Whether a description says who (a species, or a name of the cast, which says it), where and when."""
     return (
         bool(description.actors)
-        and all(actor.species is not None for actor in description.actors)
+        and all(actor.species is not None or actor.id is not None for actor in description.actors)
         and description.setting is not None
         and description.time is not None
     )
