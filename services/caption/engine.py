@@ -157,7 +157,7 @@ class CaptionEngine:
         """The caption after the last of `job.captions`.
 
         Raises PackUnknown, CaptionEmpty, CaptionTooLong, ImageMissing, ImageTooLarge, ImageUnreadable, QueueFull,
-        CaptionNotWritten, EngineDead or ShuttingDown.
+        CaptionNotWritten, ReplicaLost, EngineDead or ShuttingDown.
         """
         self._check_pack(job.pack)
         if not job.captions:

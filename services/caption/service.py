@@ -122,7 +122,7 @@ class CaptionDeployment(CaptionServicer):
         """Called by Ray Serve every few seconds.
 
         A dead engine does not come back, and Serve waits for several failures before it replaces a replica: ending the
-        process is heard at once. Requests in flight have got their ENGINE_DEAD by then.
+        process is heard at once. Requests in flight have got their REPLICA_LOST or ENGINE_DEAD by then.
         """
         try:
             self.engine.check_health()

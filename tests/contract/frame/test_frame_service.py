@@ -248,7 +248,8 @@ async def test_cancelling_the_call_stops_the_job_within_two_steps(service: Servi
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await anext(aiter(call))
-    await until(lambda: any(ticket.cancelled for ticket in service.engine._running))
+    # Cancelled while the engine is held, or gone already where the call was quicker than the fifth step.
+    await until(lambda: all(ticket.cancelled for ticket in service.engine._running))
     steps.release()
     assert (await service.frame(request(seed=2))).image
     assert steps.count[1] <= 5 + 2
