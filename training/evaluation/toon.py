@@ -215,7 +215,7 @@ class Told:
 async def write_descriptions(pack: Pack, stories: Sequence[Story], count: int) -> list[Told]:
     """Descriptions for frames 2 to 5 with their true predecessors."""
     from services.caption.driver import DriverSettings, InProcessDriver
-    from services.caption.engine import CaptionEngine, adapter_folders, adapter_rank_max, read_model
+    from services.caption.engine import NAME_LOCK_TRIES, CaptionEngine, adapter_folders, adapter_rank_max, read_model
     from services.caption.job import DescribeJob, Sampling
 
     model, adapters = read_model(pack), adapter_folders(pack)
@@ -232,7 +232,8 @@ async def write_descriptions(pack: Pack, stories: Sequence[Story], count: int) -
         gpu_memory_ratio=0.5,
         stall_s=60.0,
     )
-    engine = CaptionEngine(model, InProcessDriver(settings))
+    # Room for everything at once, second choices included: nobody else is asking.
+    engine = CaptionEngine(model, InProcessDriver(settings), max_requests=2 * count * (1 + NAME_LOCK_TRIES))
     await engine.start(warm_up=False)
     try:
         jobs = []
