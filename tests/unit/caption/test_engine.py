@@ -104,7 +104,7 @@ async def test_a_description_may_only_name_who_the_captions_name() -> None:
 
 
 async def test_a_description_that_leaves_somebody_out_is_chosen_again() -> None:
-    wrong = ["A cat.", "Mina and Mina.", "Nobody.", "Mina waves to Pip.", "Pip, Mina.", "x", "x", "x"]
+    wrong = ["A cat.", "Mina and Mina.", "Nobody.", "Mina waves to Pip.", "Pip, Pip, Mina.", "x", "x", "x"]
     driver = ScriptedDriver(wrong)
     engine = CaptionEngine(replace(MODEL, cast=Cast(("Mina", "Pip"))), driver)
     written = await engine.describe(replace(DESCRIBE, caption="Mina met Pip."))
