@@ -13,6 +13,7 @@ from services.models.toon import LATENT_CHANNELS
 from training.clip import CHECKPOINT as CLIP
 from training.evaluation.judge import CHECKPOINT as JUDGE
 from training.frame import CHECKPOINT as FRAME
+from training.loop import STARTED_FROM
 from training.precision import on_gpu
 from training.recipes import toon_clip, toon_frame, toon_judge, toon_vae
 from training.storage import load_checkpoint, training_dir
@@ -32,14 +33,15 @@ def _processor() -> str:
 
 def runs_table(folder: Path | None = None) -> str:
     """What each training run did, read from its checkpoint."""
-    lines = ["| network | steps | minutes | held-out figures |", "| --- | --- | --- | --- |"]
+    lines = ["| network | began with | steps | minutes | held-out figures |", "| --- | --- | --- | --- | --- |"]
     for name, file in _RUNS.items():
         found = load_checkpoint((folder or training_dir()) / file)
         if found is None:
             continue
         facts = found.facts
         figures = ", ".join(f"{key} {value:.4f}" for key, value in sorted(facts["figures"].items())) or "not measured"
-        lines.append(f"| {name} | {facts['step']} | {facts['elapsed_s'] / 60:.0f} | {figures} |")
+        began = f"pack {facts[STARTED_FROM][:12]}" if STARTED_FROM in facts else "nothing"
+        lines.append(f"| {name} | {began} | {facts['step']} | {facts['elapsed_s'] / 60:.0f} | {figures} |")
     return "\n".join(lines)
 
 
@@ -96,8 +98,8 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 
 {runs_table()}
 
-Autoencoder and frame model started from the weights of the pack before (`training.start`), which had seen about 9,000
-frames' worth of pixels and 23,000 rows. A network without a row here was taken over from that pack as it was.
+A run may begin with the weights of an earlier pack (`training.start`). A network without a row here was taken over
+from the pack before as it was.
 
 Rows a step: autoencoder {vae.batch} frames (as many pixels in crops at first), frame model
 {rows}, CLIP {clip.batch}, judge {judge.batch}. Muon for matrices, AdamW for the rest; the learning rate goes linearly
@@ -116,7 +118,7 @@ references and read by the judge; right means that the whole answer for a frame 
 
 ## Limits
 
-- Trained for under two hours on two CPU cores: faces and props are soft, and looks still get mixed up.
+- Faces and props are soft, and looks still get mixed up.
 - Knows only its own world: other pictures and words give guesses, and new characters need training.{limits}
 """
 

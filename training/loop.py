@@ -27,6 +27,7 @@ from training.storage import (
 )
 
 REPORT_EVERY_STEPS = 20
+STARTED_FROM = "started_from"  # fact of a checkpoint: the digest of the pack whose weights a run began with
 
 
 class Trainee(Protocol):
@@ -113,8 +114,10 @@ def train(
     )
     average = Average(networks, recipe.ema) if recipe.ema > 0 else None
     step, before_s, figures = 0, 0.0, {}
+    origin: dict[str, Any] = {}
     found = load_checkpoint(path)
     if found is not None:
+        origin = {key: found.facts[key] for key in (STARTED_FROM,) if key in found.facts}
         networks.load_state_dict(found.part("networks"))
         restore_optimizer(optimizer, found.part("optimizer"))
         if average is not None:
@@ -137,7 +140,7 @@ def train(
         )
         if average is not None:
             tensors |= with_prefix("average", average.values)
-        facts: dict[str, Any] = {"step": step, "elapsed_s": elapsed_s(), "figures": figures, "done": done}
+        facts: dict[str, Any] = {**origin, "step": step, "elapsed_s": elapsed_s(), "figures": figures, "done": done}
         save_checkpoint(path, Checkpoint(tensors, facts))
 
     def look() -> dict[str, float]:

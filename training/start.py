@@ -23,6 +23,7 @@ from services.models.storygen import build_storygen
 from services.models.tokenizer import StoryTokenizer
 from services.models.toon import UNET, toon_text_encoder, toon_vae
 from training.frame import CHECKPOINT as FRAME_CHECKPOINT
+from training.loop import STARTED_FROM
 from training.storage import Checkpoint, save_checkpoint, training_dir, with_prefix
 from training.vae import CHECKPOINT as VAE_CHECKPOINT
 
@@ -68,7 +69,7 @@ def start_vae(pack: Pack) -> None:
     """Write step 0 of the autoencoder's run."""
     torch.manual_seed(1)
     networks = with_prefix("vae", grown(toon_vae().state_dict(), load_file(pack.path(f"vae/{VAE_WEIGHTS}"))))
-    _save(VAE_CHECKPOINT, networks)
+    _save(VAE_CHECKPOINT, networks, pack)
 
 
 def start_frame(pack: Pack) -> None:
@@ -79,14 +80,14 @@ def start_frame(pack: Pack) -> None:
     unet = build_storygen(UNET)
     networks = with_prefix("unet", grown(unet.state_dict(), load_file(pack.path(f"unet/{UNET_WEIGHTS}"))))
     networks |= with_prefix("text", grown(text.state_dict(), load_file(pack.path(f"text_encoder/{TEXT_WEIGHTS}"))))
-    _save(FRAME_CHECKPOINT, networks)
+    _save(FRAME_CHECKPOINT, networks, pack)
 
 
-def _save(name: str, networks: dict[str, Tensor]) -> None:
+def _save(name: str, networks: dict[str, Tensor], pack: Pack) -> None:
     path = training_dir() / name
     if path.exists():
         raise FileExistsError(f"{path} is there already: move it away to start anew")
-    facts: dict[str, Any] = {"step": 0, "elapsed_s": 0.0, "figures": {}, "done": False}
+    facts: dict[str, Any] = {"step": 0, "elapsed_s": 0.0, "figures": {}, "done": False, STARTED_FROM: pack.digest}
     save_checkpoint(path, Checkpoint(with_prefix("networks", networks) | with_prefix("average", networks), facts))
 
 

@@ -203,6 +203,8 @@ class CaptionEngine:
         finally:
             self._choosing -= NAME_LOCK_TRIES
         others = [answer for answer in answers if isinstance(answer, Written)]
+        if failed := [type(answer).__name__ for answer in answers if isinstance(answer, BaseException)]:
+            log.info("second_choices_failed", errors=failed)
         if not others:
             return first
         # min() keeps the earliest of equals, so the same request gives the same text.

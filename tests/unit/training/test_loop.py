@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.loop import LoopRecipe, train
+from training.loop import STARTED_FROM, LoopRecipe, train
 from training.optimizer import MuonAdam, OptimizerRecipe, Pace, orthogonalised
-from training.storage import load_checkpoint
+from training.storage import Checkpoint, load_checkpoint, save_checkpoint, with_prefix
 
 RECIPE = LoopRecipe(
     pace=Pace(steps=60, warmup_steps=5, decay_share=0.5),
@@ -123,3 +123,15 @@ def test_only_the_parameters_that_may_go_to_muon() -> None:
     assert [id(p) for p in by_kind[True]["params"]] == [id(named[0][1])]
     optimizer.scale_rates(0.5)
     assert by_kind[True]["lr"] == pytest.approx(OptimizerRecipe().matrix_rate / 2)
+
+
+def test_a_run_that_began_with_a_packs_weights_says_so_to_its_end(tmp_path: Path) -> None:
+    path, line = tmp_path / "line.safetensors", Line()
+    facts = {"step": 0, "elapsed_s": 0.0, "figures": {}, "done": False, STARTED_FROM: "0198ad98"}
+    weights = line.networks.state_dict()
+    save_checkpoint(path, Checkpoint(with_prefix("networks", weights) | with_prefix("average", weights), facts))
+    train(Line(), RECIPE, path, say=quiet, device="cpu")
+    ended = load_checkpoint(path)
+    assert ended is not None
+    assert ended.facts["step"] == 60
+    assert ended.facts[STARTED_FROM] == "0198ad98"
