@@ -21,11 +21,12 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from services.models.tokenizer import StoryTokenizer
 from training.command import run_arguments, run_parser
 from training.evaluation.judge import as_input
-from training.frame import TOKENIZER_FOLDER, descriptions
+from training.frame import descriptions
 from training.loop import LoopRecipe, RunResult, train
 from training.pictures import ShelfRecipe, shelf
 from training.precision import autocast, device_of, on_gpu
 from training.storage import load_checkpoint, training_dir
+from training.tokenizer import TOKENIZER_FOLDER
 
 CHECKPOINT = "clip.safetensors"
 TEXT_POSITIONS = 96

@@ -1,4 +1,4 @@
-"""Trains the pack's frame model: the story UNet and the text encoder it reads descriptions with, from nothing.
+"""Trains the pack's frame model: the story UNet, on latents and a trained text encoder's states.
 
 Most rows of a step are frames of stories that see one to three earlier ones, because that is how the product draws: its
 first frame is always given. Some see a frame that has nothing to do with them, so that a reference never outweighs
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +23,7 @@ from services.models.denoiser import Dropped, Example, StoryDenoiser, Unconditio
 from services.models.schedule import Schedule
 from services.models.storygen import build_storygen
 from services.models.text_encoder import TextEncoder
-from services.models.tokenizer import StoryTokenizer
-from services.models.toon import MAX_REFERENCES, SCHEDULE, UNET, toon_text_encoder
+from services.models.toon import SCHEDULE, UNET
 from services.models.vae import Codec
 from training.command import run_arguments, run_parser
 from training.latents import Latents, latents_of, scaling_of
@@ -33,11 +31,11 @@ from training.loop import LoopRecipe, RunResult, train
 from training.pictures import STORY_FRAMES, ShelfRecipe, shelf
 from training.precision import autocast, device_of, on_gpu
 from training.storage import load_checkpoint, training_dir
+from training.text import trained_text
 from training.toon.world import sample_frame
 from training.vae import encoding_vae
 
 CHECKPOINT = "frame.safetensors"
-TOKENIZER_FOLDER = Path(__file__).resolve().parents[1] / "services" / "models" / "packs" / "toon" / "tokenizer"
 
 _HELD_OUT_BATCHES = 3
 
@@ -54,7 +52,7 @@ class FrameRecipe:
     held_out: ShelfRecipe
     single_rows: int = 2  # of a step, without references; frames of stories are among them too
     story_rows: int = 30  # of a step, with references
-    # How many references a row sees, as far as its story has them. The newest one says most and costs least.
+    # How many references the rows of a step see, as far as their stories have them. The newest one says most.
     references_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
     unrelated_share: float = 0.10  # of the rows with references: any frame, which sees any other one
     text_dropped: float = 0.10
@@ -91,7 +89,7 @@ def token_rows(text: TextEncoder, texts: list[str]) -> Tokens:
 
 
 class FrameTrainee:
-    """A story UNet and its text encoder in training."""
+    """A story UNet in training. The text encoder is only asked: what it says of a description does not change."""
 
     def __init__(
         self, recipe: FrameRecipe, codec: Codec, corpus: Corpus, held_out: Corpus, text: TextEncoder, blank_CHW: Tensor
@@ -106,10 +104,8 @@ class FrameTrainee:
         unet.start_references_from_self_attention()
         # torch's fused attention is slow backwards on a CPU (a third of a step); the plain one computes the same.
         unet.set_attn_processor(AttnProcessor())  # type: ignore[operator]
-        text_model: Any = text.model
-        text_model.set_attn_implementation("eager")
         self.denoiser = StoryDenoiser(unet, Schedule(SCHEDULE))
-        self.networks = nn.ModuleDict({"unet": unet, "text": text.model})
+        self.networks = nn.ModuleDict({"unet": unet})
         self.nothing_ids_S = text.token_ids([""])[0]
 
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
@@ -125,6 +121,11 @@ class FrameTrainee:
     def device(self) -> torch.device:
         """Where the networks are; batches are drawn on the CPU and sent there."""
         return device_of(self.networks)
+
+    @torch.no_grad()
+    def _states(self, ids_BS: Tensor) -> Tensor:
+        self.text.model.to(self.device)
+        return self.text.states(ids_BS)
 
     def _take(self, corpus: Corpus, rows: Tensor) -> tuple[Tensor, Tensor]:
         picks = rows.numpy()
@@ -149,7 +150,7 @@ class FrameTrainee:
         latents = latents.to(self.device)
         example = Example(
             latents_BCHW=latents,
-            text_BSD=self.text.states(ids),
+            text_BSD=self._states(ids),
             reference_latents_BNCHW=latents[:, None][:, :0],
             reference_text_BNSD=torch.zeros(len(rows), 0, *self.text_shape, device=self.device),
             present_BN=torch.zeros(len(rows), 0, dtype=torch.bool, device=self.device),
@@ -166,32 +167,32 @@ class FrameTrainee:
         story = torch.randint(corpus.stories_count, (rows,), generator=generator)
         beat = torch.randint(1, STORY_FRAMES, (rows,), generator=generator)
         one, two, _ = recipe.references_shares
-        wish = 1 + (torch.rand(rows, 1, generator=generator) > torch.tensor([[one, one + two]])).sum(dim=1)
+        chosen = float(torch.rand(1, generator=generator))
+        wish = torch.tensor(1 + (chosen > one) + (chosen > one + two))  # one number a step: empty slots cost time
         unrelated = torch.rand(rows, generator=generator) < recipe.unrelated_share
         anything = torch.randint(len(corpus.latents), (2, rows), generator=generator)
         seen = torch.where(unrelated, 1, torch.minimum(wish, beat))
         target = torch.where(unrelated, anything[0], corpus.stories_from + story * STORY_FRAMES + beat)
-        distance = torch.arange(MAX_REFERENCES, 0, -1)
+        slots = int(seen.max())
+        distance = torch.arange(slots, 0, -1)
         present = distance[None] <= seen[:, None]
         earlier = torch.where(unrelated[:, None], anything[1][:, None], target[:, None] - distance[None])
         earlier = torch.where(present, earlier, 0)  # row 0 stands in slots that are not looked at
         latents, ids = self._take(corpus, target)
         reference_latents, reference_ids = self._take(corpus, earlier.flatten())
-        reference_text = torch.zeros(rows * MAX_REFERENCES, *self.text_shape, device=self.device)
+        reference_text = torch.zeros(rows * slots, *self.text_shape, device=self.device)
         filled = present.flatten()
-        with torch.no_grad():
-            reference_text[filled.to(self.device)] = self.text.states(reference_ids[filled]).float()
-            nothing = self.text.states(self.nothing_ids_S[None])[0].float()
+        reference_text[filled.to(self.device)] = self._states(reference_ids[filled]).float()
+        nothing = self._states(self.nothing_ids_S[None])[0].float()
         timesteps, noise, reference_noise = self._noise(generator, latents)
         chance = torch.rand(2, rows, generator=generator) if drops else torch.ones(2, rows)
-        # "" is put in before the text encoder, so that its gradient is right.
         ids = torch.where((chance[0] < recipe.text_dropped)[:, None], self.nothing_ids_S, ids)
         never = torch.zeros(rows, dtype=torch.bool)
         example = Example(
             latents_BCHW=latents.to(self.device),
-            text_BSD=self.text.states(ids),
-            reference_latents_BNCHW=reference_latents.view(rows, MAX_REFERENCES, *latents.shape[1:]).to(self.device),
-            reference_text_BNSD=reference_text.view(rows, MAX_REFERENCES, *self.text_shape),
+            text_BSD=self._states(ids),
+            reference_latents_BNCHW=reference_latents.view(rows, slots, *latents.shape[1:]).to(self.device),
+            reference_text_BNSD=reference_text.view(rows, slots, *self.text_shape),
             present_BN=present.to(self.device),
         )
         return self.denoiser.loss(
@@ -214,14 +215,13 @@ class FrameTrainee:
 
 
 def frame_trainee(recipe: FrameRecipe) -> FrameTrainee:
-    """Everything ready to train; latents are made or read. Needs the trained autoencoder and the tokenizer."""
+    """Everything ready to train; latents are made or read. Needs the trained autoencoder and text encoder."""
     vae = encoding_vae()
     vae.requires_grad_(False)
     scaling = scaling_of(vae, shelf(recipe.singles))
     codec = Codec(vae, scaling)
-    tokenizer = StoryTokenizer.load(TOKENIZER_FOLDER)
-    model = toon_text_encoder(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    text = TextEncoder(model, tokenizer)
+    text = trained_text()
+    text.model.requires_grad_(False)
     parts = [
         (s, latents_of(s, vae, codec), token_rows(text, descriptions(s))) for s in (recipe.singles, recipe.stories)
     ]
@@ -246,16 +246,13 @@ def train_frame(recipe: FrameRecipe) -> RunResult:
     return train(frame_trainee(recipe), recipe.loop, training_dir() / CHECKPOINT, adam_only=adam_only)
 
 
-def trained_frame(path: Path | None = None) -> dict[str, dict[str, Tensor]]:
-    """The averaged weights of the training folder: state dicts "unet" and "text". Raises FileNotFoundError."""
+def trained_frame(path: Path | None = None) -> dict[str, Tensor]:
+    """The UNet's averaged weights of the training folder. Raises FileNotFoundError."""
     found = load_checkpoint(path or training_dir() / CHECKPOINT)
     if found is None:
         raise FileNotFoundError("no trained frame model: run `python -m training.frame`")
     weights = found.part("average") or found.part("networks")
-    return {
-        part: {n.removeprefix(f"{part}."): v for n, v in weights.items() if n.startswith(f"{part}.")}
-        for part in ("unet", "text")
-    }
+    return {n.removeprefix("unet."): v for n, v in weights.items()}
 
 
 def main() -> None:

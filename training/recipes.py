@@ -14,6 +14,7 @@ from training.frame import FrameRecipe
 from training.loop import LoopRecipe
 from training.optimizer import OptimizerRecipe, Pace
 from training.pictures import ShelfRecipe
+from training.text import TextRecipe
 from training.vae import VaeRecipe
 
 
@@ -31,6 +32,7 @@ def toon_vae(minutes: float | None = None, *, gpu: bool = False) -> VaeRecipe:
             ShelfRecipe(split="train", breadth="scene", count=16_000),
         ),
         batch=32 if gpu else 4,
+        crops_share=0.45,
         square_weight=3.0,
         edge_weight=0.5,
         held_out=(
@@ -57,6 +59,19 @@ def toon_decoder(minutes: float | None = None, *, gpu: bool = False) -> VaeRecip
     )
 
 
+def toon_text(minutes: float | None = None, *, gpu: bool = False) -> TextRecipe:
+    """The text encoder: as many descriptions as it takes to read them without a mistake."""
+    return TextRecipe(
+        loop=LoopRecipe(
+            pace=Pace(steps=6_000, warmup_steps=40, minutes=minutes, decay_share=0.6),
+            optimizer=OptimizerRecipe(matrix_rate=0.02, rate=2e-3, weight_decay=0.01),
+            seed=6,
+            ema=0.99,
+        ),
+        batch=192 if gpu else 48,
+    )
+
+
 def toon_frame(minutes: float | None = None, *, gpu: bool = False) -> FrameRecipe:
     """The frame model: single frames and stories, drawn from other seeds than the judge's."""
     return FrameRecipe(
@@ -69,7 +84,7 @@ def toon_frame(minutes: float | None = None, *, gpu: bool = False) -> FrameRecip
         single_rows=16 if gpu else 2,
         story_rows=240 if gpu else 30,
         singles=ShelfRecipe(split="train", breadth="scene", count=3_000),
-        stories=ShelfRecipe(split="train", breadth="story", count=12_000 if gpu else 3_000),
+        stories=ShelfRecipe(split="train", breadth="story", count=12_000 if gpu else 4_000),
         held_out=ShelfRecipe(split="validation", breadth="story", count=60),
     )
 
@@ -78,12 +93,12 @@ def toon_judge(minutes: float | None = None, *, gpu: bool = False) -> JudgeRecip
     """The judge of `make eval-toon`: seeds that nothing else is trained on, accuracy on held-out combinations."""
     return JudgeRecipe(
         loop=LoopRecipe(
-            pace=Pace(steps=3_000, warmup_steps=40, minutes=minutes, decay_share=0.6),
+            pace=Pace(steps=4_000, warmup_steps=40, minutes=minutes, decay_share=0.6),
             optimizer=OptimizerRecipe(matrix_rate=0.02, rate=2e-3, weight_decay=0.01),
             seed=3,
             ema=0.99,
         ),
-        pictures=ShelfRecipe(split="train", breadth="scene", count=100_000 if gpu else 6_000, first_seed=200_000),
+        pictures=ShelfRecipe(split="train", breadth="scene", count=100_000 if gpu else 30_000, first_seed=200_000),
         held_out=ShelfRecipe(split="test", breadth="scene", count=1_000),
         batch=256 if gpu else 32,
     )

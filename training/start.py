@@ -3,7 +3,7 @@
 Writes the checkpoint of step 0, which the run then continues from. A network that has grown since (more latent
 channels) keeps what it knew: weights lie in the corner of the larger ones they came from, the rest is fresh.
 
-    python -m training.start vae frame [--pack DIR]
+    python -m training.start vae text frame captions [--pack DIR]
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from services.models import llava
 from services.models.pack import Pack, load_pack
 from services.models.registry import TEXT_WEIGHTS, UNET_WEIGHTS, VAE_WEIGHTS
 from services.models.storygen import build_storygen
-from services.models.tokenizer import StoryTokenizer
-from services.models.toon import UNET, toon_text_encoder, toon_vae
+from services.models.toon import UNET, toon_vae
+from training.captions import FOLDER as CAPTIONS_FOLDER
+from training.captions import CaptionsRecipe
 from training.frame import CHECKPOINT as FRAME_CHECKPOINT
 from training.loop import STARTED_FROM
+from training.recipes import toon_text
 from training.storage import Checkpoint, save_checkpoint, training_dir, with_prefix
+from training.text import CHECKPOINT as TEXT_CHECKPOINT
+from training.text import TextTrainee, fresh_text
 from training.vae import CHECKPOINT as VAE_CHECKPOINT
 
 # A VAE's moments are its means followed by its log variances, so a grown one has two corners, not one.
@@ -72,15 +77,28 @@ def start_vae(pack: Pack) -> None:
     _save(VAE_CHECKPOINT, networks, pack)
 
 
+def start_text(pack: Pack) -> None:
+    """Write step 0 of the text encoder's run; who reads its states starts from nothing."""
+    torch.manual_seed(6)
+    trainee = TextTrainee(fresh_text(), toon_text())
+    known = grown(trainee.text.model.state_dict(), load_file(pack.path(f"text_encoder/{TEXT_WEIGHTS}")))
+    networks = with_prefix("text", known) | with_prefix("reader", trainee.reader.state_dict())
+    _save(TEXT_CHECKPOINT, networks, pack)
+
+
 def start_frame(pack: Pack) -> None:
     """Write step 0 of the frame model's run."""
     torch.manual_seed(2)
-    tokenizer = StoryTokenizer.load(pack.path("tokenizer/tokenizer.json"))
-    text: Any = toon_text_encoder(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     unet = build_storygen(UNET)
     networks = with_prefix("unet", grown(unet.state_dict(), load_file(pack.path(f"unet/{UNET_WEIGHTS}"))))
-    networks |= with_prefix("text", grown(text.state_dict(), load_file(pack.path(f"text_encoder/{TEXT_WEIGHTS}"))))
     _save(FRAME_CHECKPOINT, networks, pack)
+
+
+def start_captions(pack: Pack) -> None:
+    """Write step 0 of the captioner's "tales" phase; the phases before it are then left out."""
+    base = llava.load_base(pack.path("llava/config.json").parent)
+    networks = with_prefix("llava", base.state_dict())
+    _save(f"{CAPTIONS_FOLDER}/{CaptionsRecipe().tales.name}.safetensors", networks, pack)
 
 
 def _save(name: str, networks: dict[str, Tensor], pack: Pack) -> None:
@@ -88,10 +106,11 @@ def _save(name: str, networks: dict[str, Tensor], pack: Pack) -> None:
     if path.exists():
         raise FileExistsError(f"{path} is there already: move it away to start anew")
     facts: dict[str, Any] = {"step": 0, "elapsed_s": 0.0, "figures": {}, "done": False, STARTED_FROM: pack.digest}
+    path.parent.mkdir(exist_ok=True)
     save_checkpoint(path, Checkpoint(with_prefix("networks", networks) | with_prefix("average", networks), facts))
 
 
-STARTS = {"vae": start_vae, "frame": start_frame}
+STARTS = {"vae": start_vae, "text": start_text, "frame": start_frame, "captions": start_captions}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from services.models.tokenizer import SPECIAL_TOKENS, VOCABULARY_SIZE, StoryTokenizer
 
 WORDS_FILE = Path(__file__).with_name("english_words.txt")
+TOKENIZER_FOLDER = Path(__file__).resolve().parents[1] / "services" / "models" / "packs" / "toon" / "tokenizer"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Makes the whole toon pack: every network in turn, then the sealed folder. `make toon-pack` runs it.
 
 Each stage continues from its checkpoint, and a finished one is skipped, so an interrupted run is started again with the
-same command. Order matters: the tokenizer comes first, the frame model needs the autoencoder, the rest is free.
+same command. Order matters: the tokenizer comes first, the frame model needs autoencoder and text encoder.
 
     python -m training.toon_pack [--threads 2] [--only pack]
 """
@@ -21,8 +21,7 @@ import torch
 from services.models.pack import Pack, PackSettings, Sampling, write_pack
 from services.models.registry import save_network
 from services.models.storygen import build_storygen
-from services.models.tokenizer import StoryTokenizer
-from services.models.toon import FRAME_PX, MAX_REFERENCES, SCHEDULE, TEXT, UNET, VAE, toon_text_encoder
+from services.models.toon import FRAME_PX, MAX_REFERENCES, SCHEDULE, TEXT, UNET, VAE
 from training.card import model_card
 from training.clip import CHECKPOINT as CLIP_CHECKPOINT
 from training.clip import export_clip, train_clip, trained_clip
@@ -31,8 +30,9 @@ from training.frame import train_frame, trained_frame
 from training.latents import scaling_of
 from training.pictures import shelf
 from training.precision import on_gpu
-from training.recipes import toon_clip, toon_decoder, toon_frame, toon_judge, toon_vae
+from training.recipes import toon_clip, toon_decoder, toon_frame, toon_judge, toon_text, toon_vae
 from training.storage import training_dir
+from training.text import train_text, trained_text
 from training.vae import encoding_vae, train_vae, trained_vae
 
 PACK = Path(__file__).resolve().parents[1] / "services" / "models" / "packs" / "toon"
@@ -44,15 +44,11 @@ def write_networks(folder: Path) -> PackSettings:
 
     Raises FileNotFoundError when a network is not trained yet (a CLIP may be missing).
     """
-    tokenizer = StoryTokenizer.load(folder / "tokenizer")
-    weights = trained_frame()
     unet: Any = build_storygen(UNET)
-    unet.load_state_dict(weights["unet"])
-    text: Any = toon_text_encoder(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    text.load_state_dict(weights["text"])
+    unet.load_state_dict(trained_frame())
     vae: Any = trained_vae()
     save_network(folder / "unet", unet, UNET, torch.float16)
-    save_network(folder / "text_encoder", text, TEXT, torch.float16)
+    save_network(folder / "text_encoder", trained_text().model, TEXT, torch.float16)
     save_network(folder / "vae", vae, VAE, torch.float16)
     if (training_dir() / CLIP_CHECKPOINT).is_file():  # for metrics only: a pack can be served without it
         export_clip(trained_clip(), folder / "clip")
@@ -103,6 +99,7 @@ def stages(folder: Path) -> dict[str, Callable[[], object]]:
     return {
         "tokenizer": tokenizer,
         "vae": lambda: train_vae(toon_vae(gpu=on_gpu())),
+        "text": lambda: train_text(toon_text(gpu=on_gpu())),
         "decoder": lambda: train_vae(toon_decoder(gpu=on_gpu())),
         "frame": lambda: train_frame(toon_frame(gpu=on_gpu())),
         "clip": lambda: train_clip(toon_clip(gpu=on_gpu())),

@@ -78,9 +78,9 @@ def psnr_db(mean_square_error: Tensor) -> Tensor:
     return 10.0 * torch.log10(4.0 / mean_square_error.clamp_min(1e-10))
 
 
-def reconstruction_psnr_db(vae: AutoencoderKL, pictures: Pixels, batch: int = 16) -> float:
-    """Mean over pictures of the PSNR of `decode(mean of encode)`, clipped to the value range, as served."""
-    values = []
+def psnr_of_pictures(vae: AutoencoderKL, pictures: Pixels, batch: int = 16) -> tuple[Pixels, list[float]]:
+    """`decode(mean of encode)` of each picture, as served, and its PSNR in decibels."""
+    values, decoded = [], []
     device = device_of(vae)
     with torch.no_grad():
         for first in range(0, len(pictures), batch):
@@ -88,7 +88,13 @@ def reconstruction_psnr_db(vae: AutoencoderKL, pictures: Pixels, batch: int = 16
             pixels = pixels.to(device)
             again = vae.decode(vae.encode(pixels, return_dict=False)[0].mean, return_dict=False)[0].clamp(-1, 1)
             values.append(psnr_db((again - pixels).square().mean(dim=(1, 2, 3))))
-    return float(torch.cat(values).mean())
+            decoded.append(again.add(1.0).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(decoded), [float(v) for v in torch.cat(values)]
+
+
+def reconstruction_psnr_db(vae: AutoencoderKL, pictures: Pixels) -> float:
+    """Mean over pictures of `psnr_of_pictures`."""
+    return float(np.mean(psnr_of_pictures(vae, pictures)[1]))
 
 
 class VaeTrainee:

@@ -96,7 +96,7 @@ def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> Frame
         manifest=manifest,
         denoiser=StoryDenoiser(nn.Module.to(unet, device, dtype), Schedule(manifest.schedule)),
         codec=codec,
-        text=TextEncoder(nn.Module.to(text, device), tokenizer),
+        text=TextEncoder(nn.Module.to(text, device), tokenizer, bidirectional=text_shape.bidirectional),
         sampler=SAMPLERS[manifest.sampling.sampler],
         device=device,
         dtype=dtype,

@@ -29,6 +29,8 @@ class TextShape:
     layers: int
     heads: int
     positions: int  # begin and end marks included
+    # Whether a word sees what comes after it. CLIP's do not; but "Pip runs on the left" says last where Pip is.
+    bidirectional: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TextShape:
@@ -77,11 +79,12 @@ def build_text_encoder(shape: TextShape, *, bos_id: int, eos_id: int, pad_id: in
 
 
 class TextEncoder:
-    """A text model and the tokenizer it was trained with."""
+    """A text model and the tokenizer it was trained with. `bidirectional` as in the model's `TextShape`."""
 
-    def __init__(self, model: CLIPTextModel, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: CLIPTextModel, tokenizer: Tokenizer, *, bidirectional: bool = False) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.bidirectional = bidirectional
 
     @property
     def window(self) -> int:
@@ -121,6 +124,12 @@ class TextEncoder:
 
     def states(self, ids_BS: Tensor) -> Tensor:
         """The same for token ids, with gradients where they are on (training)."""
-        device = next(self.model.parameters()).device
-        states: Tensor = self.model(input_ids=ids_BS.to(device)).last_hidden_state
+        weight = next(self.model.parameters())
+        ids_BS = ids_BS.to(weight.device)
+        mask_B11S: Tensor | None = None  # transformers then masks what comes after
+        if self.bidirectional:
+            hidden_BS = ids_BS == self.tokenizer.pad_id
+            mask_B11S = torch.zeros(ids_BS.shape, dtype=weight.dtype, device=weight.device)
+            mask_B11S = mask_B11S.masked_fill(hidden_BS, torch.finfo(weight.dtype).min)[:, None, None]
+        states: Tensor = self.model(input_ids=ids_BS, attention_mask=mask_B11S).last_hidden_state
         return states

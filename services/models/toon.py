@@ -40,7 +40,7 @@ UNET = StoryGenConfig(
     norm_num_groups=32,
 )
 
-TEXT = TextShape(vocab_size=2048, width=192, layers=4, heads=6, positions=TEXT_POSITIONS)
+TEXT = TextShape(vocab_size=2048, width=192, layers=4, heads=6, positions=TEXT_POSITIONS, bidirectional=True)
 
 VAE = VaeShape(
     block_out_channels=(16, 32, 64, 96),
