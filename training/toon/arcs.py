@@ -732,7 +732,7 @@ ARCS: dict[str, Arc] = {
                 cast=("hero=sit/happy|sleepy", "friend=sit/happy|sleepy"),
                 place="b",
                 ways=(
-                    "In the evening they sat together and talked for hours.",
+                    "Side by side they sat together and talked for hours.",
                     "A balloon may fly away, but a friend stays.",
                     "They rested side by side, and {hero} did not miss {his} balloon.",
                 ),

@@ -2,23 +2,26 @@
 
 A caption is narrative (names, pronouns, feelings); the description of the same frame is literal and comes from
 `grammar`. The hero is in every frame, places and sides stay as they are until the story moves, and time never goes
-back.
+back; when the story moves or the time changes, the caption says so.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from training.toon.arcs import ARCS, Arc, Beat
 from training.toon.grammar import article, describe
+from training.toon.lexicon import SETTING_CUES
 from training.toon.scene import SIDES, Actor, Character, Scene
+from training.toon.seeding import stable_number
 
 STORY_LENGTH = 5
 _TIMES = {"d": "day", "s": "sunset", "n": "night"}
-_PLACE: dict[str, tuple[str, str]] = {  # bare, and with its preposition
+PLACES: dict[str, tuple[str, str]] = {  # bare, and with its preposition
     "beach": ("the beach", "at the beach"),
     "forest": ("the forest", "in the forest"),
     "park": ("the park", "in the park"),
@@ -33,16 +36,21 @@ _PRONOUNS: dict[str, dict[str, str]] = {
     "he": {"he": "he", "him": "him", "his": "his"},
 }
 _OPENING_SHARE, _ARRIVAL_SHARE = 0.25, 0.5  # of the sentences that begin with somebody
-_OPENINGS: tuple[tuple[str, ...], ...] = (
+OPENINGS: tuple[tuple[str, ...], ...] = (
     ("One day,", "Once upon a time,", "One fine morning,"),
     ("Then", "But then", "A little later,", "All of a sudden,"),
     ("Soon", "After a while,", "A moment later,"),
     ("Just then,", "And then", "Before long,"),
     ("In the end,", "At last,", "Finally,"),
 )
-_ARRIVALS: dict[str, tuple[str, ...]] = {
+ARRIVALS: dict[str, tuple[str, ...]] = {
     "sunset": ("That evening,", "As the sun went down,", "When evening came,"),
     "night": ("That night,", "When the moon came up,", "When night came,"),
+}
+TOLD_TIME_CUES = {  # what a caption says of the time; "from that day on" and "all evening" say nothing of now
+    "sunset": r"sunset|(?<!all )evening|sun went down|dusk",
+    "night": r"(?<!all )(?<!good )night|moon came up|after dark",
+    "day": r"morning|daytime",
 }
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -117,7 +125,7 @@ class _Teller:
     def caption(self, beat: Beat, index: int, arrived: str | None) -> str:
         """Return one wording of beat `index`; `arrived` is the time of day when it has just changed to that."""
         text = self.rng.choice(beat.ways)
-        openings = _OPENINGS[index] if arrived is None else _ARRIVALS[arrived]
+        openings = OPENINGS[index] if arrived is None else ARRIVALS[arrived]
         if text.startswith("{") and self.rng.random() < (_OPENING_SHARE if arrived is None else _ARRIVAL_SHARE):
             text = f"{self.rng.choice(openings)} {{{text[1].lower()}{text[2:]}"
         text = _CHOICE.sub(lambda match: self.rng.choice(match[1].split("|")), text)
@@ -135,9 +143,9 @@ class _Teller:
         if slot == "prop":
             return "toy boat" if casting.prop == "boat" else casting.prop
         if slot == "place":
-            return _PLACE[casting.places[beat.place]][0]
+            return PLACES[casting.places[beat.place]][0]
         if slot in ("at", "at_b"):
-            return _PLACE[casting.places["b" if slot == "at_b" else beat.place]][1]
+            return PLACES[casting.places["b" if slot == "at_b" else beat.place]][1]
         if slot.startswith("f"):
             return _PRONOUNS[casting.roles["friend"].pronoun][slot[1:]]
         return _PRONOUNS[casting.roles["hero"].pronoun][slot]
@@ -187,4 +195,61 @@ def draw_story(rng: random.Random, hero: Character, company: tuple[Character, Ch
                 beat=index,
             )
         )
-    return Story(arc=name, hero=hero, frames=tuple(frames))
+    return Story(arc=name, hero=hero, frames=_told_openly(_named_again(tuple(frames), casting), casting))
+
+
+def _named_again(frames: tuple[StoryFrame, ...], casting: _Casting) -> tuple[StoryFrame, ...]:
+    """The frames, with the latest caption that can name the hero told anew where none after the first one does.
+
+    A story that says "he" for four frames teaches a small model to forget whom it is about.
+    """
+    hero = casting.roles["hero"].name
+    if any(re.search(rf"\b{hero}\b", frame.caption) for frame in frames[1:]):
+        return frames
+    rng = random.Random(stable_number("named again", *(frame.caption for frame in frames)))
+    told = list(frames)
+    for index in range(len(frames) - 1, 0, -1):
+        beat = ARCS[frames[index].arc].beats[index]
+        ways = tuple(way for way in beat.ways if "{hero}" in way)
+        if ways:
+            caption = _Teller(rng, casting).caption(replace(beat, ways=ways), index, None)
+            told[index] = replace(frames[index], caption=caption)
+            break
+    return tuple(told)
+
+
+CONNECTIVE = re.compile(r"(?:But then|And then|Just then|Then|But|Soon|Luckily|In the end|At last|Finally|Now)\b,? ")
+
+
+def told_value(cues: dict[str, str], text: str) -> str | None:
+    """The place or time that a caption tells, by its cues; None when it is silent."""
+    return next((value for value, cue in cues.items() if re.search(rf"\b(?:{cue})\b", text, re.IGNORECASE)), None)
+
+
+def _told_openly(frames: tuple[StoryFrame, ...], casting: _Casting) -> tuple[StoryFrame, ...]:
+    """The frames, with captions that say so when it has become another time of day or the story has moved.
+
+    Who describes a caption can only carry over what is not told; a change nobody mentions would be a guess.
+    """
+    rng = random.Random(stable_number("told openly", *(frame.caption for frame in frames)))
+    names = tuple(c.name for c in casting.roles.values() if c.name)
+    told = [frames[0]]
+    for before, frame in pairwise(frames):
+        prefixes = []
+        if frame.scene.time != before.scene.time and told_value(TOLD_TIME_CUES, frame.caption) != frame.scene.time:
+            prefixes.append(rng.choice(ARRIVALS[frame.scene.time]))
+        if (
+            frame.scene.setting != before.scene.setting
+            and told_value(SETTING_CUES, frame.caption) != frame.scene.setting
+        ):
+            prefixes.append(f"{PLACES[frame.scene.setting][1]},")
+        caption = frame.caption if not prefixes else _prefixed(" ".join(prefixes), frame.caption, names)
+        told.append(replace(frame, caption=caption))
+    return tuple(told)
+
+
+def _prefixed(prefix: str, caption: str, names: tuple[str, ...]) -> str:
+    rest = CONNECTIVE.sub("", caption, count=1) if CONNECTIVE.match(caption) else caption
+    if not rest.startswith((*names, "I ", '"')):
+        rest = rest[:1].lower() + rest[1:]
+    return f"{prefix[:1].upper()}{prefix[1:]} {rest}"

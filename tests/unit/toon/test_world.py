@@ -1,11 +1,15 @@
 """Frames and stories by seed, and splits that do not leak."""
 
+from itertools import pairwise
+
 import pytest
 
 from training.toon.arcs import ARCS
 from training.toon.cast import MAIN, NEW, SIDE
+from training.toon.lexicon import SETTING_CUES
 from training.toon.scene import ACTIONS, MOODS, PROPS, SETTINGS, TIMES
 from training.toon.splits import HELD_OUT_SHARE, is_held_out
+from training.toon.stories import TOLD_TIME_CUES, told_value
 from training.toon.world import SPLITS, sample_frame, sample_story
 
 NEW_IDS = {character.id for character in NEW}
@@ -173,3 +177,22 @@ def test_something_changes_in_every_story(stories):
             for frame in story.frames
         ]
         assert len(set(seen)) >= 4
+
+
+def test_a_story_says_when_it_moves_and_when_time_passes(stories):
+    moved = passed = 0
+    for story in stories["train"] + stories["test"]:
+        for before, frame in pairwise(story.frames):
+            if frame.scene.setting != before.scene.setting:
+                moved += 1
+                assert told_value(SETTING_CUES, frame.caption) == frame.scene.setting, frame.caption
+            if frame.scene.time != before.scene.time:
+                passed += 1
+                assert told_value(TOLD_TIME_CUES, frame.caption) == frame.scene.time, frame.caption
+    assert moved > 50
+    assert passed > 200
+
+
+def test_no_story_forgets_its_heros_name(stories):
+    for story in stories["train"] + stories["test"]:
+        assert any(story.hero.name in frame.caption for frame in story.frames[1:])
