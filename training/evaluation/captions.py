@@ -1,32 +1,27 @@
-"""Measures a pack's captioner on held-out stories: does it say who, where and when, and does it look at the picture?
+"""Measures the texts that a pack's captioner writes about held-out stories, given true pictures and captions.
+
+* `description_parses`          descriptions of true captions that read back: everybody with a species, a place, a time
+* `description_names`           those that name whom the caption names, and nobody who is not in the story so far
+* `description_cast`            those whose characters are exactly the true ones, named or not
+* `description_agrees`          those that agree on who, where and when with what was told or was there before
+* `description_grounded`        of captions silent about the place: another story's picture takes its place along
+* `caption_near_copies`         written captions that repeat an earlier one of their story
+* `caption_names`               written captions in which every name belongs to the story
+* `…_unguarded`                 the same without name lock and repetition guard
+
+The texts are decoded by plain transformers from the files as they are shipped, with the guards of serving
+(`services.models.cast`, `services.models.repetition`). Knows no serving.
 
     python -m training.evaluation.captions --pack services/models/packs/toon
-
-Figures (all ratios, 0..1):
-
-    parse            descriptions of true captions that read back: everybody with a species, a setting and a time of day
-    names            of those, the ones that name whom the caption names, and nobody who is not in the story so far
-    cast             descriptions whose characters are exactly the true ones, named or not
-    setting, time    descriptions with the true setting, time of day
-    setting_carried  the same where the caption is silent about the setting and the frame before has it
-    time_carried     the same for the time of day
-    grounded         captions silent about the setting: another story's picture takes its setting into the description
-    chain_names      `names` when the caption itself was written by the `story` adapter
-    near_copy        written captions that repeat an earlier one of their story (lower is better)
-    story_names      written captions in which every name belongs to the story so far
-
-The texts are decoded by plain transformers from the files as they are shipped, with the name lock of serving
-(`services.models.cast`). Knows no serving.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +30,24 @@ import numpy.typing as npt
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from services.models import llava, prompts
+from services.models import llava, prompts, repetition
 from services.models.cast import Cast, name_tokens
+from services.models.repetition import is_near_copy
 from services.models.tokenizer import StoryTokenizer
+from training.evaluation.figures import Figure, share, table
+from training.evaluation.frames import FIRST_SEED, Say
 from training.toon.cast import MAIN, NEW, SIDE_NAMES
 from training.toon.grammar import parse
-from training.toon.lexicon import SETTING_CUES, TIME_CUES
+from training.toon.lexicon import SETTING_CUES
 from training.toon.reading import ParsedDescription
 from training.toon.render import render
+from training.toon.stories import TOLD_TIME_CUES, told_value
 from training.toon.world import Story, StoryFrame, sample_story
 
-NEAR_COPY_RATIO = 0.9  # difflib's similarity from which two captions count as the same
 _ALL_NAMES = sorted({c.name for c in (*MAIN, *NEW) if c.name} | {name for name, _ in SIDE_NAMES})
 _NAME = re.compile(r"\b(" + "|".join(_ALL_NAMES) + r")\b")
 NAME_LOCK_TRIES, RETRY_TEMPERATURE = 7, 0.7  # as in the caption service
+SERVED_TEMPERATURE = 0.2  # of captions
 _BUDGET_TOKENS = 352
 _ANSWER_TOKENS = 96
 
@@ -107,6 +106,59 @@ class Captioner:
         )
         return [prompts.clean(self.tokenizer.decode(row)) for row in written_BN[:, longest:].tolist()]
 
+    def next_captions(
+        self,
+        histories: Sequence[Sequence[str]],
+        images: Sequence[npt.NDArray[np.uint8]],
+        *,
+        temperature: float = 0.0,
+        guarded: bool = True,
+    ) -> list[str]:
+        """The caption after each history, with the repetition guard unless it is left out."""
+        questions = [
+            Question(image, prompts.story_prompt(self.tokenizer, list(captions), _BUDGET_TOKENS))
+            for captions, image in zip(histories, images, strict=True)
+        ]
+        texts = self.answer("story", questions, temperature=temperature)
+        if not guarded:
+            return texts
+        faults = [partial(repetition.faults, earlier=tuple(captions)) for captions in histories]
+        return self._best_of("story", questions, texts, faults)
+
+    def descriptions(
+        self,
+        captions: Sequence[tuple[str, str]],
+        images: Sequence[npt.NDArray[np.uint8]],
+        *,
+        temperature: float = 0.0,
+        guarded: bool = True,
+    ) -> list[str]:
+        """The description of each (previous, caption), with the name lock unless it is left out."""
+        questions = []
+        for (before, caption), image in zip(captions, images, strict=True):
+            prompt = prompts.description_prompt(self.tokenizer, before, caption, _BUDGET_TOKENS)
+            strangers = self.cast.strangers((before, caption)) if guarded else ()
+            questions.append(Question(image, prompt, name_tokens(self.tokenizer, strangers, (before, caption))))
+        texts = self.answer("descriptive", questions, temperature=temperature)
+        if not guarded:
+            return texts
+        faults = [partial(self.cast.faults, previous_caption=a, caption=b) for a, b in captions]
+        best = self._best_of("descriptive", questions, texts, faults)
+        return [self.cast.repaired(text, *pair) for text, pair in zip(best, captions, strict=True)]
+
+    def _best_of(
+        self, adapter: str, questions: Sequence[Question], texts: list[str], faults: Sequence[Callable[[str], int]]
+    ) -> list[str]:
+        """As served: the earliest of those with the fewest faults among a text and some more tries."""
+        texts = list(texts)
+        for _ in range(NAME_LOCK_TRIES):
+            again = [number for number, text in enumerate(texts) if faults[number](text)]
+            sampled = self.answer(adapter, [questions[n] for n in again], temperature=RETRY_TEMPERATURE)
+            for number, text in zip(again, sampled, strict=True):
+                if faults[number](text) < faults[number](texts[number]):
+                    texts[number] = text
+        return texts
+
 
 class _Forbid(LogitsProcessor):  # type: ignore[misc]
     """Rows of tokens that are never written."""
@@ -149,12 +201,11 @@ class Case:
         return names_in(" ".join(self.captions))
 
 
-def cases(stories_count: int, seed: int, split: str) -> Iterator[Case]:
+def cases_of(story: Story) -> list[Case]:
     """Four cases a story."""
-    for number in range(stories_count):
-        story = sample_story(seed + number, split=split)
-        for index in range(len(story.frames) - 1):
-            yield Case(story, index, render(story.frames[index].scene, size_px=128))
+    return [
+        Case(story, index, render(story.frames[index].scene, size_px=128)) for index in range(len(story.frames) - 1)
+    ]
 
 
 def names_in(text: str) -> set[str]:
@@ -178,112 +229,67 @@ def names_agree(text: str, caption: str, known: set[str]) -> bool:
     return called <= named <= (called | known)
 
 
-def says(cues: dict[str, str], text: str) -> bool:
-    """Whether a text has any of the cues."""
-    return any(re.search(rf"\b(?:{cue})\b", text, re.IGNORECASE) for cue in cues.values())
+def expected(caption: str, setting_before: str | None, time_before: str | None) -> tuple[str | None, str | None]:
+    """Where and when a caption's picture is: as it tells, or else as before."""
+    place, when = told_value(SETTING_CUES, caption), told_value(TOLD_TIME_CUES, caption)
+    return place or setting_before, when or time_before
 
 
-def is_near_copy(text: str, earlier: Sequence[str]) -> bool:
-    """Whether a caption repeats an earlier one."""
-    return any(difflib.SequenceMatcher(None, text, other).ratio() >= NEAR_COPY_RATIO for other in earlier)
-
-
-def ratio(values: Sequence[bool]) -> float:
-    """Share of true values; 0 when there are none."""
-    return sum(values) / len(values) if values else 0.0
-
-
-def evaluate(pack: Path, stories_count: int = 50, seed: int = 0, split: str = "test") -> dict[str, float]:
-    """The figures named at the top of this module, over `4 * stories_count` cases."""
-    captioner = Captioner(pack)
-    tokenizer = captioner.tokenizer
-    found = list(cases(stories_count, seed, split))
-
-    def describe(captions: Sequence[str], images: Sequence[npt.NDArray[np.uint8]]) -> list[str]:
-        questions = []
-        for case, caption, image in zip(found, captions, images, strict=True):
-            prompt = prompts.description_prompt(tokenizer, case.now.caption, caption, _BUDGET_TOKENS)
-            strangers = captioner.cast.strangers((case.now.caption, caption))
-            questions.append(Question(image, prompt, name_tokens(tokenizer, strangers, (case.now.caption, caption))))
-        texts = captioner.answer("descriptive", questions)
-        torch.manual_seed(seed)
-        for _ in range(NAME_LOCK_TRIES):  # as served: the best of some more tries where somebody is missing
-            faults = [
-                captioner.cast.faults(text, case.now.caption, caption)
-                for case, text, caption in zip(found, texts, captions, strict=True)
-            ]
-            again = [number for number, count in enumerate(faults) if count]
-            sampled = captioner.answer("descriptive", [questions[n] for n in again], temperature=RETRY_TEMPERATURE)
-            for number, text in zip(again, sampled, strict=True):
-                if captioner.cast.faults(text, found[number].now.caption, captions[number]) < faults[number]:
-                    texts[number] = text
-        return texts
-
-    own_images = [case.image_HWC for case in found]
-    true_captions = [case.following.caption for case in found]
-    told = describe(true_captions, own_images)
-    read = [parse(text) for text in told]
-    written = captioner.answer(
-        "story",
-        [Question(case.image_HWC, prompts.story_prompt(tokenizer, case.captions, _BUDGET_TOKENS)) for case in found],
-    )
-    chained = describe(written, own_images)
-
+def caption_figures(captioner: Captioner, stories: Sequence[Story], seed: int, say: Say) -> list[Figure]:
+    """The figures named at the top of this module, over four cases a story."""
+    torch.manual_seed(seed)
+    found = [case for story in stories for case in cases_of(story)]
+    pairs = [(case.now.caption, case.following.caption) for case in found]
+    own = [case.image_HWC for case in found]
+    told = captioner.descriptions(pairs, own)
+    bare = captioner.descriptions(pairs, own, guarded=False)
+    say(f"texts: {len(told)} descriptions of true captions")
     # The same questions over the next story's pictures: a description that follows them has looked.
     swapped = found[4:] + found[:4]
-    over_swapped = [parse(text) for text in describe(true_captions, [case.image_HWC for case in swapped])]
+    elsewhere = [parse(text) for text in captioner.descriptions(pairs, [case.image_HWC for case in swapped])]
+    histories = [case.captions for case in found]
+    written = captioner.next_captions(histories, own, temperature=SERVED_TEMPERATURE)
+    unguarded = captioner.next_captions(histories, own, temperature=SERVED_TEMPERATURE, guarded=False)
+    say(f"texts: {len(written)} captions")
+    read = [parse(text) for text in told]
+    grounded = [
+        other.setting == case.now.scene.setting
+        for other, case, asked in zip(elsewhere, swapped, found, strict=True)
+        if told_value(SETTING_CUES, asked.following.caption) is None
+        and case.now.scene.setting != asked.now.scene.setting
+    ]
+    agrees = []
+    for case, text, one in zip(found, told, read, strict=True):
+        place, when = expected(case.following.caption, case.now.scene.setting, case.now.scene.time)
+        agreed = names_agree(text, case.following.caption, case.known_names)
+        agrees.append(agreed and one.setting == place and one.time == when)
 
-    quiet_place = [not says(SETTING_CUES, caption) for caption in true_captions]
-    quiet_time = [not says(TIME_CUES, caption) for caption in true_captions]
-    rows = list(zip(found, read, strict=True))
-    return {
-        "parse": ratio([is_whole(one) for one in read]),
-        "names": ratio(
-            [
-                is_whole(one) and names_agree(text, case.following.caption, case.known_names)
-                for (case, one), text in zip(rows, told, strict=True)
-            ]
-        ),
-        "cast": ratio(
+    def named(texts: Sequence[str]) -> list[bool]:
+        return [
+            is_whole(parse(text)) and names_agree(text, case.following.caption, case.known_names)
+            for case, text in zip(found, texts, strict=True)
+        ]
+
+    def copies(texts: Sequence[str]) -> list[bool]:
+        return [is_near_copy(text, case.captions) for case, text in zip(found, texts, strict=True)]
+
+    return [
+        share("description_parses", [is_whole(one) for one in read], 0.98),
+        share("description_names", named(told), 0.97),
+        share("description_names_unguarded", named(bare)),
+        share(
+            "description_cast",
             [
                 sorted(map(str, one.characters)) == sorted(case.following.scene.labels()["characters"])
-                for case, one in rows
-            ]
+                for case, one in zip(found, read, strict=True)
+            ],
         ),
-        "setting": ratio([one.setting == case.following.scene.setting for case, one in rows]),
-        "time": ratio([one.time == case.following.scene.time for case, one in rows]),
-        "setting_carried": ratio(
-            [
-                one.setting == case.now.scene.setting
-                for (case, one), quiet in zip(rows, quiet_place, strict=True)
-                if quiet and case.now.scene.setting == case.following.scene.setting
-            ]
-        ),
-        "time_carried": ratio(
-            [
-                one.time == case.now.scene.time
-                for (case, one), quiet in zip(rows, quiet_time, strict=True)
-                if quiet and case.now.scene.time == case.following.scene.time
-            ]
-        ),
-        "grounded": ratio(
-            [
-                one.setting == other.now.scene.setting
-                for one, case, other, quiet in zip(over_swapped, found, swapped, quiet_place, strict=True)
-                if quiet
-                and case.now.scene.setting == case.following.scene.setting
-                and other.now.scene.setting != case.now.scene.setting
-            ]
-        ),
-        "chain_names": ratio(
-            [
-                is_whole(parse(text)) and names_agree(text, caption, case.known_names)
-                for case, caption, text in zip(found, written, chained, strict=True)
-            ]
-        ),
-        "near_copy": ratio([is_near_copy(text, case.captions) for case, text in zip(found, written, strict=True)]),
-        "story_names": ratio([names_in(text) <= story_names(case) for case, text in zip(found, written, strict=True)]),
-    }
+        share("description_agrees", agrees, 0.92),
+        share("description_grounded", grounded, 0.80),
+        share("caption_near_copies", copies(written), 0.03, at_most=True),
+        share("caption_near_copies_unguarded", copies(unguarded)),
+        share("caption_names", [names_in(text) <= story_names(c) for c, text in zip(found, written, strict=True)]),
+    ]
 
 
 def story_names(case: Case) -> set[str]:
@@ -292,14 +298,16 @@ def story_names(case: Case) -> set[str]:
 
 
 def main() -> None:
-    """Print the figures as one JSON object."""
+    """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, required=True)
     parser.add_argument("--stories", type=int, default=50)
     parser.add_argument("--split", default="test")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    figures = evaluate(arguments.pack, arguments.stories, split=arguments.split)
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+    torch.set_num_threads(arguments.threads)
+    stories = [sample_story(FIRST_SEED + number, split=arguments.split) for number in range(arguments.stories)]
+    print(table(caption_figures(Captioner(arguments.pack), stories, 0, print)))
 
 
 if __name__ == "__main__":
