@@ -7,6 +7,7 @@ Phases, each with a checkpoint of its own in the training folder, so that an int
     sight        the vision tower reads a scene's truth off its picture (`captions_sight`)
     words        the whole model says what it sees ("Describe the picture.") on single frames
     base         both questions about stories, full weights
+    tales        how stories go, in words alone: many more of them than there are pictures of
     told         the description of a caption, the harder of the two, full weights: this is the base that is shipped
     story        a LoRA on the frozen base: the next caption
     descriptive  a LoRA on the frozen base: the description of a caption
@@ -48,14 +49,20 @@ from training.captions_data import (
     draw_frames,
     draw_stories,
     frame_row,
+    renamed,
+    story_names,
     story_row,
+    tale_row,
 )
 from training.captions_sight import Sight, accuracy, targets
 from training.optimizer import OptimizerRecipe, Pace
 from training.precision import autocast, device_of, fast_dtype
 from training.storage import training_dir
 from training.toon.cast import MAIN, SIDE_NAMES
+from training.toon.world import sample_story
 
+FOLDER = "captions"  # of its checkpoints, in the training folder
+TALES_FIRST_SEED = 2_000_000  # of the stories that are read and never drawn
 _HELD_OUT_STEPS = 4  # validation batches a look at the held-out loss takes
 
 
@@ -108,9 +115,17 @@ class CaptionsRecipe:
         learn_captions_so_far=True,
         minutes=34.5,
     )
+    tales: Phase = Phase(
+        name="tales",
+        steps=4000,
+        rows_per_step=24,
+        tasks=("story",),
+        rename_ratio=0.1,
+        minutes=22.0,
+    )
     told: Phase = Phase(
         name="told",
-        steps=1000,
+        steps=2000,
         rows_per_step=24,
         tasks=("descriptive",),
         rename_ratio=0.05,
@@ -118,28 +133,28 @@ class CaptionsRecipe:
         rate=1.2e-3,
         story_ratio=0.25,
         name_weight=8.0,
-        minutes=16.0,
+        minutes=18.0,
     )
     story: Phase = Phase(
         name="story",
-        steps=150,
+        steps=600,
         rows_per_step=16,
         tasks=("story",),
         rename_ratio=0.05,
         matrix_rate=0.0,
         seed=1,
-        minutes=1.8,
+        minutes=5.0,
     )
     descriptive: Phase = Phase(
         name="descriptive",
-        steps=200,
+        steps=400,
         rows_per_step=16,
         tasks=("descriptive",),
         rename_ratio=0.05,
         matrix_rate=0.0,
         name_weight=8.0,
         seed=2,
-        minutes=1.5,
+        minutes=4.0,
     )
     adapter_rank: int = 8
     adapter_alpha: float = 16.0
@@ -162,7 +177,7 @@ def answer_loss(model: Any, given: Batch, heavy: Tensor | None = None, weight: f
     with autocast(device):
         hidden_BND = whole.model(
             input_ids=torch.from_numpy(given.ids_BN).to(device),
-            pixel_values=llava.pixels(given.images_BHWC).to(device),
+            pixel_values=None if given.images_BHWC is None else llava.pixels(given.images_BHWC).to(device),
             attention_mask=_additive(given.visible_B1NN, device),
             position_ids=torch.from_numpy(given.positions_BN).to(device),
             use_cache=False,
@@ -199,6 +214,39 @@ def draw_rows(
         index = rng.randrange(FRAMES_PER_STORY - 1)
         for _ in range(phase.rows_per_step):
             yield story_row(stories, rng.choice(stories.stories), index, recipe, tokenizer, rng)
+
+
+class TalesTrainee:
+    """The tales phase: stories that nobody draws, so they never run out."""
+
+    def __init__(self, model: Any, phase: Phase, shape: llava.LlavaShape, tokenizer: StoryTokenizer) -> None:
+        self.model, self.phase, self.tokenizer = model, phase, tokenizer
+        self.rows = RowRecipe(
+            tasks=phase.tasks,
+            image_tokens_count=shape.image_tokens_count,
+            context_tokens=shape.context_tokens,
+            rename_ratio=phase.rename_ratio,
+        )
+        self.networks = nn.ModuleDict({"llava": model})
+
+    def _batch(self, first_seed: int, split: str) -> Batch:
+        rng = random.Random(f"{self.phase.name} {self.phase.seed} {first_seed}")
+        rows = []
+        for seed in range(first_seed, first_seed + self.phase.rows_per_step):
+            story = sample_story(seed, split=split)
+            captions = renamed([f.caption for f in story.frames], story_names(story), self.rows.rename_ratio, rng)
+            rows.append(tale_row(captions, self.rows, self.tokenizer, rng))
+        return batch(rows, self.tokenizer.pad_id)
+
+    def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
+        """Mean cross entropy of the captions."""
+        return answer_loss(self.model, self._batch(TALES_FIRST_SEED + step * self.phase.rows_per_step, "train"))
+
+    def measure(self) -> dict[str, float]:
+        """The same on the validation split."""
+        rows = self.phase.rows_per_step
+        losses = [answer_loss(self.model, self._batch(step * rows, "validation")) for step in range(_HELD_OUT_STEPS)]
+        return {"loss": float(sum(losses)) / len(losses)}
 
 
 class SightTrainee:
@@ -293,13 +341,17 @@ def train(recipe: CaptionsRecipe, tokenizer: StoryTokenizer, work: Path, out: Pa
         loop.train(trainee, phase.loop, work / f"{phase.name}.safetensors", adam_only=stays_with_adam)
 
     base = llava.build(recipe.shape, tokenizer, recipe.seed)
-    sight = SightTrainee(
-        base, recipe.sight, draw_frames(work / "train", recipe.cache), draw_frames(work / "validation", recipe.held_out)
-    )
-    print("phase sight", flush=True)
-    loop.train(sight, recipe.sight.loop, work / "sight.safetensors", adam_only=stays_with_adam)
-    speak(base, recipe.words)
-    speak(base, recipe.base)
+    tales_file = work / f"{recipe.tales.name}.safetensors"
+    if not tales_file.is_file():  # it may have been started from a pack, with all that comes before learned already
+        frames, held_out = draw_frames(work / "train", recipe.cache), draw_frames(work / "validation", recipe.held_out)
+        sight = SightTrainee(base, recipe.sight, frames, held_out)
+        print("phase sight", flush=True)
+        loop.train(sight, recipe.sight.loop, work / "sight.safetensors", adam_only=stays_with_adam)
+        speak(base, recipe.words)
+        speak(base, recipe.base)
+    print("phase tales", flush=True)
+    tales = TalesTrainee(base, recipe.tales, recipe.shape, tokenizer)
+    loop.train(tales, recipe.tales.loop, tales_file, adam_only=stays_with_adam)
     speak(base, recipe.told)
     llava.save_base(base, tokenizer, out / "llava")
     Cast(cast_names()).save(out)
@@ -321,7 +373,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     tokenizer = StoryTokenizer.load(arguments.out / "tokenizer")
-    train(CaptionsRecipe(), tokenizer, training_dir() / "captions", arguments.out)
+    train(CaptionsRecipe(), tokenizer, training_dir() / FOLDER, arguments.out)
 
 
 if __name__ == "__main__":

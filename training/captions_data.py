@@ -14,7 +14,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -203,11 +203,22 @@ def rename(texts: Sequence[str], new_names: Mapping[str, str]) -> list[str]:
     return [pattern.sub(lambda match: new_names[match.group(1)], text) for text in texts]
 
 
+def renamed(texts: Sequence[str], names: Sequence[str], ratio: float, rng: random.Random) -> list[str]:
+    """The texts, at a chance of `ratio` with invented names."""
+    return rename(texts, {name: invented_name(rng) for name in names} if rng.random() < ratio else {})
+
+
+def story_names(story: world.Story) -> list[str]:
+    """Everybody's name, once, in order."""
+    named = (actor.character.name for frame in story.frames for actor in frame.scene.actors)
+    return sorted({name for name in named if name})
+
+
 @dataclass(frozen=True)
 class Row:
-    """One picture and its questions, tokenised."""
+    """One picture and its questions, tokenised; a tale has no picture."""
 
-    image_HWC: npt.NDArray[np.uint8]
+    image_HWC: npt.NDArray[np.uint8] | None
     ids: tuple[int, ...]
     labels: tuple[int, ...]  # IGNORED where nothing is learned; labels[n] is what ids[n] should be
     positions: tuple[int, ...]
@@ -262,6 +273,22 @@ def story_row(
     return _row(degrade(stories.images_NHWC[now.picture], rng), questions, recipe, tokenizer)
 
 
+def tale_row(captions: Sequence[str], recipe: RowRecipe, tokenizer: StoryTokenizer, rng: random.Random) -> Row:
+    """The story question without its picture, about a random place of a story; its captions are learned too.
+
+    How stories go is a matter of words, and words alone cost a third. Positions stay as if the picture were there.
+    """
+    last = rng.randint(1, len(captions) - 1)
+    budget = recipe.context_tokens - recipe.image_tokens_count + 1 - 96
+    prompt = prompts.story_prompt(tokenizer, captions[:last], budget)
+    row = _row(None, [(prompt, captions[last])], replace(recipe, learn_captions_so_far=True), tokenizer)
+    real = [n for n, index in enumerate(row.ids) if index != tokenizer.image_id]
+    return Row(
+        None,
+        *(tuple(values[n] for n in real) for values in (row.ids, row.labels, row.positions, row.segments)),
+    )
+
+
 def frame_row(
     frames: Frames | Stories, frame: Frame, recipe: RowRecipe, tokenizer: StoryTokenizer, rng: random.Random
 ) -> Row:
@@ -273,7 +300,7 @@ def frame_row(
 
 
 def _row(
-    image_HWC: npt.NDArray[np.uint8],
+    image_HWC: npt.NDArray[np.uint8] | None,
     questions: Sequence[tuple[prompts.Prompt, str]],
     recipe: RowRecipe,
     tokenizer: StoryTokenizer,
@@ -299,7 +326,7 @@ def _row(
 class Batch:
     """Rows padded to one length. Padding is a segment of its own, so nothing real sees it."""
 
-    images_BHWC: npt.NDArray[np.uint8]
+    images_BHWC: npt.NDArray[np.uint8] | None  # None where the rows have none
     ids_BN: npt.NDArray[np.int64]
     labels_BN: npt.NDArray[np.int64]
     positions_BN: npt.NDArray[np.int64]
@@ -316,8 +343,11 @@ def batch(rows: Sequence[Row], pad_id: int) -> Batch:
     segments_BN = padded([row.segments for row in rows], -1)
     same_BNN = segments_BN[:, :, None] == segments_BN[:, None, :]
     visible_BNN = (same_BNN | (segments_BN[:, None, :] == 0)) & np.tri(longest, dtype=np.bool_)
+    images = [row.image_HWC for row in rows if row.image_HWC is not None]
+    if images and len(images) < len(rows):
+        raise ValueError("rows with and without a picture do not go together")
     return Batch(
-        images_BHWC=np.stack([row.image_HWC for row in rows]),
+        images_BHWC=np.stack(images) if images else None,
         ids_BN=padded([row.ids for row in rows], pad_id),
         labels_BN=padded([row.labels for row in rows], IGNORED),
         positions_BN=padded([row.positions for row in rows], 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from services.models import llava, prompts
 from services.models.tokenizer import StoryTokenizer
 from services.runtime.config import SHIPPED_PACKS
-from training.captions_data import IGNORED, Row, RowRecipe, _row, batch, rename
+from training.captions_data import IGNORED, Row, RowRecipe, _row, batch, rename, tale_row
 
 TOKENIZER = StoryTokenizer.load(SHIPPED_PACKS / "toon" / "tokenizer")
 RECIPE = RowRecipe(image_tokens_count=4)
@@ -82,3 +83,28 @@ def test_the_model_honours_the_mask() -> None:
 
 def test_names_are_replaced_as_whole_words() -> None:
     assert rename(["Mina met Minaret.", "Mina's kite"], {"Mina": "Zork"}) == ["Zork met Minaret.", "Zork's kite"]
+
+
+def test_a_tale_is_the_story_question_without_its_picture() -> None:
+    captions = ["Mina ran.", "She fell."]
+    tale = tale_row(captions, RECIPE, TOKENIZER, random.Random(0))
+    asked = prompts.story_prompt(TOKENIZER, captions[:1], 385).ids
+    answer = prompts.answer_ids(TOKENIZER, captions[1])
+    place = asked.index(TOKENIZER.image_id)
+    assert list(tale.ids) == [*asked[:place], *asked[place + 1 :], *answer]
+    assert list(tale.labels[-len(answer) :]) == answer
+    # Every word stands where it will stand behind a picture.
+    assert list(tale.positions) == [*range(place), *range(place + 4, place + 4 + len(tale.ids) - place)]
+
+
+def test_a_tale_learns_the_captions_it_reads_too() -> None:
+    tale = tale_row(["Mina ran.", "She fell.", "She got up."], RECIPE, TOKENIZER, random.Random(1))
+    learned = TOKENIZER.decode([index for index in tale.labels if index != IGNORED])
+    assert "Mina ran." in learned
+
+
+def test_rows_with_and_without_a_picture_are_not_mixed() -> None:
+    tale = tale_row(["Mina ran.", "She fell."], RECIPE, TOKENIZER, random.Random(0))
+    assert batch([tale, tale], TOKENIZER.pad_id).images_BHWC is None
+    with pytest.raises(ValueError, match="picture"):
+        batch([tale, row(0)], TOKENIZER.pad_id)
