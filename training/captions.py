@@ -121,7 +121,7 @@ class CaptionsRecipe:
         rows_per_step=24,
         tasks=("story",),
         rename_ratio=0.1,
-        minutes=22.0,
+        minutes=18.0,
     )
     told: Phase = Phase(
         name="told",
@@ -133,7 +133,7 @@ class CaptionsRecipe:
         rate=1.2e-3,
         story_ratio=0.25,
         name_weight=8.0,
-        minutes=18.0,
+        minutes=15.0,
     )
     story: Phase = Phase(
         name="story",
@@ -143,7 +143,7 @@ class CaptionsRecipe:
         rename_ratio=0.05,
         matrix_rate=0.0,
         seed=1,
-        minutes=5.0,
+        minutes=4.0,
     )
     descriptive: Phase = Phase(
         name="descriptive",

@@ -24,6 +24,8 @@ from PIL import Image, ImageFilter
 from services.models import prompts
 from services.models.tokenizer import StoryTokenizer
 from training.toon import world
+from training.toon.cast import MAIN
+from training.toon.grammar import phrase
 from training.toon.render import render
 from training.toon.scene import Scene
 
@@ -233,6 +235,7 @@ class RowRecipe:
     image_tokens_count: int = 64
     context_tokens: int = 512
     rename_ratio: float = 0.2  # rows whose named characters get invented names: a name must be copied, not recalled
+    looks_ratio: float = 0.5  # how often somebody whom no pack knows is introduced, as a new character would be
     long_history_ratio: float = 0.1  # story questions that begin with another story's captions
     learn_captions_so_far: bool = False  # also learn to write the story question's captions: they are stories too
 
@@ -254,8 +257,14 @@ def story_row(
     names = sorted({name for frame in story for name in frame.names})
     renaming = {name: invented_name(rng) for name in names} if rng.random() < recipe.rename_ratio else {}
     captions = rename(captions, renaming)
-    now_description, following_caption, following_description = rename(
-        [now.description, following.caption, following.description], renaming
+    now_description, following_caption, following_description, *cast = rename(
+        [
+            now.description,
+            following.caption,
+            following.description,
+            *_looks(story, f"{now.caption} {following.caption}", recipe, rng),
+        ],
+        renaming,
     )
     budget = recipe.context_tokens - recipe.image_tokens_count + 1 - 96
     questions: list[tuple[prompts.Prompt, str]] = []
@@ -266,11 +275,22 @@ def story_row(
             case "story":
                 questions.append((prompts.story_prompt(tokenizer, captions, budget), following_caption))
             case "descriptive":
-                prompt = prompts.description_prompt(tokenizer, captions[-1], following_caption, budget)
+                prompt = prompts.description_prompt(tokenizer, captions[-1], following_caption, budget, cast)
                 questions.append((prompt, following_description))
             case _:
                 raise ValueError(f"unknown task {task!r}")
     return _row(degrade(stories.images_NHWC[now.picture], rng), questions, recipe, tokenizer)
+
+
+def _looks(story: Sequence[Frame], text: str, recipe: RowRecipe, rng: random.Random) -> list[str]:
+    """What those look like whom `text` names: always of the cast that a pack knows, sometimes of others."""
+    people = {a.character.name: a.character for frame in story for a in frame.scene.actors if a.character.name}
+    told = []
+    for name in dict.fromkeys(re.findall(r"\w+", text)):
+        character = people.get(name)
+        if character is not None and (character in MAIN or rng.random() < recipe.looks_ratio):
+            told.append(prompts.cast_line(name, phrase(character.look)))
+    return told
 
 
 def tale_row(captions: Sequence[str], recipe: RowRecipe, tokenizer: StoryTokenizer, rng: random.Random) -> Row:

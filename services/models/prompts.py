@@ -9,6 +9,10 @@ User text is data. It is encoded without special-token recognition, so `<image>`
 ordinary bytes and a prompt holds exactly one image token; quotes are escaped, so a caption cannot close its own;
 control characters and bidirectional overrides are dropped.
 
+A description is asked with what the story's people look like, because a small model cannot know everybody:
+
+    Cast: Pip, an orange cat with a blue scarf. Previous frame story caption: 'c2', Current frame story caption: 'c3', …
+
 Everything must fit the model's context. Captions are windowed by tokens: a single caption is read up to
 `CAPTION_TOKENS_MAX`; of the captions so far the newest and the first always stay (where the story is, and where it
 began), then the newer ones as far as they fit. Nothing marks the gap.
@@ -18,21 +22,25 @@ Knows the tokenizer, and neither a model nor a service.
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from services.models.tokenizer import StoryTokenizer
 
+CAST_MAX = 6  # of those whose looks are told; more than a frame has room for
 CAPTION_TOKENS_MAX = 96  # of one caption; the world's own captions have at most 45
 
 STORY_SO_FAR = "Story so far:"
 CURRENT = "Current frame story caption:"
+CAST = "Cast:"
 PREVIOUS = "Previous frame story caption:"
 ASK_NEXT = ", What is the next frame story caption?"
 ASK_DESCRIPTION = ", What is the description of this caption?"
 ASK_PICTURE = "Describe the picture."
 
+_WORD = re.compile(r"\w+")
 _KEPT_FORMAT_CHARACTERS = "\u200c\u200d"  # joiners: emoji and several scripts cannot be written without them
 
 
@@ -88,22 +96,40 @@ def story_prompt(tokenizer: StoryTokenizer, captions: Sequence[str], budget_toke
     return Prompt(_framed(tokenizer, body), (*kept, len(captions) - 1))
 
 
-def description_prompt(tokenizer: StoryTokenizer, previous_caption: str, caption: str, budget_tokens: int) -> Prompt:
+def description_prompt(
+    tokenizer: StoryTokenizer, previous_caption: str, caption: str, budget_tokens: int, cast: Sequence[str] = ()
+) -> Prompt:
     """Ask for the description of `caption`, the picture being the frame before, whose caption is `previous_caption`.
 
-    Raises ValueError when the two captions do not fit `budget_tokens`.
+    `cast` says what those look like whom the captions name ("Pip, an orange cat with a blue scarf"); of long ones the
+    last are left out. Raises ValueError when the two captions do not fit `budget_tokens`.
     """
     body = (
-        tokenizer.encode(PREVIOUS)
-        + _quoted(tokenizer, previous_caption)
+        _quoted(tokenizer, previous_caption)
         + tokenizer.encode(", " + CURRENT)
         + _quoted(tokenizer, caption)
         + tokenizer.encode(ASK_DESCRIPTION)
     )
-    ids = _framed(tokenizer, body)
-    if len(ids) > budget_tokens:
-        raise ValueError(f"the captions need {len(ids)} tokens and {budget_tokens} are left")
-    return Prompt(ids)
+    alone = _framed(tokenizer, tokenizer.encode(PREVIOUS) + body)
+    if len(alone) > budget_tokens:
+        raise ValueError(f"the captions need {len(alone)} tokens and {budget_tokens} are left")
+    for count in range(min(len(cast), CAST_MAX), 0, -1):
+        looks = f"{CAST} {'; '.join(map(escape, cast[:count]))}. {PREVIOUS}"
+        ids = _framed(tokenizer, tokenizer.encode(looks) + body)
+        if len(ids) <= budget_tokens:
+            return Prompt(ids)
+    return Prompt(alone)
+
+
+def cast_lines(looks: Mapping[str, str], captions: Sequence[str]) -> tuple[str, ...]:
+    """The lines of `description_prompt`'s cast: what those look like, by `looks`, whom the captions name, in order."""
+    words = dict.fromkeys(word for caption in captions for word in _WORD.findall(caption))
+    return tuple(cast_line(name, looks[name]) for name in words if name in looks)
+
+
+def cast_line(name: str, look: str) -> str:
+    """One of them: "Pip, an orange cat with a blue scarf"."""
+    return f"{name}, {look}"
 
 
 def picture_prompt(tokenizer: StoryTokenizer) -> Prompt:

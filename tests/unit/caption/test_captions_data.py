@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,20 @@ import pytest
 from services.models import llava, prompts
 from services.models.tokenizer import StoryTokenizer
 from services.runtime.config import SHIPPED_PACKS
-from training.captions_data import IGNORED, Row, RowRecipe, _row, batch, rename, tale_row
+from training.captions_data import (
+    IGNORED,
+    Frame,
+    Row,
+    RowRecipe,
+    Stories,
+    _row,
+    batch,
+    rename,
+    story_row,
+    tale_row,
+)
+from training.toon.grammar import phrase
+from training.toon.world import sample_story
 
 TOKENIZER = StoryTokenizer.load(SHIPPED_PACKS / "toon" / "tokenizer")
 RECIPE = RowRecipe(image_tokens_count=4)
@@ -108,3 +122,27 @@ def test_rows_with_and_without_a_picture_are_not_mixed() -> None:
     assert batch([tale, tale], TOKENIZER.pad_id).images_BHWC is None
     with pytest.raises(ValueError, match="picture"):
         batch([tale, row(0)], TOKENIZER.pad_id)
+
+
+def test_the_question_tells_what_those_look_like_whom_the_captions_name() -> None:
+    story = sample_story(3)
+    drawn = [Frame(number, f.scene, f.caption, f.description) for number, f in enumerate(story.frames)]
+    stories = Stories(np.zeros((5, 32, 32, 3), np.uint8), (tuple(drawn),))
+    recipe = replace(RECIPE, tasks=("descriptive",), rename_ratio=0.0, looks_ratio=1.0)
+    for index in range(4):
+        row = story_row(stories, drawn, index, recipe, TOKENIZER, random.Random(0))
+        question = TOKENIZER.decode([i for i in row.ids if i != TOKENIZER.image_id])
+        for actor in drawn[index + 1].scene.actors:
+            name = str(actor.character.name)
+            if re.search(rf"\b{name}\b", f"{drawn[index].caption} {drawn[index + 1].caption}"):
+                assert f"{name}, {phrase(actor.character.look)}" in question.partition("Previous")[0]
+
+
+def test_an_invented_name_has_the_look_of_whom_it_stands_for() -> None:
+    drawn = [Frame(n, f.scene, f.caption, f.description) for n, f in enumerate(sample_story(3).frames)]
+    stories = Stories(np.zeros((5, 32, 32, 3), np.uint8), (tuple(drawn),))
+    recipe = replace(RECIPE, tasks=("descriptive",), rename_ratio=1.0, looks_ratio=1.0)
+    row = story_row(stories, drawn, 0, recipe, TOKENIZER, random.Random(0))
+    question = TOKENIZER.decode([i for i in row.ids if i != TOKENIZER.image_id])
+    assert "Cast:" in question
+    assert not any(name in question for frame in drawn for name in frame.names)

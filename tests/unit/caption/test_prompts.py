@@ -120,3 +120,26 @@ def test_no_room_is_an_error() -> None:
         prompts.description_prompt(TOKENIZER, "A.", "B.", 12)
     with pytest.raises(ValueError, match="at least one"):
         prompts.story_prompt(TOKENIZER, [], BUDGET)
+
+
+def test_a_description_is_asked_with_the_looks_of_whom_the_captions_name() -> None:
+    looks = {"Pip": "an orange cat", "Mina": "a pink rabbit", "Tom": "a mouse"}
+    lines = prompts.cast_lines(looks, ("Mina met Pip.", "Tommy and Pip ran."))
+    assert lines == ("Mina, a pink rabbit", "Pip, an orange cat")
+    asked = said(prompts.description_prompt(TOKENIZER, "A.", "B.", BUDGET, lines))
+    assert "Cast: Mina, a pink rabbit; Pip, an orange cat. Previous frame story caption: 'A.', Current" in asked
+
+
+def test_looks_that_do_not_fit_are_left_out_from_the_last() -> None:
+    lines = tuple(f"Name{n}, " + "a very long look " * 4 for n in range(20))
+    alone = len(prompts.description_prompt(TOKENIZER, "A.", "B.", BUDGET).ids)
+    roomy = said(prompts.description_prompt(TOKENIZER, "A.", "B.", 10_000, lines))
+    assert "Name0" in roomy
+    assert f"Name{prompts.CAST_MAX}" not in roomy
+    tight = prompts.description_prompt(TOKENIZER, "A.", "B.", alone + 60, lines)
+    assert len(tight.ids) <= alone + 60
+    assert "Name0" in said(tight)
+    assert "Name3" not in said(tight)
+    assert prompts.description_prompt(TOKENIZER, "A.", "B.", alone, lines).ids == (
+        prompts.description_prompt(TOKENIZER, "A.", "B.", alone).ids
+    )
