@@ -15,13 +15,21 @@ from training.evaluation.judge import CHECKPOINT as JUDGE
 from training.frame import CHECKPOINT as FRAME
 from training.loop import STARTED_FROM
 from training.precision import on_gpu
-from training.recipes import toon_clip, toon_frame, toon_judge, toon_vae
+from training.recipes import toon_clip, toon_frame, toon_judge, toon_text, toon_vae
 from training.storage import load_checkpoint, training_dir
+from training.text import CHECKPOINT as TEXT
 from training.vae import CHECKPOINT as VAE
 from training.vae import DECODER_CHECKPOINT as DECODER
 
 CARD = "MODEL_CARD.md"
-_RUNS = {"autoencoder": VAE, "its decoder alone": DECODER, "frame model": FRAME, "CLIP": CLIP, "judge": JUDGE}
+_RUNS = {
+    "autoencoder": VAE,
+    "its decoder alone": DECODER,
+    "text encoder": TEXT,
+    "frame model": FRAME,
+    "CLIP": CLIP,
+    "judge": JUDGE,
+}
 
 
 def _processor() -> str:
@@ -47,10 +55,14 @@ def runs_table(folder: Path | None = None) -> str:
 
 def figures_table(evaluation: Mapping[str, Any]) -> str:
     """What `make eval-toon` printed."""
-    lines = ["| figure | value | target | n |", "| --- | --- | --- | --- |"]
+    lines = ["| figure | value | 95 % interval | target | n |", "| --- | --- | --- | --- | --- |"]
     for figure in evaluation["figures"]:
-        target = "" if figure["target"] is None else f"{figure['target']:g} ({'met' if figure['passed'] else 'missed'})"
-        lines.append(f"| {figure['name']} | {figure['value']:.3f} | {target} | {figure['n']} |")
+        target = ""
+        if figure["target"] is not None:
+            sign, outcome = "≤" if figure["at_most"] else "≥", "met" if figure["passed"] else "**missed**"
+            target = f"{sign} {figure['target']:g}, {outcome}"
+        interval = "" if figure["low"] is None else f"{figure['low']:.3f} … {figure['high']:.3f}"
+        lines.append(f"| {figure['name']} | {figure['value']:.3f} | {interval} | {target} | {figure['n']} |")
     return "\n".join(lines)
 
 
@@ -58,6 +70,7 @@ def model_card(evaluation: Mapping[str, Any] | None = None, today: datetime | No
     """The card as Markdown. Without an evaluation it says that there is none yet."""
     gpu = on_gpu()
     vae, frame, judge, clip = toon_vae(gpu=gpu), toon_frame(gpu=gpu), toon_judge(gpu=gpu), toon_clip(gpu=gpu)
+    text = toon_text(gpu=gpu)
     day = (today or datetime.now(UTC)).strftime("%Y-%m-%d")
     measured = "Not evaluated yet: run `make eval-toon`."
     limits = ""
@@ -77,7 +90,7 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 | part | architecture |
 | --- | --- |
 | `vae/` | AutoencoderKL, 8× smaller, {LATENT_CHANNELS} latent channels |
-| `text_encoder/` | CLIP text model, 192 wide, 4 layers, 96 positions |
+| `text_encoder/` | CLIP text model, 192 wide, 4 layers, 96 positions; its words see both ways |
 | `unet/` | StoryGen UNet (96, 160): diffusers' conditional UNet with `attn3` and `norm4` in every transformer block |
 | `tokenizer/` | byte-level BPE, 2,048 entries, shared by all |
 | `llava/`, `adapters/` | LLaVA base, LoRA adapters `story` and `descriptive` |
@@ -86,6 +99,8 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 ## Data
 
 - Autoencoder: {vae.shelves[0].count:,} pictures of random looks and gradings, {vae.shelves[1].count:,} of the cast.
+- Text encoder: descriptions without pictures, {text.batch} a step, none twice; it answers who stands where, looking
+  how, doing what, and is then left as it is.
 - Frame model: {frame.singles.count:,} single frames and {frame.stories.count:,} stories of five frames. Text is dropped
   in {frame.text_dropped:.0%} of rows, references are blanked in {frame.references_dropped:.0%}. {frame.single_rows}
   of {rows} rows have no references, {frame.unrelated_share:.0%} of the others an unrelated one.
@@ -113,8 +128,11 @@ runs the same recipes in one go, from nothing.
 {measured}
 
 `frame_*`: frames 2 to 5 of held-out stories, drawn from their true descriptions with the true earlier frames as
-references and read by the judge; right means that the whole answer for a frame is right. `first_*`: without references.
-`judge_*`: the judge on the true pictures.
+references; `_known` and `_held_out`: frames without and with a combination that training never showed. `crowd_*`:
+frames of two and three in which everybody has to be right. `first_*`: no references. `reference_gain_*`: what
+references are worth, frame by frame. `description_*`, `caption_*`: texts for true pictures and captions; `story_*`:
+stories the pack told and drew alone from their true first frame. `judge_*`: the judge on the true pictures: no figure
+above it can be trusted beyond that. Definitions: `training/evaluation/`.
 
 ## Limits
 

@@ -34,6 +34,7 @@ from services.models import llava, prompts, repetition
 from services.models.cast import Cast, name_tokens
 from services.models.repetition import is_near_copy
 from services.models.tokenizer import StoryTokenizer
+from services.models.world import World
 from training.evaluation.figures import Figure, share, table
 from training.evaluation.frames import FIRST_SEED, Say
 from training.toon.cast import MAIN, NEW, SIDE_NAMES
@@ -71,6 +72,7 @@ class Captioner:
             for name in llava.ADAPTERS
         }
         self.cast = Cast.load(pack)
+        self.looks = World.load(pack).characters
         config = self.models[llava.ADAPTERS[0]].config
         self.image_tokens_count: int = config.image_seq_length
 
@@ -136,7 +138,8 @@ class Captioner:
         """The description of each (previous, caption), with the name lock unless it is left out."""
         questions = []
         for (before, caption), image in zip(captions, images, strict=True):
-            prompt = prompts.description_prompt(self.tokenizer, before, caption, _BUDGET_TOKENS)
+            looks = prompts.cast_lines(self.looks, (before, caption))
+            prompt = prompts.description_prompt(self.tokenizer, before, caption, _BUDGET_TOKENS, looks)
             strangers = self.cast.strangers((before, caption)) if guarded else ()
             questions.append(Question(image, prompt, name_tokens(self.tokenizer, strangers, (before, caption))))
         texts = self.answer("descriptive", questions, temperature=temperature)
