@@ -70,10 +70,12 @@ def test_what_cannot_be_seen_is_dropped_and_what_scripts_need_is_kept(raw: str, 
     assert prompts.clean(raw) == cleaned
 
 
-def test_the_wording_is_the_reports() -> None:
-    def said(prompt: prompts.Prompt) -> str:
-        return TOKENIZER.decode(prompt.ids)
+def said(prompt: prompts.Prompt) -> str:
+    """The words of a prompt."""
+    return TOKENIZER.decode(prompt.ids)
 
+
+def test_the_wording_is_the_reports() -> None:
     assert said(prompts.story_prompt(TOKENIZER, ["A."], BUDGET)) == (
         "\nCurrent frame story caption: 'A.', What is the next frame story caption?"
     )
