@@ -16,5 +16,7 @@ tokenizer.py     one byte-level BPE for all networks of a pack
 
 llava.py         the captioner's shape and files
 prompts.py       what the captioner is asked, as token ids
+cast.py          the name lock: whom a description may name, and how its names are mended
+repetition.py    the repetition guard: captions that say again what was said
 errors.py        what can go wrong, by name
 """
