@@ -5,6 +5,9 @@
 It checks what it is given, builds the prompt, asks vLLM through a `Driver` with the right adapter, and hands back clean
 text: never empty, one line, no special tokens. Requests that are in flight together are decoded together. Every request
 has a seed of its own, so the same request alone gives the same text. Knows no transport: it runs in a notebook.
+
+Two guards look at what was written (`Guards`): the name lock at a description's names, the repetition guard at a
+caption's likeness to the ones before. Each asks for second choices when it finds a fault and takes the best.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +28,7 @@ from PIL import Image
 from services.caption.driver import Ask, Driver
 from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob, Written
-from services.models import llava, prompts
+from services.models import llava, prompts, repetition
 from services.models.cast import Cast, name_tokens
 from services.models.pack import Pack
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
@@ -40,10 +43,19 @@ STORY, DESCRIPTIVE = llava.ADAPTERS
 # The world's longest caption has 45 tokens, its longest description 79, and a frame's text encoder reads 94.
 DEFAULT_TOKENS = {STORY: 64, DESCRIPTIVE: 90}
 NAME_LOCK_TRIES = 7  # more descriptions to choose from when the first leaves somebody out or names one twice
+REPETITION_TRIES = 4  # more captions to choose from when the first says again what was said
 RETRY_TEMPERATURE = 0.7  # at least this for another try: a greedy try would only repeat itself
 
 _SENTENCE_END = re.compile(r"[.!?…。！？؟]+[\"'”’»)]*(?=\s|$)")
 _EXAMPLE = "Once upon a time there was a small bear who found a red kite."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guards:
+    """Which guards are on. Off is for measuring what a guard is worth."""
+
+    name_lock: bool = True  # costs up to NAME_LOCK_TRIES more descriptions where names are wrong
+    repetition: bool = True  # costs up to REPETITION_TRIES more captions where something is said again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +108,17 @@ class Observer(Protocol):
     def text_done(self, *, adapter: str, outcome: str, tokens: int, seconds: float) -> None:
         """A request has ended. `outcome` is `written` or an error's reason in lower case."""
 
+    def text_guarded(self, *, guard: str, outcome: str) -> None:
+        """A guard, `name_lock` or `repetition`, found a fault in the first try.
+
+        `outcome` is `second_choice` (another try has none), `repaired`, or `kept_faulty`.
+        """
+
 
 class _Nobody:
     def load_changed(self, *, running: int) -> None: ...
     def text_done(self, *, adapter: str, outcome: str, tokens: int, seconds: float) -> None: ...
+    def text_guarded(self, *, guard: str, outcome: str) -> None: ...
 
 
 class CaptionEngine:
@@ -112,14 +131,19 @@ class CaptionEngine:
         *,
         max_requests: int = 80,
         max_attempts: int = 3,
+        guards: Guards | None = None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_requests` counts those being decoded and those that wait; one more is refused with QueueFull."""
+        """`max_requests` counts those being decoded and those that wait; one more is refused with QueueFull.
+
+        All `guards` are on unless told otherwise.
+        """
         self.model = model
         self._driver = driver
         self._max_requests = max_requests
         self._max_attempts = max_attempts
+        self._guards = guards or Guards()
         self._observer = observer or _Nobody()
         self._clock = clock
         self._running = 0
@@ -154,7 +178,7 @@ class CaptionEngine:
         return self._driver.unfinished_count
 
     async def write_caption(self, job: StoryJob) -> Written:
-        """The caption after the last of `job.captions`.
+        """The caption after the last of `job.captions`; one that says something again only if every try does.
 
         Raises PackUnknown, CaptionEmpty, CaptionTooLong, ImageMissing, ImageTooLarge, ImageUnreadable, QueueFull,
         CaptionNotWritten, ReplicaLost, EngineDead or ShuttingDown.
@@ -168,7 +192,17 @@ class CaptionEngine:
             check_caption(caption, f"captions[{number}]")
         budget = self._budget(job.sampling.max_tokens, STORY)
         prompt = prompts.story_prompt(self.model.tokenizer, job.captions, budget)
-        return await self._write(prompt, job.image, STORY, job.sampling)
+
+        async def write(sampling: Sampling) -> Written:
+            return await self._write(prompt, job.image, STORY, sampling)
+
+        if not self._guards.repetition:
+            return await write(job.sampling)
+
+        def faults(text: str) -> int:
+            return repetition.faults(text, job.captions)
+
+        return await self._guarded("repetition", REPETITION_TRIES, job.sampling, write, faults)
 
     async def describe(self, job: DescribeJob) -> Written:
         """The description of `job.caption`; of the pack's cast it names only who the two captions mention.
@@ -180,38 +214,74 @@ class CaptionEngine:
         check_caption(job.caption, "caption")
         budget = self._budget(job.sampling.max_tokens, DESCRIPTIVE)
         prompt = prompts.description_prompt(self.model.tokenizer, job.previous_caption, job.caption, budget)
-        cast, captions = self.model.cast, (job.previous_caption, job.caption)
-        forbidden = name_tokens(self.model.tokenizer, cast.strangers(captions), captions)
-        first = await self._write(prompt, job.image, DESCRIPTIVE, job.sampling, forbidden)
-        # Nobody is refused for a second choice's sake, so those being made count as if they all ran already.
-        crowded = self._running + self._choosing + NAME_LOCK_TRIES > self._max_requests
-        if crowded or cast.faults(first.text, *captions) == 0:
+        if not self._guards.name_lock:
+            return await self._write(prompt, job.image, DESCRIPTIVE, job.sampling)
+        cast, captions, tokenizer = self.model.cast, (job.previous_caption, job.caption), self.model.tokenizer
+        forbidden = name_tokens(tokenizer, cast.strangers(captions), captions)
+        room_tokens = min(job.sampling.max_tokens or DEFAULT_TOKENS[DESCRIPTIVE], DEFAULT_TOKENS[DESCRIPTIVE])
+
+        async def write(sampling: Sampling) -> Written:
+            return await self._write(prompt, job.image, DESCRIPTIVE, sampling, forbidden)
+
+        def faults(text: str) -> int:
+            return cast.faults(text, *captions)
+
+        def fits(text: str) -> bool:
+            return len(text) <= TEXT_CHARACTERS_MAX and len(tokenizer.encode(text)) <= room_tokens
+
+        def repair(text: str) -> str:
+            return cast.repaired(text, *captions, fits)
+
+        return await self._guarded("name_lock", NAME_LOCK_TRIES, job.sampling, write, faults, repair)
+
+    async def _guarded(
+        self,
+        guard: str,
+        tries: int,
+        sampling: Sampling,
+        write: Callable[[Sampling], Awaitable[Written]],
+        faults: Callable[[str], int],
+        repair: Callable[[str], str] = lambda text: text,
+    ) -> Written:
+        """What `write` gives; if that has faults, the best of `tries` more; if that has faults too, it repaired."""
+        first = await write(sampling)
+        first_faults = await asyncio.to_thread(faults, first.text)
+        if first_faults == 0:
             return first
-        # The small model leaves people out: the name lock takes the best of some more tries, decoded together.
-        warmer = replace(job.sampling, temperature=max(job.sampling.temperature, RETRY_TEMPERATURE))
-        self._choosing += NAME_LOCK_TRIES
+        # Nobody is refused for a second choice's sake, so those being made count as if they all ran already.
+        crowded = self._running + self._choosing + tries > self._max_requests
+        others = [] if crowded else await self._second_choices(tries, sampling, write)
+        counts = [first_faults, *(await asyncio.gather(*(asyncio.to_thread(faults, other.text) for other in others)))]
+        # min() keeps the earliest of equals, so the same request gives the same text.
+        best_faults, number = min(zip(counts, range(len(counts)), strict=True))
+        text, outcome = (first, *others)[number].text, "second_choice"
+        if best_faults > 0:
+            text = repair(text)
+            outcome = "kept_faulty" if await asyncio.to_thread(faults, text) > 0 else "repaired"
+        self._observer.text_guarded(guard=guard, outcome=outcome)
+        return replace(
+            (first, *others)[number],
+            text=text,
+            completion_tokens=first.completion_tokens + sum(other.completion_tokens for other in others),
+            duration_s=first.duration_s + max((other.duration_s for other in others), default=0.0),
+        )
+
+    async def _second_choices(
+        self, count: int, sampling: Sampling, write: Callable[[Sampling], Awaitable[Written]]
+    ) -> list[Written]:
+        """More texts for the same request, decoded together; fewer than `count` when some fail."""
+        warmer = replace(sampling, temperature=max(sampling.temperature, RETRY_TEMPERATURE))
+        self._choosing += count
         try:
             answers = await asyncio.gather(
-                *(
-                    self._write(
-                        prompt, job.image, DESCRIPTIVE, replace(warmer, seed=derived_seed(warmer.seed, n)), forbidden
-                    )
-                    for n in range(1, 1 + NAME_LOCK_TRIES)
-                ),
-                return_exceptions=True,  # a try that fails is no reason to lose the description that is there
+                *(write(replace(warmer, seed=derived_seed(warmer.seed, n))) for n in range(1, 1 + count)),
+                return_exceptions=True,  # a try that fails is no reason to lose the text that is there
             )
         finally:
-            self._choosing -= NAME_LOCK_TRIES
-        others = [answer for answer in answers if isinstance(answer, Written)]
+            self._choosing -= count
         if failed := [type(answer).__name__ for answer in answers if isinstance(answer, BaseException)]:
             log.info("second_choices_failed", errors=failed)
-        if not others:
-            return first
-        # min() keeps the earliest of equals, so the same request gives the same text.
-        best = min((first, *others), key=lambda written: cast.faults(written.text, *captions))
-        tokens = first.completion_tokens + sum(written.completion_tokens for written in others)
-        seconds = first.duration_s + max(written.duration_s for written in others)
-        return replace(best, completion_tokens=tokens, duration_s=seconds)
+        return [answer for answer in answers if isinstance(answer, Written)]
 
     async def _write(
         self,

@@ -14,6 +14,12 @@ TOKENS = ("caption_tokens_total", "Tokens written, by adapter.", ("adapter",))
 RUNNING = ("caption_running_requests", "Requests in the engine, waiting ones included.", ())
 WRITING = ("caption_write_seconds", "Time from a request's arrival to its text, by adapter.", ("adapter",))
 
+GUARDED = (
+    "caption_guarded_texts_total",
+    "Texts whose first try a guard found wrong, by guard and what became of them.",
+    ("guard", "outcome"),
+)
+
 
 class PrometheusObserver:
     """Tells prometheus-client, in a process of its own. One per registry."""
@@ -25,6 +31,7 @@ class PrometheusObserver:
         self._requests = Counter(*REQUESTS, registry=registry)
         self._tokens = Counter(*TOKENS, registry=registry)
         self._running = Gauge(*RUNNING, registry=registry)
+        self._guarded = Counter(*GUARDED, registry=registry)
         self._writing = Histogram(*WRITING, registry=registry, buckets=DURATION_BUCKETS)
 
     def load_changed(self, *, running: int) -> None:
@@ -36,6 +43,9 @@ class PrometheusObserver:
         if outcome == "written":
             self._writing.labels(adapter=adapter).observe(seconds)
 
+    def text_guarded(self, *, guard: str, outcome: str) -> None:
+        self._guarded.labels(guard=guard, outcome=outcome).inc()
+
 
 class ServeObserver:
     """Tells Ray Serve, in a replica: the numbers come out of Ray's metrics export with the replica's labels."""
@@ -46,6 +56,7 @@ class ServeObserver:
         self._requests = metrics.Counter(*REQUESTS)
         self._tokens = metrics.Counter(*TOKENS)
         self._running = metrics.Gauge(*RUNNING)
+        self._guarded = metrics.Counter(*GUARDED)
         name, description, labels = WRITING
         self._writing = metrics.Histogram(name, description, list(DURATION_BUCKETS), labels)
 
@@ -58,3 +69,6 @@ class ServeObserver:
             self._tokens.inc(tokens, tags={"adapter": adapter})
         if outcome == "written":
             self._writing.observe(seconds, tags={"adapter": adapter})
+
+    def text_guarded(self, *, guard: str, outcome: str) -> None:
+        self._guarded.inc(1, tags={"guard": guard, "outcome": outcome})

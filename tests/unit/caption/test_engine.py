@@ -11,7 +11,16 @@ import pytest
 from PIL import Image
 
 from services.caption.driver import Ask, Reply
-from services.caption.engine import CaptionEngine, CaptionModel, derived_seed, readable, whole_sentences
+from services.caption.engine import (
+    NAME_LOCK_TRIES,
+    REPETITION_TRIES,
+    CaptionEngine,
+    CaptionModel,
+    Guards,
+    derived_seed,
+    readable,
+    whole_sentences,
+)
 from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob
 from services.models.cast import Cast
@@ -57,10 +66,25 @@ class ScriptedDriver:
 
 
 @dataclass
+class SeededDriver(ScriptedDriver):
+    """Answers with the text of the ask's try, whatever order the tries come in."""
+
+    seed: int = 0  # of the request
+
+    async def generate(self, ask: Ask) -> Reply:
+        self.asks.append(ask)
+        tries = [derived_seed(self.seed, 0)]
+        tries += [derived_seed(derived_seed(self.seed, number), 0) for number in range(1, len(self.texts))]
+        text = self.texts[tries.index(ask.seed)]
+        return Reply(ids=tuple(MODEL.tokenizer.encode(text)), finish=Finish.STOP, prompt_tokens=9)
+
+
+@dataclass
 class Notes:
     """What an observer was told."""
 
     outcomes: list[tuple[str, str]] = field(default_factory=list)
+    guarded: list[tuple[str, str]] = field(default_factory=list)
     running: int = 0
 
     def load_changed(self, *, running: int) -> None:
@@ -68,6 +92,9 @@ class Notes:
 
     def text_done(self, *, adapter: str, outcome: str, tokens: int, seconds: float) -> None:
         self.outcomes.append((adapter, outcome))
+
+    def text_guarded(self, *, guard: str, outcome: str) -> None:
+        self.guarded.append((guard, outcome))
 
 
 def png(
@@ -115,11 +142,166 @@ async def test_a_description_that_leaves_somebody_out_is_chosen_again() -> None:
 
 
 async def test_a_description_survives_the_tries_that_were_to_better_it() -> None:
-    driver = ScriptedDriver(["A cat."] + [""] * 3 * 7)
+    driver = ScriptedDriver(["Pip: a cat."] + [""] * 3 * 7)
     engine = CaptionEngine(replace(MODEL, cast=Cast(("Mina", "Pip"))), driver)
     written = await engine.describe(replace(DESCRIBE, caption="Mina met Pip."))
-    assert written.text == "A cat."
+    assert written.text.startswith("Pip: a cat.")
     assert len(driver.asks) > 8
+
+
+CAST_MODEL = replace(MODEL, cast=Cast(("Mina", "Pip", "Daisy")))
+MEETING = replace(DESCRIBE, previous_caption="Mina slept.", caption="Mina met Pip.", sampling=Sampling(seed=5))
+
+
+async def test_what_the_best_of_all_tries_lacks_is_repaired() -> None:
+    notes = Notes()
+    texts = ["A cat."] * 3 + ["Mina and Mina, Mina.", "Mina runs.", "Mina and Daisy run."] + ["A cat."] * 2
+    driver = SeededDriver(texts, seed=5)
+    written = await CaptionEngine(CAST_MODEL, driver, observer=notes).describe(MEETING)
+    assert written.text == "Mina runs. Pip stands nearby."
+    assert len(driver.asks) == 1 + NAME_LOCK_TRIES
+    assert notes.guarded == [("name_lock", "repaired")]
+
+
+@pytest.mark.parametrize(("first", "guarded"), [("Mina met Pip.", []), ("A cat.", [("name_lock", "second_choice")])])
+async def test_a_description_without_a_fault_is_not_repaired(first: str, guarded: list[tuple[str, str]]) -> None:
+    notes = Notes()
+    driver = SeededDriver([first, *["Pip and Mina."] * NAME_LOCK_TRIES], seed=5)
+    written = await CaptionEngine(CAST_MODEL, driver, observer=notes).describe(MEETING)
+    assert written.text == ("Pip and Mina." if guarded else first)
+    assert notes.guarded == guarded
+
+
+@pytest.mark.parametrize("max_tokens", [0, 12])
+async def test_a_repair_stays_within_the_tokens_of_a_description(max_tokens: int) -> None:
+    notes, room = Notes(), max_tokens or 90
+    long = "Mina" + " runs" * room
+    while len(MODEL.tokenizer.encode(long)) > room:
+        long = long[: -len(" runs")]
+    driver = SeededDriver([long] * (1 + NAME_LOCK_TRIES), seed=5)
+    job = replace(MEETING, sampling=Sampling(seed=5, max_tokens=max_tokens))
+    assert (await CaptionEngine(CAST_MODEL, driver, observer=notes).describe(job)).text == long
+    assert notes.guarded == [("name_lock", "kept_faulty")]
+
+
+async def test_the_name_lock_can_be_switched_off() -> None:
+    notes = Notes()
+    driver = SeededDriver(["Mina and Daisy."], seed=5)
+    engine = CaptionEngine(CAST_MODEL, driver, observer=notes, guards=Guards(name_lock=False))
+    assert (await engine.describe(MEETING)).text == "Mina and Daisy."
+    assert [ask.forbidden_ids for ask in driver.asks] == [()]
+    assert notes.guarded == []
+
+
+REPEATING = replace(STORY, captions=("Momo slept.", "Then he woke and ran to the hill."))
+COPY = "then he woke and ran to the hills."
+
+
+async def test_a_caption_that_says_again_what_was_said_is_chosen_again() -> None:
+    notes = Notes()
+    driver = SeededDriver([COPY, "He ran. He ran.", "A kite flew by.", "A kite!", COPY], seed=5)
+    written = await CaptionEngine(MODEL, driver, observer=notes).write_caption(REPEATING)
+    assert written.text == "A kite flew by.", "the earliest of those without a fault"
+    assert len(driver.asks) == 1 + REPETITION_TRIES
+    assert [ask.temperature for ask in driver.asks] == [0.0, *[0.7] * REPETITION_TRIES]
+    assert len({ask.seed for ask in driver.asks}) == 1 + REPETITION_TRIES
+    assert written.completion_tokens == sum(len(MODEL.tokenizer.encode(text)) for text in driver.texts)
+    assert notes.guarded == [("repetition", "second_choice")]
+
+
+async def test_a_caption_without_a_repetition_is_asked_for_once() -> None:
+    notes, driver = Notes(), SeededDriver(["A kite flew by."], seed=5)
+    assert (await CaptionEngine(MODEL, driver, observer=notes).write_caption(REPEATING)).text == "A kite flew by."
+    assert len(driver.asks) == 1
+    assert notes.guarded == []
+
+
+async def test_the_best_of_captions_that_all_repeat_is_kept_as_it_is() -> None:
+    notes = Notes()
+    driver = SeededDriver(["He ran. He ran. Then he woke and ran to the hill."] * 2 + [COPY] * 3, seed=5)
+    job = replace(REPEATING, captions=(*REPEATING.captions, driver.texts[0]))
+    assert (await CaptionEngine(MODEL, driver, observer=notes).write_caption(job)).text == COPY
+    assert notes.guarded == [("repetition", "kept_faulty")]
+
+
+async def test_a_caption_survives_the_tries_that_were_to_better_it() -> None:
+    driver = ScriptedDriver([COPY] + [""] * 3 * REPETITION_TRIES)
+    assert (await CaptionEngine(MODEL, driver).write_caption(REPEATING)).text == COPY
+
+
+async def test_the_repetition_guard_can_be_switched_off() -> None:
+    notes, driver = Notes(), SeededDriver([COPY], seed=5)
+    engine = CaptionEngine(MODEL, driver, observer=notes, guards=Guards(repetition=False))
+    assert (await engine.write_caption(REPEATING)).text == COPY
+    assert notes.guarded == []
+
+
+async def test_each_guard_works_without_the_other() -> None:
+    driver = ScriptedDriver([COPY, *["A kite."] * REPETITION_TRIES])
+    engine = CaptionEngine(CAST_MODEL, driver, guards=Guards(name_lock=False))
+    assert (await engine.write_caption(REPEATING)).text == "A kite."
+    driver = ScriptedDriver(["A cat."] * (1 + NAME_LOCK_TRIES))
+    engine = CaptionEngine(CAST_MODEL, driver, guards=Guards(repetition=False))
+    assert (await engine.describe(MEETING)).text == "A cat. Mina stands nearby. Pip stands nearby."
+
+
+@pytest.mark.parametrize("room", [0, 1])
+async def test_a_crowded_engine_makes_no_second_choice_and_still_repairs(room: int) -> None:
+    notes = Notes()
+    driver = ScriptedDriver(["A cat.", *["Mina met Pip."] * NAME_LOCK_TRIES])
+    engine = CaptionEngine(CAST_MODEL, driver, max_requests=NAME_LOCK_TRIES - 1 + room, observer=notes)
+    written = await engine.describe(MEETING)
+    assert written.text == ("Mina met Pip." if room else "A cat. Mina stands nearby. Pip stands nearby.")
+    assert notes.guarded == [("name_lock", "second_choice" if room else "repaired")]
+    assert len(driver.asks) == (1 + NAME_LOCK_TRIES if room else 1)
+
+
+@pytest.mark.parametrize("room", [0, 1])
+async def test_a_crowded_engine_keeps_a_caption_that_repeats(room: int) -> None:
+    notes = Notes()
+    driver = ScriptedDriver([COPY, *["A kite."] * REPETITION_TRIES])
+    engine = CaptionEngine(MODEL, driver, max_requests=REPETITION_TRIES - 1 + room, observer=notes)
+    assert (await engine.write_caption(REPEATING)).text == ("A kite." if room else COPY)
+    assert notes.guarded == [("repetition", "second_choice" if room else "kept_faulty")]
+
+
+@dataclass
+class GatedDriver(ScriptedDriver):
+    """Says again what was said, at once; a description's second choices wait at the gate."""
+
+    async def generate(self, ask: Ask) -> Reply:
+        self.asks.append(ask)
+        if ask.adapter == "descriptive" and ask.temperature >= 0.7:
+            assert self.gate is not None
+            await self.gate.wait()
+        text = "A cat." if ask.adapter == "descriptive" else COPY if ask.temperature < 0.7 else "A kite."
+        return Reply(ids=tuple(MODEL.tokenizer.encode(text)), finish=Finish.STOP, prompt_tokens=9)
+
+
+@pytest.mark.parametrize("room", [0, 1])
+async def test_both_guards_count_their_second_choices_together(room: int) -> None:
+    """Those of a description that are being made count twice: as running, and as places taken."""
+    notes, driver = Notes(), GatedDriver([], gate=asyncio.Event())
+    places = 2 * NAME_LOCK_TRIES + REPETITION_TRIES
+    engine = CaptionEngine(CAST_MODEL, driver, max_requests=places - 1 + room, observer=notes)
+    described = asyncio.create_task(engine.describe(MEETING))
+    while len(driver.asks) < 1 + NAME_LOCK_TRIES:  # noqa: ASYNC110 - the pictures are decoded in threads
+        await asyncio.sleep(0.001)
+    assert (await engine.write_caption(REPEATING)).text == ("A kite." if room else COPY)
+    assert driver.gate is not None
+    driver.gate.set()
+    await described
+    assert notes.guarded == [("repetition", "second_choice" if room else "kept_faulty"), ("name_lock", "repaired")]
+
+
+async def test_guarded_texts_are_the_same_every_time() -> None:
+    async def told() -> tuple[str, str]:
+        captions = SeededDriver([COPY, COPY, "He ran. He ran.", "A kite.", "Two kites."], seed=5)
+        descriptions = SeededDriver(["A cat.", "Mina.", "Pip.", "Daisy.", *["Mina, Mina."] * 4], seed=5)
+        written = await CaptionEngine(CAST_MODEL, captions).write_caption(REPEATING)
+        return written.text, (await CaptionEngine(CAST_MODEL, descriptions).describe(MEETING)).text
+
+    assert {await told() for _ in range(5)} == {("A kite.", "Mina. Pip stands nearby.")}
 
 
 async def test_an_empty_answer_is_tried_again_with_another_seed_and_some_heat() -> None:
