@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -32,6 +32,7 @@ from services.models import llava, prompts, repetition
 from services.models.cast import Cast, name_tokens
 from services.models.pack import Pack
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
+from services.models.world import World
 from services.runtime.errors import CaptionEmpty, CaptionNotWritten, CaptionTooLong, FabulaError, PackUnknown, QueueFull
 
 log = structlog.get_logger("fabula.caption")
@@ -70,6 +71,7 @@ class CaptionModel:
     image_tokens_count: int
     context_tokens: int
     cast: Cast = field(default_factory=Cast)
+    looks: Mapping[str, str] = field(default_factory=dict)  # name → phrase, of those whom the pack can draw by name
 
 
 def read_model(pack: Pack) -> CaptionModel:
@@ -85,6 +87,7 @@ def read_model(pack: Pack) -> CaptionModel:
         image_tokens_count=(vision["image_size"] // vision["patch_size"]) ** 2,
         context_tokens=config["text_config"]["max_position_embeddings"],
         cast=Cast.load(pack.folder),
+        looks=World.load(pack.folder).characters,
     )
 
 
@@ -213,7 +216,8 @@ class CaptionEngine:
         check_caption(job.previous_caption, "previous_caption")
         check_caption(job.caption, "caption")
         budget = self._budget(job.sampling.max_tokens, DESCRIPTIVE)
-        prompt = prompts.description_prompt(self.model.tokenizer, job.previous_caption, job.caption, budget)
+        looks = prompts.cast_lines(self.model.looks, (job.previous_caption, job.caption))
+        prompt = prompts.description_prompt(self.model.tokenizer, job.previous_caption, job.caption, budget, looks)
         if not self._guards.name_lock:
             return await self._write(prompt, job.image, DESCRIPTIVE, job.sampling)
         cast, captions, tokenizer = self.model.cast, (job.previous_caption, job.caption), self.model.tokenizer

@@ -47,7 +47,7 @@ from training.toon.world import Story, StoryFrame, sample_story
 
 _ALL_NAMES = sorted({c.name for c in (*MAIN, *NEW) if c.name} | {name for name, _ in SIDE_NAMES})
 _NAME = re.compile(r"\b(" + "|".join(_ALL_NAMES) + r")\b")
-NAME_LOCK_TRIES, RETRY_TEMPERATURE = 7, 0.7  # as in the caption service
+NAME_LOCK_TRIES, REPETITION_TRIES, RETRY_TEMPERATURE = 7, 4, 0.7  # as in the caption service
 SERVED_TEMPERATURE = 0.2  # of captions
 _BUDGET_TOKENS = 352
 _ANSWER_TOKENS = 96
@@ -125,7 +125,7 @@ class Captioner:
         if not guarded:
             return texts
         faults = [partial(repetition.faults, earlier=tuple(captions)) for captions in histories]
-        return self._best_of("story", questions, texts, faults)
+        return self._best_of("story", questions, texts, faults, REPETITION_TRIES)
 
     def descriptions(
         self,
@@ -146,15 +146,20 @@ class Captioner:
         if not guarded:
             return texts
         faults = [partial(self.cast.faults, previous_caption=a, caption=b) for a, b in captions]
-        best = self._best_of("descriptive", questions, texts, faults)
+        best = self._best_of("descriptive", questions, texts, faults, NAME_LOCK_TRIES)
         return [self.cast.repaired(text, *pair) for text, pair in zip(best, captions, strict=True)]
 
     def _best_of(
-        self, adapter: str, questions: Sequence[Question], texts: list[str], faults: Sequence[Callable[[str], int]]
+        self,
+        adapter: str,
+        questions: Sequence[Question],
+        texts: list[str],
+        faults: Sequence[Callable[[str], int]],
+        tries: int,
     ) -> list[str]:
         """As served: the earliest of those with the fewest faults among a text and some more tries."""
         texts = list(texts)
-        for _ in range(NAME_LOCK_TRIES):
+        for _ in range(tries):
             again = [number for number, text in enumerate(texts) if faults[number](text)]
             sampled = self.answer(adapter, [questions[n] for n in again], temperature=RETRY_TEMPERATURE)
             for number, text in zip(again, sampled, strict=True):

@@ -383,3 +383,12 @@ def test_a_rotated_photograph_is_turned_upright() -> None:
     upright = read_image(file.getvalue(), 32)
     assert upright.getpixel((16, 2)) == (0, 0, 255)
     assert upright.getpixel((16, 29)) == (255, 0, 0)
+
+
+async def test_a_description_is_asked_with_the_looks_that_the_pack_knows() -> None:
+    model = replace(MODEL, looks={"Pip": "an orange cat", "Mina": "a pink rabbit"})
+    driver = ScriptedDriver(["Pip stands."])
+    engine = CaptionEngine(model, driver)
+    await engine.describe(replace(DESCRIBE, previous_caption="Pip came.", caption="Pip and Zora ran."))
+    asked = MODEL.tokenizer.decode(driver.asks[0].ids)
+    assert "Cast: Pip, an orange cat. Previous frame" in asked
