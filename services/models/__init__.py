@@ -18,5 +18,8 @@ llava.py         the captioner's shape and files
 prompts.py       what the captioner is asked, as token ids
 cast.py          the name lock: whom a description may name, and how its names are mended
 repetition.py    the repetition guard: captions that say again what was said
+cast.py          the named characters of a pack, and the name lock
+world.py         what a pack knows of the world, and what it says of the rest
+familiarity.py   how familiar a picture is to a pack
 errors.py        what can go wrong, by name
 """

@@ -21,6 +21,7 @@ from services.models.storygen import StoryGenConfig, build_storygen
 from services.models.text_encoder import TextShape, build_text_encoder
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
 from services.models.vae import LatentScaling, VaeShape, build_vae
+from services.models.world import World
 
 UNET = StoryGenConfig(
     sample_size=8,
@@ -46,10 +47,13 @@ def byte_tokenizer() -> StoryTokenizer:
     return StoryTokenizer(tokenizer)
 
 
-def build_tiny_pack(folder: Path, seed: int = 0, *, name: str = "tiny", captions: bool = True) -> Pack:
+def build_tiny_pack(
+    folder: Path, seed: int = 0, *, name: str = "tiny", captions: bool = True, world: World | None = None
+) -> Pack:
     """Write a pack of random weights to `folder` (made if need be; must hold no pack yet) and return it checked.
 
-    `captions=False` leaves the LLaVA out, which halves the time. Same seed, same digest.
+    `captions=False` leaves the LLaVA out, which halves the time. `world` is what the pack says it knows; without one it
+    never warns. Same arguments, same digest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
@@ -67,6 +71,8 @@ def build_tiny_pack(folder: Path, seed: int = 0, *, name: str = "tiny", captions
     save_network(folder / "text_encoder", text, text_shape, torch.float16)
     if captions:
         export_tiny(folder, tokenizer, seed)
+    if world is not None:
+        world.save(folder)
     (folder / "MODEL_CARD.md").write_text("# tiny\n\nRandom weights, for tests. It draws noise.\n", encoding="utf-8")
     settings = PackSettings(
         name=name,
