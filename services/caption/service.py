@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from fabula.caption.v1 import caption_service_pb2 as pb
 from fabula.caption.v1 import caption_service_pb2_grpc as pb_grpc
+from fabula.warning.v1 import warning_pb2
 
 from services.caption.config import CaptionSettings
 from services.caption.job import TEMPERATURE_DEFAULT, DescribeJob, Finish, Sampling, StoryJob, Written
 from services.caption.metrics import ServeObserver
+from services.models.world import Unfamiliar, World
 from services.runtime.config import Installation
 from services.runtime.errors import EngineDead
 from services.runtime.rpc import unary_method
@@ -30,23 +32,29 @@ log = structlog.get_logger("fabula.caption")
 
 
 class CaptionServicer(pb_grpc.CaptionServiceServicer):  # type: ignore[misc]
-    """CaptionService over an engine. `token` is the installation's; None switches the check off."""
+    """CaptionService over an engine. `token` is the installation's; None switches the check off.
 
-    def __init__(self, engine: CaptionEngine, token: str | None) -> None:
+    `world` is what the engine's pack knows: captions that go beyond it are answered with warnings.
+    """
+
+    def __init__(self, engine: CaptionEngine, token: str | None, world: World | None = None) -> None:
         self.engine = engine
         self.token = token
+        self.world = world or World()
 
     @unary_method(pb.WriteCaptionResponse)
     async def WriteCaption(self, request: pb.WriteCaptionRequest, context: Any) -> pb.WriteCaptionResponse:
         """The next story caption."""
         written = await self.engine.write_caption(story_job_from_pb(request))
-        return pb.WriteCaptionResponse(caption=written.text, **cost_to_pb(written))
+        warnings = story_warnings(self.world, request)
+        return pb.WriteCaptionResponse(caption=written.text, warnings=warnings, **cost_to_pb(written))
 
     @unary_method(pb.DescribeResponse)
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         """The description of a caption."""
         written = await self.engine.describe(describe_job_from_pb(request))
-        return pb.DescribeResponse(description=written.text, **cost_to_pb(written))
+        warnings = description_warnings(self.world, request)
+        return pb.DescribeResponse(description=written.text, warnings=warnings, **cost_to_pb(written))
 
     @unary_method(pb.ListPacksResponse)
     async def ListPacks(self, request: pb.ListPacksRequest, context: Any) -> pb.ListPacksResponse:
@@ -98,6 +106,23 @@ def cost_to_pb(written: Written) -> dict[str, Any]:
     return {"finish_reason": finish, "usage": usage, "pack_digest": written.pack_digest}
 
 
+def story_warnings(world: World, request: pb.WriteCaptionRequest) -> list[warning_pb2.Warning]:
+    """What the pack does not know of the newest caption: those before it were newest once, and warned about then."""
+    newest = len(request.captions) - 1
+    return [warning_to_pb(each) for each in world.unfamiliar_texts(request.captions[newest], f"captions[{newest}]")]
+
+
+def description_warnings(world: World, request: pb.DescribeRequest) -> list[warning_pb2.Warning]:
+    """What the pack does not know of either caption."""
+    texts = {"previous_caption": request.previous_caption, "caption": request.caption}
+    return [warning_to_pb(each) for name, text in texts.items() for each in world.unfamiliar_texts(text, name)]
+
+
+def warning_to_pb(told: Unfamiliar) -> warning_pb2.Warning:
+    """The warning of a response."""
+    return warning_pb2.Warning(reason=told.reason, message=told.message, field=told.field, metadata=dict(told.metadata))
+
+
 class CaptionDeployment(CaptionServicer):
     """The servicer as a Ray Serve replica. Constructed means warmed; a dead engine ends the process."""
 
@@ -106,16 +131,17 @@ class CaptionDeployment(CaptionServicer):
         installation = Installation.load()
         configure_logging("caption", installation.log_level)
         chosen = CaptionSettings.load(**settings)
-        from services.caption.loading import build_engine
+        from services.caption.loading import build_engine, load_world
 
         # Ray would pickle the exception, and every process that reads it would import vLLM to do so.
         try:
+            world = load_world(chosen, installation)
             engine = await asyncio.to_thread(build_engine, chosen, installation, ServeObserver())
             await engine.start(warm_up=chosen.warm_up)
         except Exception as error:
             log.exception("caption_cannot_start")
             raise RuntimeError(f"the caption service cannot start: {type(error).__name__}: {error}") from None
-        super().__init__(engine, installation.read_token())
+        super().__init__(engine, installation.read_token(), world)
         log.info("caption_ready", pack=chosen.pack)
 
     async def check_health(self) -> None:

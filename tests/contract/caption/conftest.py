@@ -20,16 +20,23 @@ from prometheus_client import CollectorRegistry
 
 from services.caption.config import CaptionSettings
 from services.caption.engine import CaptionEngine
-from services.caption.loading import build_engine
+from services.caption.loading import build_engine, load_world
 from services.caption.metrics import PrometheusObserver
 from services.caption.server import start_server
 from services.caption.service import CaptionServicer
 from services.models.pack import Pack
 from services.models.tiny import build_tiny_pack
+from services.models.world import World
 from services.runtime.channel import ServiceChannel
 from services.runtime.config import Installation
 
 TOKEN = "0123456789abcdef" * 4
+WORLD = World(
+    words=("kite", "red", "fly"),
+    characters={"Momo": "a brown monkey with a yellow party hat"},
+    places=("the beach",),
+    things=("a kite",),
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def picture(seed: int, size_px: int = 32, form: str = "PNG") -> bytes:
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     """A pack of random weights, written by the code that writes real ones."""
-    return build_tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
+    return build_tiny_pack(tmp_path_factory.mktemp("packs") / "tiny", world=WORLD)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -77,7 +84,7 @@ async def service(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Async
     registry = CollectorRegistry()
     engine = build_engine(settings, installation, PrometheusObserver(registry))
     await engine.start()
-    server, port = await start_server(CaptionServicer(engine, TOKEN), "127.0.0.1:0")
+    server, port = await start_server(CaptionServicer(engine, TOKEN, load_world(settings, installation)), "127.0.0.1:0")
     address = f"127.0.0.1:{port}"
     channel = ServiceChannel(address, application="caption", token=TOKEN)
     stub = pb_grpc.CaptionServiceStub(channel.grpc_channel)

@@ -57,6 +57,28 @@ async def test_both_rpcs_answer_with_a_text_and_its_cost(service: Service) -> No
         assert response.finish_reason in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH)
 
 
+async def test_what_the_pack_has_never_seen_is_named_and_answered_all_the_same(service: Service) -> None:
+    strange = "Zed let the spaceship fly."
+    story = await service.write(captions=["Momo found a robot.", strange])
+    assert story.caption.strip()
+    assert [(each.reason, each.field, dict(each.metadata)) for each in story.warnings] == [
+        ("WORDS_UNFAMILIAR", "captions[1]", {"words": "spaceship"}),
+        ("NAME_UNFAMILIAR", "captions[1]", {"names": "Zed"}),
+    ]
+    described = await service.describe(previous_caption=strange, caption="Momo found a robot.")
+    assert described.description.strip()
+    assert [(each.reason, each.field) for each in described.warnings] == [
+        ("WORDS_UNFAMILIAR", "previous_caption"),
+        ("NAME_UNFAMILIAR", "previous_caption"),
+        ("WORDS_UNFAMILIAR", "caption"),
+    ]
+
+
+async def test_a_familiar_caption_is_answered_without_warnings(service: Service) -> None:
+    story = await service.write(captions=["Momo's red kites were flying."])
+    assert list(story.warnings) == []
+
+
 async def test_the_loaded_pack_is_listed(service: Service) -> None:
     response = await service.channel.call(service.stub.ListPacks, pb.ListPacksRequest(), timeout_s=10)
     assert [(pack.name, pack.digest) for pack in response.packs] == [("tiny", service.pack.digest)]
