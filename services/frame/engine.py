@@ -29,8 +29,10 @@ from services.frame.batching import Candidate, choose
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.picture import png, webp
 from services.frame.sketch import sketch_of
-from services.models.drawing import Drawing, Sketch, advance, begin, finish, preview
+from services.models.drawing import Drawing, Pixels, Sketch, advance, begin, finish, preview
+from services.models.familiarity import gain_over_shrinking_db
 from services.models.registry import FrameModel
+from services.models.world import Unfamiliar, World
 from services.runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -44,6 +46,10 @@ from services.runtime.errors import (
 )
 
 log = structlog.get_logger("fabula.frame")
+
+GAINS_REMEMBERED = (
+    256  # given pictures whose familiarity is known: a story gives the same one to its first three frames
+)
 
 Deliver = Callable[[Event | FabulaError], None]
 """Where a job's events go, the last of them a RenderedFrame or an error. Called in the engine's thread, but for the
@@ -96,11 +102,13 @@ class Ticket:
     deliver: Deliver
     arrival: int
     arrived_s: float
+    given: int | None = None  # which reference is somebody's own picture, the first of them
     cancelled: bool = False
     # From here on the engine's thread only.
     drawing: Drawing | None = None
     started_s: float = 0.0
     last_turn: int = -1
+    warnings: tuple[Unfamiliar, ...] = ()
     kind: tuple[str, int, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,7 +129,9 @@ class FrameEngine:
         settings: EngineSettings | None = None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        worlds: Mapping[str, World] | None = None,
     ) -> None:
+        """`worlds` says what packs know; one that is not in it never warns. Raises ValueError for the default pack."""
         if default_pack not in models:
             raise ValueError(f"the default pack {default_pack!r} is not loaded")
         self.models = dict(models)
@@ -129,6 +139,8 @@ class FrameEngine:
         self.settings = settings or EngineSettings()
         self._observer: Observer = observer or _Silence()
         self._clock = clock
+        self._worlds = dict(worlds or {})
+        self._gains_db: dict[tuple[str, bytes], float] = {}  # by pack and picture, oldest first
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
@@ -176,7 +188,14 @@ class FrameEngine:
         with self._changed:
             self._refuse_if_full()
             ticket = Ticket(
-                sketch, model, job.preview_every_steps, job.deadline_s, deliver, self._arrivals, self._clock()
+                sketch,
+                model,
+                job.preview_every_steps,
+                job.deadline_s,
+                deliver,
+                self._arrivals,
+                self._clock(),
+                next((index for index, reference in enumerate(job.references) if reference.given), None),
             )
             self._arrivals += 1
             room = self.settings.max_running - len(self._running)
@@ -298,12 +317,34 @@ class FrameEngine:
                     self._end(ticket, reason)
                     continue
                 ticket.drawing = begin(ticket.model, ticket.sketch)
+                ticket.warnings = self._warnings(ticket)
             except Exception as error:  # noqa: BLE001 - whatever a network raises, it is this job's and no other's
                 self._fail(ticket, error)
             else:
                 self._running.append(ticket)
             finally:
                 self._beginning = 0
+
+    def _warnings(self, ticket: Ticket) -> tuple[Unfamiliar, ...]:
+        """What the pack does not know of the job's given picture. Costs one decoding a picture, and never the frame."""
+        world = self._worlds.get(ticket.model.manifest.name)
+        if world is None or world.familiar_gain_db is None or ticket.given is None:
+            return ()
+        try:
+            gain_db = self._gain_db(ticket.model, ticket.sketch.references[ticket.given].pixels)
+        except Exception as error:  # noqa: BLE001 - a broken device will fail the step that follows, with its own name
+            log.warning("familiarity_not_measured", error=type(error).__name__)
+            return ()
+        told = world.unfamiliar_picture(gain_db, f"references[{ticket.given}].image")
+        return () if told is None else (told,)
+
+    def _gain_db(self, model: FrameModel, pixels: Pixels) -> float:
+        key = (model.manifest.name, hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest())
+        if key not in self._gains_db:
+            self._gains_db[key] = gain_over_shrinking_db(model.codec, pixels)
+            if len(self._gains_db) > GAINS_REMEMBERED:
+                del self._gains_db[next(iter(self._gains_db))]
+        return self._gains_db[key]
 
     def _drop_lost(self) -> None:
         for ticket in list(self._running):
@@ -387,6 +428,7 @@ class FrameEngine:
                 pack_digest=ticket.model.manifest.digest,
                 queue_s=ticket.started_s - ticket.arrived_s,
                 render_s=ended_s - ticket.started_s,
+                warnings=ticket.warnings,
             )
             self._job_s += 0.2 * (frame.render_s - self._job_s)
             self._leave(ticket, frame)

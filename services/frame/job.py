@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from services.models.world import Unfamiliar
+
 if TYPE_CHECKING:  # torch comes with it
     from services.models.drawing import Sketch
 
@@ -18,6 +20,7 @@ class ReferenceImage:
 
     image: bytes  # PNG, JPEG or WebP
     description: str
+    given: bool = False  # somebody's own picture, not one that a pack drew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,7 @@ class RenderedFrame:
     pack_digest: str
     queue_s: float
     render_s: float
+    warnings: tuple[Unfamiliar, ...] = ()  # of what was given, what the pack does not know
 
 
 Event = Queued | Progress | Preview | RenderedFrame

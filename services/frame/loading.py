@@ -9,6 +9,7 @@ from services.frame.config import FrameSettings
 from services.frame.engine import EngineSettings, FrameEngine, Observer
 from services.models.pack import find_pack, load_pack
 from services.models.registry import load_frame_model
+from services.models.world import World
 from services.runtime.config import Installation
 
 log = structlog.get_logger("fabula.frame")
@@ -17,7 +18,8 @@ log = structlog.get_logger("fabula.frame")
 def load_engine(settings: FrameSettings, installation: Installation, observer: Observer | None = None) -> FrameEngine:
     """A started, warmed engine with the packs the settings name.
 
-    Sets torch's thread count for the whole process. Raises ModelError when a pack cannot be loaded.
+    Sets torch's thread count for the whole process. Raises ModelError when a pack cannot be loaded, and
+    ValueError when its `world.json` is malformed.
     """
     device = settings.device
     if device == "auto":
@@ -39,6 +41,7 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
             stall_s=settings.stall_s,
         ),
         observer=observer,
+        worlds={pack.name: World.load(pack.folder) for pack in packs},
     )
     engine.start()
     if settings.warm_up:

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from fabula.frame.v1 import frame_service_pb2 as pb
 from fabula.frame.v1 import frame_service_pb2_grpc as pb_grpc
+from fabula.warning.v1 import warning_pb2
 
 from services.frame.config import FrameSettings
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.metrics import MeteredObserver, ServeMeters
+from services.models.world import Unfamiliar
 from services.runtime.call import current_call
 from services.runtime.config import Installation
 from services.runtime.rpc import stream_method, unary_method
@@ -58,7 +60,9 @@ def job_from_pb(request: pb.RenderFrameRequest) -> FrameJob:
         description=request.description,
         seed=request.seed,
         pack=request.pack,
-        references=tuple(ReferenceImage(image=r.image, description=r.description) for r in request.references),
+        references=tuple(
+            ReferenceImage(image=r.image, description=r.description, given=r.given) for r in request.references
+        ),
         width_px=request.width_px,
         height_px=request.height_px,
         steps=request.steps,
@@ -93,8 +97,14 @@ def event_to_pb(event: Event) -> pb.RenderFrameResponse:
                 pack_digest=event.pack_digest,
                 queue_s=event.queue_s,
                 render_s=event.render_s,
+                warnings=[warning_to_pb(each) for each in event.warnings],
             )
             return pb.RenderFrameResponse(frame=frame)
+
+
+def warning_to_pb(told: Unfamiliar) -> warning_pb2.Warning:
+    """The warning of a frame."""
+    return warning_pb2.Warning(reason=told.reason, message=told.message, field=told.field, metadata=dict(told.metadata))
 
 
 def packs_to_pb(engine: FrameEngine) -> pb.ListPacksResponse:

@@ -29,6 +29,7 @@ from services.frame.service import FrameServicer
 from services.models.drawing import Drawing, advance
 from services.models.registry import FrameModel, load_frame_model
 from services.models.tiny import build_tiny_pack
+from services.models.world import World
 
 TOKEN = "t" * 64
 WAIT_S = 30.0
@@ -72,9 +73,10 @@ class Service:
         return raised.value.code(), info, status
 
 
-async def start(model: FrameModel, settings: EngineSettings) -> AsyncIterator[Service]:
+async def start(model: FrameModel, settings: EngineSettings, world: World | None = None) -> AsyncIterator[Service]:
     registry = CollectorRegistry()
-    engine = FrameEngine({"tiny": model}, "tiny", settings, MeteredObserver(PrometheusMeters(registry)))
+    observer = MeteredObserver(PrometheusMeters(registry))
+    engine = FrameEngine({"tiny": model}, "tiny", settings, observer, worlds={"tiny": world} if world else None)
     engine.start()
     server, port = await start_server(FrameServicer(engine, TOKEN), "127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -162,6 +164,17 @@ async def test_progress_previews_and_at_last_the_picture(service: Service) -> No
     assert (frame.text_guidance, frame.image_guidance) == (2.0, 1.5)
     assert frame.pack_digest == service.engine.models["tiny"].manifest.digest
     assert frame.render_s > 0
+
+
+async def test_a_given_picture_far_from_what_the_pack_draws_is_told_of(model: FrameModel) -> None:
+    world = World(characters={"Pip": "an orange cat"}, familiar_gain_db=1.0)  # random weights gain nothing on noise
+    async for service in start(model, EngineSettings(), world):
+        given = pb.Reference(image=picture(0), description="a photograph", given=True)
+        (told,) = (await service.frame(request(references=[given]))).warnings
+        assert (told.reason, told.field) == ("PICTURE_UNFAMILIAR", "references[0].image")
+        assert "Pip (an orange cat)" in told.message
+        assert float(told.metadata["gain_db"]) < 1.0
+        assert list((await service.frame(request())).warnings) == []
 
 
 async def test_same_request_same_bytes_and_another_seed_others(service: Service) -> None:
