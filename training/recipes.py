@@ -80,6 +80,7 @@ def toon_frame(minutes: float | None = None, *, gpu: bool = False) -> FrameRecip
             optimizer=OptimizerRecipe(matrix_rate=0.02, rate=3e-3, weight_decay=0.01),
             seed=2,
             ema=0.985,
+            measure_every_s=900.0,  # a look takes half a minute of two cores
         ),
         single_rows=16 if gpu else 2,
         story_rows=240 if gpu else 30,
