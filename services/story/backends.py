@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fabula.caption.v1 import caption_service_pb2 as caption_pb
 from fabula.caption.v1 import caption_service_pb2_grpc as caption_grpc
 from fabula.frame.v1 import frame_service_pb2 as frame_pb
 from fabula.frame.v1 import frame_service_pb2_grpc as frame_grpc
+from fabula.warning.v1 import warning_pb2
 
 from services.runtime.channel import ServiceChannel
 from services.runtime.errors import ReplicaLost
-from services.story.records import FramePreview, FrameProgress, FrameQueued, Passing
+from services.story.records import FramePreview, FrameProgress, FrameQueued, Passing, StoryWarning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,15 @@ class DrawnFrame:
     pack_digest: str
     queue_s: float
     render_s: float
+    warnings: tuple[StoryWarning, ...]  # of the given references; `field` is as the service names it
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenText:
+    """A caption or a description, and what the pack does not know of what it was written from."""
+
+    text: str
+    warnings: tuple[StoryWarning, ...]  # `field` is as the service names it
 
 
 class CaptionBackend:
@@ -42,7 +52,7 @@ class CaptionBackend:
 
     async def write_caption(
         self, *, pack: str, image: bytes, captions: Sequence[str], seed: int, temperature: float
-    ) -> str:
+    ) -> WrittenText:
         """The caption after `captions`, of which the last belongs to `image`."""
         request = caption_pb.WriteCaptionRequest(
             pack=pack,
@@ -51,11 +61,11 @@ class CaptionBackend:
             sampling=caption_pb.Sampling(temperature=temperature, seed=seed),
         )
         response = await self._channel.call(self._stub.WriteCaption, request, timeout_s=self._timeout_s)
-        return str(response.caption)
+        return WrittenText(text=response.caption, warnings=_warnings(response.warnings))
 
     async def describe(
         self, *, pack: str, image: bytes, previous_caption: str, caption: str, seed: int, temperature: float
-    ) -> str:
+    ) -> WrittenText:
         """The description of `caption`; `image` and `previous_caption` are the frame before it."""
         request = caption_pb.DescribeRequest(
             pack=pack,
@@ -65,7 +75,7 @@ class CaptionBackend:
             sampling=caption_pb.Sampling(temperature=temperature, seed=seed),
         )
         response = await self._channel.call(self._stub.Describe, request, timeout_s=self._timeout_s)
-        return str(response.description)
+        return WrittenText(text=response.description, warnings=_warnings(response.warnings))
 
     async def packs(self, *, timeout_s: float) -> tuple[str, ...]:
         """Names of the loaded packs, the default first."""
@@ -89,20 +99,25 @@ class FrameBackend:
         pack: str,
         description: str,
         references: Sequence[tuple[bytes, str]],
+        given: int | None,
         seed: int,
         steps: int | None,
         text_guidance: float | None,
         image_guidance: float | None,
         on_passing: Callable[[Passing], None],
     ) -> DrawnFrame:
-        """One picture. `references` are earlier pictures with their descriptions, oldest first.
+        """One picture. `references` are earlier pictures with their descriptions, oldest first; the one numbered
+        `given` is a user's own.
 
         `on_passing` hears of queue, progress and previews. Cancelling the task cancels the job.
         """
         request = frame_pb.RenderFrameRequest(
             pack=pack,
             description=description,
-            references=[frame_pb.Reference(image=image, description=text) for image, text in references],
+            references=[
+                frame_pb.Reference(image=image, description=text, given=number == given)
+                for number, (image, text) in enumerate(references)
+            ],
             seed=seed,
             steps=steps or 0,
             text_guidance=text_guidance,
@@ -155,4 +170,12 @@ def _drawn(frame: frame_pb.RenderedFrame, elapsed_s: float) -> DrawnFrame:
         pack_digest=frame.pack_digest,
         queue_s=frame.queue_s,
         render_s=frame.render_s or elapsed_s,
+        warnings=_warnings(frame.warnings),
+    )
+
+
+def _warnings(messages: Iterable[warning_pb2.Warning]) -> tuple[StoryWarning, ...]:
+    return tuple(
+        StoryWarning(reason=each.reason, message=each.message, field=each.field, metadata=dict(each.metadata))
+        for each in messages
     )

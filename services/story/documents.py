@@ -14,7 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.runtime.errors import FabulaError, FieldViolation, ImageUnreadable, InvalidArgument, UnknownField
 from services.story.intake import StoryRequest
-from services.story.records import Event, Frame, FrameFinished, FramePreview, StateChanged, Story, kind_of
+from services.story.records import (
+    Event,
+    Frame,
+    FrameFinished,
+    FramePreview,
+    StateChanged,
+    Story,
+    StoryWarning,
+    WarningGiven,
+    kind_of,
+)
 
 StateName = Literal[
     "STATE_QUEUED", "STATE_RUNNING", "STATE_WAITING", "STATE_SUCCEEDED", "STATE_FAILED", "STATE_CANCELLED"
@@ -66,6 +76,15 @@ class StoryErrorDocument(BaseModel):
     message: str
 
 
+class WarningDocument(BaseModel):
+    """What the pack does not know of the given picture or caption. The story goes on all the same."""
+
+    reason: str = Field(description="Stable: WORDS_UNFAMILIAR, NAME_UNFAMILIAR or PICTURE_UNFAMILIAR. More may come.")
+    message: str = Field(description="What the pack does not know and what it does know, for a person.")
+    field: str = Field(description="What it is about: caption or image.")
+    metadata: dict[str, str]
+
+
 class FrameTimingsDocument(BaseModel):
     """Where a frame's time went, in seconds."""
 
@@ -104,6 +123,9 @@ class StoryDocument(BaseModel):
     update_time: datetime
     error: StoryErrorDocument | None
     last_sequence: int
+    warnings: list[WarningDocument] = Field(
+        default=[], description="At most one for each reason and field, in the order noticed. Empty in lists."
+    )
 
 
 class StoryListDocument(BaseModel):
@@ -136,6 +158,7 @@ class EventDocument(BaseModel):
     caption_written: dict[str, Any] | None = Field(default=None, description="frame_index, caption")
     description_written: dict[str, Any] | None = Field(default=None, description="frame_index, description")
     frame_finished: dict[str, Any] | None = Field(default=None, description="frame")
+    warning_given: dict[str, Any] | None = Field(default=None, description="warning")
     frame_queued: dict[str, Any] | None = Field(default=None, description="frame_index, ahead_count")
     frame_progress: dict[str, Any] | None = Field(default=None, description="frame_index, step, step_count, eta_s")
     frame_preview: dict[str, Any] | None = Field(default=None, description="frame_index, image (base64 WebP), step")
@@ -215,7 +238,13 @@ def story_document(story: Story) -> StoryDocument:
         update_time=_time(story.update_us),
         error=StoryErrorDocument(reason=story.reason, message=story.message) if story.reason else None,
         last_sequence=story.last_sequence,
+        warnings=[warning_document(each) for each in story.warnings],
     )
+
+
+def warning_document(told: StoryWarning) -> WarningDocument:
+    """One warning."""
+    return WarningDocument(reason=told.reason, message=told.message, field=told.field, metadata=dict(told.metadata))
 
 
 def frame_document(story_id: str, frame: Frame) -> FrameDocument:
@@ -252,6 +281,8 @@ def event_document(event: Event) -> dict[str, Any]:
             }
         case FrameFinished(frame=frame):
             content = {"frame": frame_document(event.story_id, frame).model_dump(mode="json")}
+        case WarningGiven(warning=warning):
+            content = {"warning": warning_document(warning).model_dump(mode="json")}
         case FramePreview(frame_index=index, image=image, step=step):
             content = {"frame_index": index, "image": base64.b64encode(image).decode(), "step": step}
         case _:

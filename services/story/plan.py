@@ -44,6 +44,7 @@ class Reference:
 
     image_sha256: str
     description: str
+    given: bool = False  # a user's own picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +123,8 @@ def next_command(plan: Plan) -> Command | None:
             seed=derive_seed(plan.seed, index, "image"),
             description=newest.description,
             references=tuple(
-                Reference(image_sha256=_drawn(frame), description=frame.description or frame.caption)
-                for frame in plan.frames[:-1][-MAX_REFERENCES:]
+                Reference(image_sha256=_drawn(frame), description=frame.description or frame.caption, given=number == 0)
+                for number, frame in list(enumerate(plan.frames[:-1]))[-MAX_REFERENCES:]
             ),
         )
     return Commit(frame_index=index, image_sha256=newest.image_sha256)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fabula.story.v1 import story_pb2 as pb
+from fabula.warning.v1 import warning_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -20,6 +21,8 @@ from services.story.records import (
     State,
     StateChanged,
     Story,
+    StoryWarning,
+    WarningGiven,
 )
 
 
@@ -43,6 +46,7 @@ def story_to_pb(story: Story) -> Any:
         update_time=timestamp(story.update_us),
         error=error_to_pb(story.reason, story.message),
         last_sequence=story.last_sequence,
+        warnings=[warning_to_pb(each) for each in story.warnings],
     )
 
 
@@ -85,6 +89,8 @@ def event_to_pb(event: Event) -> Any:
             message.description_written.CopyFrom(pb.DescriptionWritten(frame_index=index, description=description))
         case FrameFinished(frame=frame):
             message.frame_finished.CopyFrom(pb.FrameFinished(frame=frame_to_pb(frame)))
+        case WarningGiven(warning=warning):
+            message.warning_given.CopyFrom(pb.WarningGiven(warning=warning_to_pb(warning)))
         case FrameQueued(frame_index=index, ahead_count=ahead):
             message.frame_queued.CopyFrom(pb.FrameQueued(frame_index=index, ahead_count=ahead))
         case FrameProgress(frame_index=index, step=step, step_count=count, eta_s=eta_s):
@@ -103,6 +109,11 @@ def state_to_pb(state: State) -> Any:
 def error_to_pb(reason: str, message: str) -> Any:
     """Why a story failed or waits; None when it does neither."""
     return pb.StoryError(reason=reason, message=message) if reason else None
+
+
+def warning_to_pb(told: StoryWarning) -> Any:
+    """One warning."""
+    return warning_pb2.Warning(reason=told.reason, message=told.message, field=told.field, metadata=dict(told.metadata))
 
 
 def timestamp(us: int) -> Timestamp:

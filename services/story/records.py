@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -63,6 +64,16 @@ class Frame:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoryWarning:
+    """What the pack does not know of what the story was given. The story goes on."""
+
+    reason: str  # stable; a story has at most one for each reason and field
+    message: str
+    field: str  # of CreateStory: "caption" or "image"
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Story:
     """One story as it stands."""
 
@@ -75,6 +86,7 @@ class Story:
     last_sequence: int
     reason: str = ""
     message: str = ""
+    warnings: tuple[StoryWarning, ...] = ()  # in the order they were given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +122,13 @@ class FrameFinished:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarningGiven:
+    """Something about what was given is beyond the pack."""
+
+    warning: StoryWarning
+
+
+@dataclass(frozen=True, kw_only=True)
 class FrameQueued:
     """Passing: a frame waits for room in the frame engine."""
 
@@ -136,7 +155,7 @@ class FramePreview:
     step: int
 
 
-Durable = StateChanged | CaptionWritten | DescriptionWritten | FrameFinished
+Durable = StateChanged | CaptionWritten | DescriptionWritten | FrameFinished | WarningGiven
 Passing = FrameQueued | FrameProgress | FramePreview
 
 
@@ -155,6 +174,7 @@ KINDS: dict[str, type[Any]] = {
     "caption_written": CaptionWritten,
     "description_written": DescriptionWritten,
     "frame_finished": FrameFinished,
+    "warning_given": WarningGiven,
     "frame_queued": FrameQueued,
     "frame_progress": FrameProgress,
     "frame_preview": FramePreview,
@@ -176,6 +196,8 @@ def durable_from_json(kind: str, payload: dict[str, Any]) -> Durable:
     """The event behind a row of the log."""
     if kind == "frame_finished":
         return FrameFinished(frame=Frame(**payload["frame"]))
+    if kind == "warning_given":
+        return WarningGiven(warning=StoryWarning(**payload["warning"]))
     if kind == "state_changed":
         return StateChanged(**{**payload, "state": State(payload["state"])})
     what: Durable = KINDS[kind](**payload)

@@ -29,11 +29,13 @@ from services.story.records import (
     State,
     StateChanged,
     Story,
+    StoryWarning,
+    WarningGiven,
     durable_from_json,
     durable_to_json,
     kind_of,
 )
-from services.story.schema import events, executors, frames, request_keys, stories
+from services.story.schema import events, executors, frames, request_keys, stories, warnings
 
 _ACTIVE = [state.value for state in ACTIVE]
 _FRAME_FIELDS = tuple(Frame.__dataclass_fields__)
@@ -144,7 +146,7 @@ class Repository:
         return (row.traceparent, row.request_id) if row else ("", "")
 
     async def page(self, *, limit: int, before: str = "") -> list[Story]:
-        """Stories without frames, newest first, older than the id `before` if one is given."""
+        """Stories without frames and warnings, newest first, older than the id `before` if one is given."""
         statement = (
             select(stories).where(stories.c.delete_us.is_(None)).order_by(stories.c.story_id.desc()).limit(limit)
         )
@@ -256,6 +258,32 @@ class Repository:
             )
             return description
 
+    async def warn(self, story_id: str, given: Iterable[StoryWarning]) -> bool:
+        """Adds warnings with their events; says whether any was new. Of a reason and a field the first one stays."""
+        at = now_us()
+        is_new = False
+        async with writing(self._engine) as connection:
+            if not await _is_active(connection, story_id):
+                return False
+            told = {(each.reason, each.field) for each in await _warnings(connection, story_id)}
+            for each in given:
+                if (each.reason, each.field) in told:
+                    continue
+                told.add((each.reason, each.field))
+                sequence = await _append(connection, story_id, WarningGiven(warning=each), at)
+                await connection.execute(
+                    insert(warnings).values(
+                        story_id=story_id,
+                        reason=each.reason,
+                        field=each.field,
+                        sequence=sequence,
+                        message=each.message,
+                        metadata=dict(each.metadata),
+                    )
+                )
+                is_new = True
+        return is_new
+
     async def commit_frame(
         self, story_id: str, index: int, drawn: dict[str, Any], defaults: dict[str, Any]
     ) -> str | None:
@@ -285,14 +313,16 @@ class Repository:
             return str(drawn["image_sha256"])
 
     async def delete(self, story_id: str) -> None:
-        """Removes a story's texts, frames and events. Its row stays, empty, so that its request id is not used again.
+        """Removes a story's texts, frames, warnings and events.
 
-        Raises StoryNotFound. Call it when the story has ended.
+        Its row stays, empty, so that its request id is not used again. Raises StoryNotFound. Call it when the story has
+        ended.
         """
         async with writing(self._engine) as connection:
             await _exists(connection, story_id)
             await connection.execute(delete(events).where(events.c.story_id == story_id))
             await connection.execute(delete(frames).where(frames.c.story_id == story_id))
+            await connection.execute(delete(warnings).where(warnings.c.story_id == story_id))
             await connection.execute(
                 update(stories).where(stories.c.story_id == story_id).values(delete_us=now_us(), message="")
             )
@@ -441,7 +471,15 @@ async def _story(connection: AsyncConnection, story_id: str) -> Story:
     if row is None:
         raise StoryNotFound(metadata={"story_id": story_id[:64]})
     found = await connection.execute(select(frames).where(frames.c.story_id == story_id).order_by(frames.c.index))
-    return _story_from(row, tuple(_frame_from(frame) for frame in found))
+    return _story_from(row, tuple(_frame_from(frame) for frame in found), await _warnings(connection, story_id))
+
+
+async def _warnings(connection: AsyncConnection, story_id: str) -> tuple[StoryWarning, ...]:
+    statement = select(warnings).where(warnings.c.story_id == story_id).order_by(warnings.c.sequence)
+    return tuple(
+        StoryWarning(reason=row.reason, message=row.message, field=row.field, metadata=row.metadata)
+        for row in await connection.execute(statement)
+    )
 
 
 def _story_row(story_id: str, options: Options, at: int) -> dict[str, Any]:
@@ -462,7 +500,7 @@ def _story_row(story_id: str, options: Options, at: int) -> dict[str, Any]:
     }
 
 
-def _story_from(row: Any, found: tuple[Frame, ...]) -> Story:
+def _story_from(row: Any, found: tuple[Frame, ...], told: tuple[StoryWarning, ...] = ()) -> Story:
     return Story(
         story_id=row.story_id,
         state=State(row.state),
@@ -481,6 +519,7 @@ def _story_from(row: Any, found: tuple[Frame, ...]) -> Story:
         last_sequence=row.last_sequence,
         reason=row.reason,
         message=row.message,
+        warnings=told,
     )
 
 

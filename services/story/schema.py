@@ -87,6 +87,17 @@ events = Table(
     Column("payload", JSON, nullable=False),
 )
 
+warnings = Table(
+    "warnings",
+    metadata,
+    Column("story_id", String(36), ForeignKey("stories.story_id"), primary_key=True),
+    Column("reason", String(64), primary_key=True),  # at most one for each reason and field
+    Column("field", String(64), primary_key=True),
+    Column("sequence", BigInteger, nullable=False),  # of its event: the order they were given in
+    Column("message", Text, nullable=False),
+    Column("metadata", JSON, nullable=False),
+)
+
 request_keys = Table(
     "request_keys",
     metadata,

@@ -13,7 +13,8 @@ import asyncio
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import structlog
@@ -28,7 +29,7 @@ from services.story.config import StorySettings
 from services.story.events import Broadcaster
 from services.story.metrics import ENDED, RETRIES, STAGE_SECONDS, WAITS
 from services.story.plan import Command, Commit, Describe, Render, WriteCaption
-from services.story.records import ACTIVE, Options, Passing, State
+from services.story.records import ACTIVE, Options, Passing, State, StoryWarning
 from services.story.repository import Repository
 from services.story.retry import GiveUp, decide
 
@@ -326,17 +327,18 @@ class StoryWorkflows:
         if frame is not None:
             return frame.caption
         started = time.monotonic()
-        caption = await self._caption.write_caption(
+        written = await self._caption.write_caption(
             pack=options.pack,
             image=await self._store.get(command.image_sha256),
             captions=command.captions,
             seed=command.seed,
             temperature=options.temperature,
         )
+        await self._warn(story_id, written.warnings, {"captions[0]": "caption"})
         kept = await self._repository.write_caption(
             story_id,
             command.frame_index,
-            caption=caption,
+            caption=written.text,
             seed=command.seed,
             duration_s=time.monotonic() - started,
         )
@@ -347,7 +349,7 @@ class StoryWorkflows:
         if frame is not None and frame.description is not None:
             return frame.description
         started = time.monotonic()
-        description = await self._caption.describe(
+        written = await self._caption.describe(
             pack=options.pack,
             image=await self._store.get(command.image_sha256),
             previous_caption=command.previous_caption,
@@ -355,10 +357,12 @@ class StoryWorkflows:
             seed=command.seed,
             temperature=options.temperature,
         )
+        users = {"previous_caption": "caption"} if command.frame_index == 1 else {}
+        await self._warn(story_id, written.warnings, users)
         kept = await self._repository.write_description(
             story_id,
             command.frame_index,
-            description=description,
+            description=written.text,
             seed=command.seed,
             duration_s=time.monotonic() - started,
         )
@@ -369,11 +373,13 @@ class StoryWorkflows:
             self._broadcaster.passing(story_id, what)
 
         references = [(await self._store.get(ref.image_sha256), ref.description) for ref in command.references]
+        given = next((number for number, ref in enumerate(command.references) if ref.given), None)
         drawn = await self._frame.render(
             frame_index=command.frame_index,
             pack=options.pack,
             description=command.description,
             references=references,
+            given=given,
             seed=command.seed,
             steps=options.steps,
             text_guidance=options.text_guidance,
@@ -382,6 +388,7 @@ class StoryWorkflows:
         )
         # Kept apart from drawing: when the disk is full, only this is tried again and the picture is not drawn twice.
         sha256 = await self._try(story_id, "keep_picture", lambda: self._store.put(drawn.image))
+        await self._warn(story_id, drawn.warnings, {f"references[{given}].image": "image"})
         return {
             "image_sha256": sha256,
             "width_px": drawn.width_px,
@@ -408,6 +415,19 @@ class StoryWorkflows:
             ENDED.labels(state=state).inc()
             self._broadcaster.durable(story_id)
             log.info("story_ended", state=state, reason=reason)
+
+    async def _warn(self, story_id: str, told: Iterable[StoryWarning], users: Mapping[str, str]) -> None:
+        """Keeps the warnings about what the user gave; `users` is what the services call that, and what the user does.
+
+        What else a service warns about was written or drawn by the pack itself. Before the step's own result is kept,
+        or a crash in between would lose them.
+        """
+        given = [replace(each, field=users[each.field]) for each in told if each.field in users]
+        if not given:
+            return
+        is_new: bool = await self._try(story_id, "warn", lambda: self._repository.warn(story_id, given))
+        if is_new:
+            self._broadcaster.durable(story_id)
 
     def _committed(self, story_id: str, kept: str | None) -> str:
         if kept is None:

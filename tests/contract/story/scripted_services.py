@@ -21,6 +21,7 @@ from fabula.caption.v1 import caption_service_pb2 as caption_pb
 from fabula.caption.v1 import caption_service_pb2_grpc as caption_grpc
 from fabula.frame.v1 import frame_service_pb2 as frame_pb
 from fabula.frame.v1 import frame_service_pb2_grpc as frame_grpc
+from fabula.warning.v1 import warning_pb2
 from PIL import Image
 
 from services.runtime.call import current_call
@@ -58,6 +59,8 @@ class Script:
         self.cancelled = 0
         self.packs = ["toon", "other"]
         self.replicas_die = False
+        self.strange: tuple[str, ...] = ()  # words the pack does not know, in whatever caption it is asked about
+        self.strange_picture = False  # the given one is unlike what the pack draws
         self.picture_bytes = 0  # least size of a picture, for the full disk
 
     async def enter(self, method: str, request: Any, frame_index: int) -> None:
@@ -69,6 +72,21 @@ class Script:
 
     def count(self, method: str) -> int:
         return sum(1 for called, _, _ in self.calls if called == method)
+
+
+def _word_warnings(script: Script, texts: dict[str, str]) -> list[warning_pb2.Warning]:
+    """As the caption service says them: one for each text that has such words."""
+    found = {field: [word for word in script.strange if word in text] for field, text in texts.items()}
+    return [
+        warning_pb2.Warning(
+            reason="WORDS_UNFAMILIAR",
+            message=f"This pack has never drawn: {', '.join(words)}.",
+            field=field,
+            metadata={"words": ",".join(words)},
+        )
+        for field, words in found.items()
+        if words
+    ]
 
 
 def _frame_index_of(text: str) -> int:
@@ -90,7 +108,9 @@ class ScriptedCaption(caption_grpc.CaptionServiceServicer):
             repr((list(request.captions), request.sampling.seed)).encode() + request.image
         ).hexdigest()[:8]
         return caption_pb.WriteCaptionResponse(
-            caption=f"Then came frame {index} of the story ({mark}).", pack_digest=DIGEST
+            caption=f"Then came frame {index} of the story ({mark}).",
+            pack_digest=DIGEST,
+            warnings=_word_warnings(self.script, {f"captions[{index - 1}]": request.captions[-1]}),
         )
 
     @unary_method(caption_pb.DescribeResponse)
@@ -101,7 +121,12 @@ class ScriptedCaption(caption_grpc.CaptionServiceServicer):
         mark = hashlib.sha256(
             repr((request.previous_caption, request.caption, request.sampling.seed)).encode() + request.image
         ).hexdigest()[:8]
-        return caption_pb.DescribeResponse(description=f"A drawing of frame {index} : {mark}.", pack_digest=DIGEST)
+        texts = {"previous_caption": request.previous_caption, "caption": request.caption}
+        return caption_pb.DescribeResponse(
+            description=f"A drawing of frame {index} : {mark}.",
+            pack_digest=DIGEST,
+            warnings=_word_warnings(self.script, texts),
+        )
 
     @unary_method(caption_pb.ListPacksResponse)
     async def ListPacks(self, request: Any, context: Any) -> Any:
@@ -142,6 +167,15 @@ class ScriptedFrame(frame_grpc.FrameServiceServicer):
         self.script.computed["RenderFrame", index] += 1
         references = [(ref.image, ref.description) for ref in request.references]
         image = picture(request.seed, request.description, references) + bytes(self.script.picture_bytes)
+        warnings = [
+            warning_pb2.Warning(
+                reason="PICTURE_UNFAMILIAR",
+                message="It is unlike what this pack draws.",
+                field=f"references[{k}].image",
+            )
+            for k, reference in enumerate(request.references)
+            if reference.given and self.script.strange_picture
+        ]
         yield frame_pb.RenderFrameResponse(
             frame=frame_pb.RenderedFrame(
                 image=image,
@@ -155,6 +189,7 @@ class ScriptedFrame(frame_grpc.FrameServiceServicer):
                 pack_digest=DIGEST,
                 queue_s=0.25,
                 render_s=0.5,
+                warnings=warnings,
             )
         )
 

@@ -86,6 +86,39 @@ def test_ids_trace_and_deadline_reach_the_services(story: StoryProcess, script: 
         assert 0 < call.remaining_s() <= 900
 
 
+def test_what_is_beyond_the_pack_is_told_once_and_the_story_goes_on(story: StoryProcess, script: Script) -> None:
+    script.strange = ("robot", "Then")  # the pack itself writes the second: that is no concern of the user's
+    script.strange_picture = True
+    made = finish(story, caption="A robot came.", frame_count=3)
+    assert len(made.frames) == 4
+    assert [(each.reason, each.field, dict(each.metadata)) for each in made.warnings] == [
+        ("WORDS_UNFAMILIAR", "caption", {"words": "robot"}),
+        ("PICTURE_UNFAMILIAR", "image", {}),
+    ]
+    assert made.warnings[0].message == "This pack has never drawn: robot."
+    given = [[ref.given for ref in asked.references] for method, asked, _ in script.calls if method == "RenderFrame"]
+    assert given == [[True], [True, False], [True, False, False]]
+    told = [event for event in story.events(made.story_id) if event.HasField("warning_given")]
+    assert [event.warning_given.warning for event in told] == list(made.warnings)
+    document = story.http.get(f"/v1/stories/{made.story_id}").json()
+    assert document["warnings"][0] == {
+        "reason": "WORDS_UNFAMILIAR",
+        "message": "This pack has never drawn: robot.",
+        "field": "caption",
+        "metadata": {"words": "robot"},
+    }
+    stream = story.http.get(f"/v1/stories/{made.story_id}/events").text
+    data = [json.loads(line.removeprefix("data:")) for line in stream.splitlines() if line.startswith("data:")]
+    assert [each["warning_given"]["warning"] for each in data if "warning_given" in each] == document["warnings"]
+    assert stream.count("event: warning_given") == 2
+
+
+def test_a_familiar_story_has_no_warnings(story: StoryProcess) -> None:
+    made = finish(story, frame_count=1)
+    assert list(made.warnings) == []
+    assert story.http.get(f"/v1/stories/{made.story_id}").json()["warnings"] == []
+
+
 def test_the_same_seed_makes_the_same_pictures(story: StoryProcess) -> None:
     first, second, other = (finish(story, seed=seed) for seed in (5, 5, 6))
     shas = [[frame.image_sha256 for frame in made.frames] for made in (first, second, other)]

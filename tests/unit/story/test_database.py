@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy import insert, inspect
 
 from services.runtime.config import ConfigInvalid
 from services.runtime.errors import IdempotencyKeyReused, QueueFull, StoryNotFound
-from services.story.database import database_urls, open_database, open_for_migrations
+from services.story.database import database_urls, open_database, open_for_migrations, prepare_sqlite
 from services.story.events import Broadcaster, watch
-from services.story.migrate import is_current, upgrade
-from services.story.records import Frame, Options, State
+from services.story.migrate import _config, is_current, upgrade
+from services.story.records import Frame, Options, State, StoryWarning, WarningGiven
 from services.story.repository import Repository
-from services.story.schema import metadata
+from services.story.schema import frames, metadata, stories
 
 OPTIONS = Options(frame_count=2, seed=1, pack="toon", temperature=0.2)
 GIVEN = Frame(index=0, caption="c", description="c", image_sha256="0" * 64, width_px=8, height_px=8)
+
+
+STRANGE = StoryWarning(
+    reason="WORDS_UNFAMILIAR", message="never drawn: robot", field="caption", metadata={"words": "robot"}
+)
 
 
 @pytest.fixture
@@ -49,6 +57,32 @@ def test_migrations_make_the_tables_of_the_schema(tmp_path: Path) -> None:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
     engine.dispose()
+
+
+async def test_a_database_of_before_the_warnings_is_brought_up_to_date_with_its_stories(tmp_path: Path) -> None:
+    urls = database_urls("", tmp_path)
+    prepare_sqlite(urls)
+    old = open_for_migrations(urls)
+    with old.begin() as connection:
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        assert "warnings" not in inspect(connection).get_table_names()
+        times = {"create_us": 1, "update_us": 1, "last_sequence": 1}
+        options = {"frame_count": 2, "seed": 1, "pack": "toon", "temperature": 0.2}
+        connection.execute(insert(stories).values(story_id="s", state="RUNNING", enqueued=True, **times, **options))
+        connection.execute(insert(frames).values(story_id="s", index=0, caption="c"))
+    old.dispose()
+    assert not is_current(urls)
+    await asyncio.to_thread(upgrade, urls)
+    assert is_current(urls)
+    engine = open_database(urls)
+    repository = Repository(engine)
+    assert (await repository.get("s")).warnings == ()
+    assert await repository.warn("s", [STRANGE])
+    story = await repository.get("s")
+    assert (story.frames[0].caption, story.warnings, story.last_sequence) == ("c", (STRANGE,), 2)
+    await engine.dispose()
 
 
 def test_an_empty_database_is_not_current(tmp_path: Path) -> None:
@@ -120,6 +154,29 @@ async def test_nothing_is_written_to_a_story_that_has_ended(repository: Reposito
     assert (await repository.get("s")).last_sequence == 2
     beyond = watch(repository, Broadcaster(), "s", after=2**63, poll_s=0.01)  # no number the database could hold
     assert [event async for event in beyond] == []
+
+
+async def test_of_a_reason_and_a_field_the_first_warning_stays_and_each_has_its_event(repository: Repository) -> None:
+    await create(repository, "s")
+    again = replace(STRANGE, message="said otherwise")
+    picture = replace(STRANGE, reason="PICTURE_UNFAMILIAR", field="image")
+    other = replace(STRANGE, reason="NAME_UNFAMILIAR")
+    assert await repository.warn("s", [STRANGE, again, picture])
+    assert not await repository.warn("s", [again])
+    assert await repository.warn("s", [again, other])
+    story = await repository.get("s")
+    assert story.warnings == (STRANGE, picture, other)
+    assert [event.what for event in await repository.events("s", after=1)] == [
+        WarningGiven(warning=each) for each in (STRANGE, picture, other)
+    ]
+    assert story.last_sequence == 4
+    assert [each.warnings for each in await repository.page(limit=5)] == [()]
+    await repository.change_state("s", State.CANCELLED, only_from={State.QUEUED})
+    assert not await repository.warn("s", [replace(STRANGE, field="late")])
+    await repository.delete("s")
+    await repository.forget_requests(older_than_us=2**62)  # its row can go: no warning holds on to it
+    with pytest.raises(StoryNotFound):
+        await repository.get("s")
 
 
 async def test_a_deleted_story_leaves_only_its_request_id(repository: Repository) -> None:

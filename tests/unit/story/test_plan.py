@@ -73,6 +73,7 @@ def test_each_command_carries_the_history_it_needs(seed: int, frame_count: int) 
                 shown = frames[max(0, k - MAX_REFERENCES) : k]
                 assert [ref.image_sha256 for ref in command.references] == [frame.image_sha256 for frame in shown]
                 assert [ref.description for ref in command.references] == [frame.description for frame in shown]
+                assert [ref.given for ref in command.references] == [frame is frames[0] for frame in shown]
             case Commit():
                 assert command.image_sha256 == frames[k].image_sha256
 
