@@ -63,7 +63,8 @@ def test_a_story_leaves_a_folder_and_the_same_seed_the_same_pictures(
 
     folder = tmp_path / "first"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"story.html", "story.json", "contact_sheet.png", *(f"frame-{n}.png" for n in range(FRAMES + 1))}
+    kept = {"story.html", "story.json", "story.gif", "contact_sheet.png"}
+    assert names == kept | {f"frame-{n}.png" for n in range(FRAMES + 1)}
     assert json.loads((folder / "story.json").read_text())["story_id"] == story["story_id"]
     with Image.open(folder / "frame-1.png") as frame:
         assert frame.size == (story["frames"][1]["width_px"], story["frames"][1]["height_px"])

@@ -1,4 +1,4 @@
-"""Turns a story into a folder to keep: frame PNGs, a contact sheet, a page that needs nothing else, and the data.
+"""Turns a story into a folder to keep: frame PNGs, a contact sheet, a GIF, a page that needs nothing else, its data.
 
 Knows values and files, no connection.
 """
@@ -23,6 +23,7 @@ from fabula_cli.report import clean, duration, plain
 SHEET_FRAME_PX = 256
 SHEET_MARGIN_PX = 16
 SHEET_COLUMNS = 5
+GIF_SHORTEST_MS, GIF_WORD_MS = 1200, 120
 
 _pages = Environment(
     loader=PackageLoader("fabula_cli", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -37,6 +38,7 @@ class Storybook:
     page: Path
     data: Path
     contact_sheet: Path
+    animation: Path | None  # None while no frame is there
     frames: tuple[Path, ...]
 
 
@@ -54,9 +56,13 @@ def write_storybook(folder: Path, story: Story, images: Mapping[str, bytes], tit
         page=folder / "story.html",
         data=folder / "story.json",
         contact_sheet=folder / "contact_sheet.png",
+        animation=folder / "story.gif" if drawn else None,
         frames=tuple(folder / name for name in names.values()),
     )
-    contact_sheet([(frame, images[frame.image_sha256]) for frame in drawn]).save(book.contact_sheet)
+    shown = [(frame, images[frame.image_sha256]) for frame in drawn]
+    contact_sheet(shown).save(book.contact_sheet)
+    if book.animation is not None:
+        save_animation(shown, book.animation)
     book.data.write_text(json.dumps(story_document(story, names), indent=1, ensure_ascii=False) + "\n")
     book.page.write_text(story_page(story, images, title), encoding="utf-8")
     return book
@@ -178,6 +184,20 @@ def contact_sheet(frames: Sequence[tuple[Frame, bytes]]) -> Image.Image:
         for number, line in enumerate(lines):
             draw.text((x, y + SHEET_FRAME_PX + 8 + number * line_px), line, fill="#2b2622", font=font)
     return sheet
+
+
+def save_animation(frames: Sequence[tuple[Frame, bytes]], path: Path) -> None:
+    """Write a GIF that shows one frame with its caption after the other, long enough to read it, for ever."""
+    cells = [contact_sheet([frame]) for frame in frames]
+    size = (max(cell.width for cell in cells), max(cell.height for cell in cells))
+    pages = []
+    for cell in cells:
+        page = Image.new("RGB", size, cell.getpixel((0, 0)))
+        page.paste(cell, (0, 0))
+        # One palette a page: the pictures of a story differ more than 256 colours allow for together.
+        pages.append(page.quantize(dither=Image.Dither.NONE))
+    durations = [GIF_SHORTEST_MS + GIF_WORD_MS * len(clean(frame.caption).split()) for frame, _ in frames]
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=durations, loop=0)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:

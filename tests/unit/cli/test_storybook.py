@@ -85,6 +85,7 @@ def test_a_folder_holds_sheet_page_data_and_frames(tmp_path: Path) -> None:
         "frame-0.png",
         "frame-1.png",
         "frame-2.png",
+        "story.gif",
         "story.html",
         "story.json",
     ]
@@ -120,3 +121,24 @@ def test_the_index_leads_to_every_story() -> None:
     page = Page(index_page([("first", story, Path("first")), ("second", story, Path("second"))]))
     assert [attributes["href"] for attributes in page.all("a")][::2] == ["first/story.html", "second/story.html"]
     assert page.all("script") == []
+
+
+def test_a_story_moves_in_a_gif_that_leaves_time_to_read(tmp_path: Path) -> None:
+    story, images = made_story(["One.", "A second caption with quite a few more words in it.", "Three."])
+    book = write_storybook(tmp_path, story, images)
+    assert book.animation is not None
+    with Image.open(book.animation) as moving:
+        assert moving.n_frames == 3
+        assert moving.info["loop"] == 0
+        shown_ms = []
+        for number in range(moving.n_frames):
+            moving.seek(number)
+            shown_ms.append(moving.info["duration"])
+    assert shown_ms[1] > shown_ms[0] == shown_ms[2] >= 1000
+    assert book.animation.stat().st_size > 1000
+
+
+def test_a_story_without_a_frame_has_no_gif(tmp_path: Path) -> None:
+    story, _ = made_story(["One."])
+    assert write_storybook(tmp_path, story, {}).animation is None
+    assert not (tmp_path / "story.gif").exists()
