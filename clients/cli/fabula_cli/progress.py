@@ -14,6 +14,7 @@ from fabula_client import (
     State,
     StateChanged,
     StoryEvent,
+    WarningGiven,
 )
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -61,6 +62,7 @@ class Telling:
     began_s: float
     state: State = State.QUEUED
     trouble: str = ""
+    notes: list[str] = field(default_factory=list)  # what the pack does not know of what it was given
     frames: dict[int, FrameTelling] = field(default_factory=dict)
     finished_count: int = 0
 
@@ -70,6 +72,8 @@ class Telling:
             case StateChanged():
                 self.state = event.state
                 self.trouble = clean(event.error.message) if event.error else ""
+            case WarningGiven() if clean(event.warning.message) not in self.notes:
+                self.notes.append(clean(event.warning.message))
             case CaptionWritten():
                 self._frame(event.frame_index, now_s).caption = clean(event.caption)
             case DescriptionWritten():
@@ -136,7 +140,7 @@ def picture(telling: Telling, now_s: float, title: str = "") -> RenderableType:
         else:
             bar, time = Text(f"{frame.doing} …", style="yellow"), ""
         rows.add_row(f"{frame.index}", bar, time, Text(frame.caption or "…", style="" if frame.caption else "dim"))
-    parts: list[RenderableType] = [head, rows]
+    parts: list[RenderableType] = [head, rows, *(Text(f"! {note}", style="yellow") for note in telling.notes)]
     if telling.trouble:
         parts.append(Text(telling.trouble, style="red"))
     return Group(*parts)
@@ -151,6 +155,8 @@ def lines(event: StoryEvent, telling: Telling, now_s: float) -> Iterable[str]:
             yield escape(clean(f"{elapsed:>8}  {event.state}{why}"))
         case CaptionWritten():
             yield escape(clean(f"{elapsed:>8}  frame {event.frame_index}/{telling.frame_count}  {event.caption}"))
+        case WarningGiven():
+            yield f"[yellow]{escape(clean(f'{elapsed:>8}  ! {event.warning.message}'))}[/]"
         case FrameFinished() if event.frame.index > 0:
             eta = telling.eta_s(now_s)
             left = f", about {duration(eta)} left" if eta else ""

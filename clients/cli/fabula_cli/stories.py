@@ -291,6 +291,8 @@ def _answer(story: Story, book: Storybook | None, as_json: bool) -> None:
     people.print(f"[bold]{escape(story.story_id)}[/]  {story.state}  seed {story.settings.seed}")
     if story.error is not None:
         people.print(f"[red]{escape(clean(story.error.message))}[/] ({escape(story.error.reason)})")
+    for warning in story.warnings:
+        people.print(f"[yellow]! {escape(clean(warning.message))}[/] ({escape(clean(warning.reason))})", soft_wrap=True)
     for frame in story.frames:
         took = f"  [dim]{duration(frame.timings.total_s)}[/]" if frame.timings else ""
         people.print(f"  {frame.index}  {escape(clean(frame.caption))}{took}")

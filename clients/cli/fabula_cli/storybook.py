@@ -97,6 +97,7 @@ def story_page(story: Story, images: Mapping[str, bytes], title: str = "") -> st
         story_id=story.story_id,
         state=str(story.state),
         error=story.error and {"reason": story.error.reason, "message": clean(story.error.message)},
+        notes=[clean(warning.message) for warning in story.warnings],
         created=story.created.strftime("%d %B %Y, %H:%M UTC") if story.created else "",
         settings=story_facts(story),
         frames=frames,

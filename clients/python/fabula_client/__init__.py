@@ -50,6 +50,8 @@ from fabula_client.story import (
     Story,
     StoryEvent,
     StorySettings,
+    StoryWarning,
+    WarningGiven,
 )
 from fabula_client.sync import Client, Stories, StoryHandle
 from fabula_client.tracing import tracing
@@ -93,8 +95,10 @@ __all__ = [
     "StoryFailed",
     "StoryHandle",
     "StorySettings",
+    "StoryWarning",
     "Unauthenticated",
     "Unavailable",
     "WaitTimedOut",
+    "WarningGiven",
     "tracing",
 ]

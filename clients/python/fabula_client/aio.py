@@ -36,7 +36,16 @@ from fabula_client.errors import (
     WaitTimedOut,
 )
 from fabula_client.retrying import RetryPolicy
-from fabula_client.story import Frame, State, StateChanged, Story, StoryEvent, event_from_pb, story_from_pb
+from fabula_client.story import (
+    Frame,
+    State,
+    StateChanged,
+    Story,
+    StoryEvent,
+    StoryWarning,
+    event_from_pb,
+    story_from_pb,
+)
 
 DEFAULT_TARGET = "127.0.0.1:8471"
 ImageSource = bytes | str | os.PathLike[str]
@@ -174,6 +183,11 @@ class AsyncStory:
     def frames(self) -> tuple[Frame, ...]:
         """The frames it had when it was last read."""
         return self.value.frames
+
+    @property
+    def warnings(self) -> tuple[StoryWarning, ...]:
+        """What the pack did not know of what it was given, as far as that was noticed when it was last read."""
+        return self.value.warnings
 
     async def refresh(self, *, timeout_s: float | None = None) -> Story:
         """Reads it again. Raises NotFound when it was deleted."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
 from fabula.story.v1 import story_pb2 as pb
+from fabula.warning.v1 import warning_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -90,6 +91,16 @@ class Reason:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoryWarning:
+    """What the pack does not know of the given picture or caption. The story goes on all the same."""
+
+    reason: str  # stable: WORDS_UNFAMILIAR, NAME_UNFAMILIAR or PICTURE_UNFAMILIAR; more may come
+    message: str  # for a person: what the pack does not know, and what it does know
+    field: str  # "caption" or "image"
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Story:
     """A story as it stood when it was read."""
 
@@ -101,6 +112,7 @@ class Story:
     updated: datetime | None
     error: Reason | None
     last_sequence: int
+    warnings: tuple[StoryWarning, ...] = ()  # at most one for each reason and field; none in lists
 
     @property
     def ended(self) -> bool:
@@ -149,6 +161,13 @@ class FrameFinished(StoryEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarningGiven(StoryEvent):
+    """Something about the given picture or caption is beyond the pack; the story goes on."""
+
+    warning: StoryWarning
+
+
+@dataclass(frozen=True, kw_only=True)
 class FrameQueued(StoryEvent):
     """Passing: a frame waits for room."""
 
@@ -194,6 +213,14 @@ def story_from_pb(message: pb.Story) -> Story:
         updated=_time(message.update_time),
         error=_reason(message.error) if message.HasField("error") else None,
         last_sequence=message.last_sequence,
+        warnings=tuple(warning_from_pb(each) for each in message.warnings),
+    )
+
+
+def warning_from_pb(message: warning_pb2.Warning) -> StoryWarning:
+    """A warning from the wire."""
+    return StoryWarning(
+        reason=message.reason, message=message.message, field=message.field, metadata=dict(message.metadata)
     )
 
 
@@ -271,6 +298,9 @@ _EVENTS: dict[str, Callable[[pb.StoryEvent], StoryEvent]] = {
     ),
     "frame_finished": lambda message: FrameFinished(
         **_common(message), frame=frame_from_pb(message.frame_finished.frame)
+    ),
+    "warning_given": lambda message: WarningGiven(
+        **_common(message), warning=warning_from_pb(message.warning_given.warning)
     ),
     "frame_queued": lambda message: FrameQueued(
         **_common(message), frame_index=message.frame_queued.frame_index, ahead_count=message.frame_queued.ahead_count

@@ -19,7 +19,7 @@ import grpc
 from fabula_client.aio import DEFAULT_TARGET, AsyncClient, AsyncStories, AsyncStory, ImageSource
 from fabula_client.calls import Metadata
 from fabula_client.retrying import RetryPolicy
-from fabula_client.story import Frame, State, Story, StoryEvent
+from fabula_client.story import Frame, State, Story, StoryEvent, StoryWarning
 
 T = TypeVar("T")
 
@@ -179,6 +179,11 @@ class StoryHandle:
     def frames(self) -> tuple[Frame, ...]:
         """The frames it had when it was last read."""
         return self._core.frames
+
+    @property
+    def warnings(self) -> tuple[StoryWarning, ...]:
+        """What the pack did not know of what it was given. See AsyncStory.warnings."""
+        return self._core.warnings
 
     def refresh(self, *, timeout_s: float | None = None) -> Story:
         """Reads it again. See AsyncStory.refresh."""

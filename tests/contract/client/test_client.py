@@ -24,6 +24,7 @@ from fabula_client import (
     StoryEvent,
     Unavailable,
     WaitTimedOut,
+    WarningGiven,
     tracing,
 )
 
@@ -67,6 +68,20 @@ def test_the_sync_client_does_the_same(process: StoryProcess, script: Script, fi
             client.stories.get(story.story_id)
         assert missing.value.reason == "STORY_NOT_FOUND"
         assert missing.value.request_id
+
+
+def test_a_story_tells_what_was_beyond_its_pack(process: StoryProcess, script: Script, first_picture: bytes) -> None:
+    script.strange, script.strange_picture = ("robot",), True
+    with Client(process.grpc_target) as client:
+        story = client.stories.create(image=first_picture, caption="A robot came.", frame_count=1, seed=7)
+        told = [event.warning for event in story.watch() if isinstance(event, WarningGiven)]
+        value = story.wait(timeout_s=60)
+        assert value.state is State.SUCCEEDED
+        assert [(each.reason, each.field) for each in story.warnings] == [
+            ("WORDS_UNFAMILIAR", "caption"),
+            ("PICTURE_UNFAMILIAR", "image"),
+        ]
+        assert tuple(told) == story.warnings == value.warnings
 
 
 def test_leaving_a_sync_watch_early_leaves_nothing_open(

@@ -6,7 +6,7 @@ import hashlib
 import io
 from datetime import UTC, datetime
 
-from fabula_client import Frame, FrameTimings, Reason, State, Story, StorySettings
+from fabula_client import Frame, FrameTimings, Reason, State, Story, StorySettings, StoryWarning
 from PIL import Image
 
 NASTY = "<script>alert(1)</script> & \"quotes\" 'single' <image> \x1b[31mred \u202eabc {{ 7*7 }} ]]>"
@@ -18,6 +18,10 @@ def png(colour: str, size: tuple[int, int] = (64, 64)) -> bytes:
     return out.getvalue()
 
 
+def warning(message: str) -> StoryWarning:
+    return StoryWarning(reason="WORDS_UNFAMILIAR", message=message, field="caption", metadata={"words": "robot"})
+
+
 def made_story(
     captions: list[str],
     *,
@@ -26,6 +30,7 @@ def made_story(
     error: Reason | None = None,
     undrawn: frozenset[int] = frozenset(),
     size: tuple[int, int] = (64, 64),
+    warnings: tuple[StoryWarning, ...] = (),
 ) -> tuple[Story, dict[str, bytes]]:
     images: dict[str, bytes] = {}
     frames = []
@@ -68,5 +73,6 @@ def made_story(
         updated=None,
         error=error,
         last_sequence=3,
+        warnings=warnings,
     )
     return story, images

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import pytest
 from fabula_cli.progress import Telling, lines, picture
+from fabula_cli.stories import _answer
 from fabula_client import (
     CaptionWritten,
     DescriptionWritten,
@@ -14,10 +17,11 @@ from fabula_client import (
     State,
     StateChanged,
     StoryEvent,
+    WarningGiven,
 )
 from rich.console import Console
 
-from tests.unit.cli.beginnings import made_story
+from tests.unit.cli.beginnings import made_story, warning
 
 
 def at(kind: type[StoryEvent], **fields: Any) -> StoryEvent:
@@ -66,3 +70,29 @@ def test_a_caption_cannot_steer_the_terminal() -> None:
             console.print(line)
     assert "\x1b]0;" not in shown.get()
     assert shown.get().count("[red]hello[/red]") == 2
+
+
+def test_a_warning_is_one_yellow_line_and_said_once() -> None:
+    telling = Telling(frame_count=1, began_s=0.0)
+    event = at(WarningGiven, warning=warning("It never drew: [red]robot[/red]\x1b[2J."))
+    for now in (1.0, 2.0):
+        telling.take(event, now)
+    console = Console(width=100, force_terminal=True, color_system="standard", highlight=False)
+    with console.capture() as shown:
+        console.print(picture(telling, 2.0))
+    assert shown.get().count("[red]robot[/red]") == 1
+    assert "\x1b[2J" not in shown.get()
+    (line,) = lines(event, telling, 2.0)
+    with console.capture() as shown:
+        console.print(line)
+    assert shown.get().startswith("\x1b[33m")
+    assert "! It never drew: [red]robot[/red]" in shown.get()
+    assert "\x1b[2J" not in shown.get()
+
+
+def test_a_shown_story_tells_its_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    story, _ = made_story(["One.", "Two."], warnings=(warning("It never drew: [red]robot[/red]."),))
+    _answer(story, None, as_json=False)
+    assert "! It never drew: [red]robot[/red]. (WORDS_UNFAMILIAR)" in capsys.readouterr().out
+    _answer(story, None, as_json=True)
+    assert json.loads(capsys.readouterr().out)["story"]["warnings"][0]["reason"] == "WORDS_UNFAMILIAR"

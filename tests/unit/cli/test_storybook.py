@@ -13,7 +13,7 @@ from fabula_cli.storybook import contact_sheet, index_page, story_page, write_st
 from fabula_client import Reason, State
 from PIL import Image
 
-from tests.unit.cli.beginnings import NASTY, made_story
+from tests.unit.cli.beginnings import NASTY, made_story, warning
 
 
 class Page(HTMLParser):
@@ -67,6 +67,20 @@ def test_the_page_tells_how_each_frame_was_made() -> None:
     words = Page(story_page(story, images)).words
     for fact in ("1001", "2001", "3001", "5.2 s", "sha256:feed", "A fox on a hill.", story.frames[1].image_sha256):
         assert fact in words
+
+
+def test_what_the_pack_did_not_know_is_a_quiet_note(tmp_path: Path) -> None:
+    story, images = made_story(["One.", "Two."], warnings=(warning("It never drew: robot."), warning(NASTY)))
+    text = story_page(story, images)
+    page = Page(text)
+    assert [each["class"] for each in page.all("p") if each.get("class") == "note"] == ["note", "note"]
+    assert "It never drew: robot." in page.words
+    assert page.all("script") == []
+    assert "\x1b" not in text
+    book = write_storybook(tmp_path, story, images)
+    assert json.loads(book.data.read_text())["warnings"][0]["metadata"] == {"words": "robot"}
+    familiar, _ = made_story(["One.", "Two."])
+    assert 'class="note"' not in story_page(familiar, images)
 
 
 def test_every_picture_has_alternative_text_and_a_size() -> None:

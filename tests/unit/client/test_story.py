@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 from fabula.story.v1 import story_pb2 as pb
+from fabula.warning.v1 import warning_pb2
 from fabula_client import story as nouns
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -34,6 +35,11 @@ def test_a_story_keeps_every_field() -> None:
         create_time=Timestamp(seconds=1_700_000_000),
         error=pb.StoryError(reason="UNAVAILABLE", message="away"),
         last_sequence=9,
+        warnings=[
+            warning_pb2.Warning(
+                reason="WORDS_UNFAMILIAR", message="m", field="caption", metadata={"words": "robot,laser"}
+            )
+        ],
     )
     story = nouns.story_from_pb(message)
     assert story.state is nouns.State.WAITING
@@ -42,6 +48,9 @@ def test_a_story_keeps_every_field() -> None:
     assert story.created == datetime.fromtimestamp(1_700_000_000, UTC)
     assert story.updated is None
     assert story.error == nouns.Reason(reason="UNAVAILABLE", message="away")
+    assert story.warnings == (
+        nouns.StoryWarning(reason="WORDS_UNFAMILIAR", message="m", field="caption", metadata={"words": "robot,laser"}),
+    )
     frame = story.frames[0]
     assert (frame.image_seed, frame.caption_seed, frame.description_seed) == (3, 4, 5)
     assert frame.timings is not None
@@ -52,6 +61,7 @@ def test_a_story_keeps_every_field() -> None:
 def test_an_unset_error_is_none_and_the_given_frame_has_no_timings() -> None:
     story = nouns.story_from_pb(pb.Story(frames=[pb.Frame(index=0)]))
     assert story.error is None
+    assert story.warnings == ()
     assert story.frames[0].given
     assert story.frames[0].timings is None
 
@@ -74,6 +84,13 @@ def test_every_event_of_the_proto_has_a_class() -> None:
         event = nouns.event_from_pb(message)
         assert type(event) is not nouns.StoryEvent, field.name
         assert event.sequence == 3
+
+
+def test_a_warning_arrives_as_an_event_too() -> None:
+    warning = warning_pb2.Warning(reason="NAME_UNFAMILIAR", message="m", field="caption", metadata={"names": "Zed"})
+    event = nouns.event_from_pb(pb.StoryEvent(sequence=3, warning_given=pb.WarningGiven(warning=warning)))
+    assert isinstance(event, nouns.WarningGiven)
+    assert event.warning.metadata == {"names": "Zed"}
 
 
 def test_an_event_of_a_newer_service_still_counts() -> None:
