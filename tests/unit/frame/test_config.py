@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from services.frame.config import FrameSettings
+from services.frame.job import FrameJob, ReferenceImage, RenderedFrame
 from services.frame.loading import load_engine
 from services.frame.service import FrameDeployment, app
 from services.models.errors import PackNotFound
 from services.models.tiny import build_tiny_pack
+from services.models.world import World
 from services.runtime.config import ConfigInvalid, Installation
+
+from .conftest import picture
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +84,15 @@ def test_the_application_lets_the_engine_refuse() -> None:
     deployment = app({"max_running": 4, "max_queued": 10})._bound_deployment
     assert deployment.max_ongoing_requests > 4 + 10
     assert deployment.init_args[0]["max_running"] == 4
+
+
+async def test_what_a_pack_says_of_itself_is_loaded_with_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FABULA_PACKS", str(home / "packs"))
+    build_tiny_pack(home / "packs" / "tiny", captions=False, world=World(familiar_gain_db=1.0))
+    settings = FrameSettings.load(packs="tiny", threads=1, warm_up=False)
+    engine = load_engine(settings, Installation.load())
+    strange = ReferenceImage(image=picture(), description="noise", given=True)
+    events = [event async for event in engine.render(FrameJob(description="a fox", seed=1, references=(strange,)))]
+    engine.stop()
+    assert isinstance(events[-1], RenderedFrame)
+    assert [told.reason for told in events[-1].warnings] == ["PICTURE_UNFAMILIAR"]
