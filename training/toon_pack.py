@@ -33,6 +33,7 @@ from training.precision import on_gpu
 from training.recipes import toon_clip, toon_decoder, toon_frame, toon_judge, toon_text, toon_vae
 from training.storage import training_dir
 from training.text import train_text, trained_text
+from training.toon.knowledge import write_knowledge
 from training.vae import encoding_vae, train_vae, trained_vae
 
 PACK = Path(__file__).resolve().parents[1] / "services" / "models" / "packs" / "toon"
@@ -78,6 +79,7 @@ def seal(folder: Path = PACK) -> Pack:
     for name in ("llava", "adapters/story", "adapters/descriptive"):
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"the pack has no {name}/ yet: run `python -m training.captions --out {folder}`")
+    write_knowledge(folder)
     (folder / "MODEL_CARD.md").write_text(model_card(), encoding="utf-8")
     for leftover in folder.rglob("*.part"):
         leftover.unlink()
