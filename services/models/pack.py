@@ -7,6 +7,7 @@
       unet/ vae/ text_encoder/        config.json + weights, for the frame service
       llava/ adapters/     for the caption service
       clip/                for metrics
+      cast.json world.json whom it names; what it knows, so that it can say what it does not
 
 Nothing is loaded from a pack before its files were checked against the manifest, and weights are safetensors only:
 a pickle can run code. Knows no network; `registry.py` turns a pack into models.
