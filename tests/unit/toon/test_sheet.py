@@ -32,10 +32,10 @@ def test_an_unknown_sheet_is_refused_by_name(tmp_path, capsys):
     assert "no sheet named dragons" in capsys.readouterr().err
 
 
-def test_first_frames_are_three_and_one_is_not_from_the_world(tmp_path):
+def test_one_of_the_first_frames_is_not_from_the_world(tmp_path):
     first_frames.main(["--out", str(tmp_path)])
     entries = json.loads((tmp_path / "first_frames.json").read_text())
-    assert len(entries) == 3
+    assert len(entries) == 3 + first_frames.GIFTS_COUNT
     assert sum("not made by the toon renderer" in entry["source"] for entry in entries) == 1
     for entry in entries:
         assert set(entry) == {"name", "image", "caption", "source"}
@@ -48,8 +48,16 @@ def test_the_first_frames_shipped_are_the_ones_made_here(tmp_path):
         assert (first_frames.HOME / made.name).read_bytes() == made.read_bytes(), made.name
 
 
+def test_a_gift_is_the_first_story_of_somebody_who_begins_no_other():
+    gifts = first_frames.gifts()
+    assert [name.removesuffix("_gift") for name in gifts] == ["mina", "bruno", "luna"]
+    for name, seed in gifts.items():
+        heroes = [sample_story(number, "test").hero.id for number in range(seed + 1)]
+        assert heroes.index(name.removesuffix("_gift")) == seed
+
+
 def test_stories_of_the_demo_are_held_out():
-    for seed in first_frames.TEST_STORIES.values():
+    for seed in (*first_frames.TEST_STORIES.values(), *first_frames.gifts().values()):
         story = sample_story(seed, "test")
         assert not belongs(tuple(frame.scene for frame in story.frames), "train")
 
