@@ -134,9 +134,14 @@ references are worth, frame by frame. `description_*`, `caption_*`: texts for tr
 stories the pack told and drew alone from their true first frame. `judge_*`: the judge on the true pictures: no figure
 above it can be trusted beyond that. Definitions: `training/evaluation/`.
 
+Contact sheets of these frames and stories, the first of seed 0 and nothing chosen: `training/evaluation/sheets/`
+(`frames.png`: a row of true pictures above the row that was drawn; `stories.png`: the first frame is true, the four
+others are the pack's own, from captions and descriptions of its own).
+
 ## Limits
 
-- Faces and props are soft, and looks still get mixed up.
+- Looks of characters outside the main cast come out blended; small things are often missing; three in a frame melt.
+- A caption that names nobody ("She ran.") may be described with somebody else of the cast.
 - Knows only its own world: other pictures and words give guesses, and new characters need training.{limits}
 """
 
