@@ -210,17 +210,26 @@ class CaptionEngine:
     async def describe(self, job: DescribeJob) -> Written:
         """The description of `job.caption`; of the pack's cast it names only who the two captions mention.
 
+        Where they mention nobody, those of the earlier captions.
+
         Raises the same errors as `write_caption`.
         """
         self._check_pack(job.pack)
         check_caption(job.previous_caption, "previous_caption")
         check_caption(job.caption, "caption")
         budget = self._budget(job.sampling.max_tokens, DESCRIPTIVE)
-        looks = prompts.cast_lines(self.model.looks, (job.previous_caption, job.caption))
+        if len(job.earlier_captions) > CAPTIONS_MAX:
+            raise CaptionTooLong(
+                f"{len(job.earlier_captions)} captions are more than {CAPTIONS_MAX}", field="earlier_captions"
+            )
+        for number, caption in enumerate(job.earlier_captions):
+            check_caption(caption, f"earlier_captions[{number}]")
+        cast, tokenizer = self.model.cast, self.model.tokenizer
+        captions = cast.context(job.earlier_captions, job.previous_caption, job.caption)
+        looks = prompts.cast_lines(self.model.looks, captions)
         prompt = prompts.description_prompt(self.model.tokenizer, job.previous_caption, job.caption, budget, looks)
         if not self._guards.name_lock:
             return await self._write(prompt, job.image, DESCRIPTIVE, job.sampling)
-        cast, captions, tokenizer = self.model.cast, (job.previous_caption, job.caption), self.model.tokenizer
         forbidden = name_tokens(tokenizer, cast.strangers(captions), captions)
         room_tokens = min(job.sampling.max_tokens or DEFAULT_TOKENS[DESCRIPTIVE], DEFAULT_TOKENS[DESCRIPTIVE])
 

@@ -58,6 +58,7 @@ class DescribeJob:
     image: bytes
     previous_caption: str
     caption: str
+    earlier_captions: tuple[str, ...] = ()  # of the story, oldest first; who is named there may be whom "she" means
     pack: str = ""
     sampling: Sampling = field(default_factory=Sampling)
 

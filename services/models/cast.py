@@ -69,6 +69,15 @@ class Cast:
         known = self.mentioned("\n".join(texts))
         return frozenset(self.names) - known if known else frozenset()
 
+    def context(self, earlier_captions: Sequence[str], previous_caption: str, caption: str) -> tuple[str, str]:
+        """The two captions that say who may be named: where they name nobody, all of the story stands for the first.
+
+        "She ran." after "She fell." is about whom the story is about, and not about the model's favourite.
+        """
+        if self.mentioned(f"{previous_caption}\n{caption}"):
+            return previous_caption, caption
+        return "\n".join((*earlier_captions, previous_caption)), caption
+
     def faults(self, description: str, previous_caption: str, caption: str) -> int:
         """How many names of a description of `caption` are wrong; 0 is what is wanted.
 

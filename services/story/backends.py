@@ -64,7 +64,15 @@ class CaptionBackend:
         return WrittenText(text=response.caption, warnings=_warnings(response.warnings))
 
     async def describe(
-        self, *, pack: str, image: bytes, previous_caption: str, caption: str, seed: int, temperature: float
+        self,
+        *,
+        pack: str,
+        image: bytes,
+        previous_caption: str,
+        caption: str,
+        earlier_captions: Sequence[str],
+        seed: int,
+        temperature: float,
     ) -> WrittenText:
         """The description of `caption`; `image` and `previous_caption` are the frame before it."""
         request = caption_pb.DescribeRequest(
@@ -72,6 +80,7 @@ class CaptionBackend:
             image=image,
             previous_caption=previous_caption,
             caption=caption,
+            earlier_captions=earlier_captions,
             sampling=caption_pb.Sampling(temperature=temperature, seed=seed),
         )
         response = await self._channel.call(self._stub.Describe, request, timeout_s=self._timeout_s)

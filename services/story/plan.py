@@ -66,6 +66,7 @@ class Describe:
     image_sha256: str
     previous_caption: str
     caption: str
+    earlier_captions: tuple[str, ...] = ()  # before the previous one, oldest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ def next_command(plan: Plan) -> Command | None:
             image_sha256=_drawn(previous),
             previous_caption=previous.caption,
             caption=newest.caption,
+            earlier_captions=tuple(frame.caption for frame in plan.frames[:-2]),
         )
     if newest.image_sha256 is None:
         return Render(

@@ -354,6 +354,7 @@ class StoryWorkflows:
             image=await self._store.get(command.image_sha256),
             previous_caption=command.previous_caption,
             caption=command.caption,
+            earlier_captions=command.earlier_captions,
             seed=command.seed,
             temperature=options.temperature,
         )

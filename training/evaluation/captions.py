@@ -129,25 +129,27 @@ class Captioner:
 
     def descriptions(
         self,
-        captions: Sequence[tuple[str, str]],
+        histories: Sequence[Sequence[str]],
         images: Sequence[npt.NDArray[np.uint8]],
         *,
         temperature: float = 0.0,
         guarded: bool = True,
     ) -> list[str]:
-        """The description of each (previous, caption), with the name lock unless it is left out."""
-        questions = []
-        for (before, caption), image in zip(captions, images, strict=True):
-            looks = prompts.cast_lines(self.looks, (before, caption))
+        """The description of the last caption of each history, with the name lock unless it is left out."""
+        questions, contexts = [], []
+        for (*earlier, before, caption), image in zip(histories, images, strict=True):
+            context = self.cast.context(earlier, before, caption)
+            looks = prompts.cast_lines(self.looks, context)
             prompt = prompts.description_prompt(self.tokenizer, before, caption, _BUDGET_TOKENS, looks)
-            strangers = self.cast.strangers((before, caption)) if guarded else ()
-            questions.append(Question(image, prompt, name_tokens(self.tokenizer, strangers, (before, caption))))
+            strangers = self.cast.strangers(context) if guarded else ()
+            questions.append(Question(image, prompt, name_tokens(self.tokenizer, strangers, context)))
+            contexts.append(context)
         texts = self.answer("descriptive", questions, temperature=temperature)
         if not guarded:
             return texts
-        faults = [partial(self.cast.faults, previous_caption=a, caption=b) for a, b in captions]
+        faults = [partial(self.cast.faults, previous_caption=a, caption=b) for a, b in contexts]
         best = self._best_of("descriptive", questions, texts, faults, NAME_LOCK_TRIES)
-        return [self.cast.repaired(text, *pair) for text, pair in zip(best, captions, strict=True)]
+        return [self.cast.repaired(text, *pair) for text, pair in zip(best, contexts, strict=True)]
 
     def _best_of(
         self,
@@ -247,14 +249,14 @@ def caption_figures(captioner: Captioner, stories: Sequence[Story], seed: int, s
     """The figures named at the top of this module, over four cases a story."""
     torch.manual_seed(seed)
     found = [case for story in stories for case in cases_of(story)]
-    pairs = [(case.now.caption, case.following.caption) for case in found]
+    histories = [[*case.captions, case.following.caption] for case in found]
     own = [case.image_HWC for case in found]
-    told = captioner.descriptions(pairs, own)
-    bare = captioner.descriptions(pairs, own, guarded=False)
+    told = captioner.descriptions(histories, own)
+    bare = captioner.descriptions(histories, own, guarded=False)
     say(f"texts: {len(told)} descriptions of true captions")
     # The same questions over the next story's pictures: a description that follows them has looked.
     swapped = found[4:] + found[:4]
-    elsewhere = [parse(text) for text in captioner.descriptions(pairs, [case.image_HWC for case in swapped])]
+    elsewhere = [parse(text) for text in captioner.descriptions(histories, [case.image_HWC for case in swapped])]
     histories = [case.captions for case in found]
     written = captioner.next_captions(histories, own, temperature=SERVED_TEMPERATURE)
     unguarded = captioner.next_captions(histories, own, temperature=SERVED_TEMPERATURE, guarded=False)

@@ -58,8 +58,8 @@ def tell(
         captions = captioner.next_captions(
             [one.captions for one in told], newest, temperature=TEMPERATURE, guarded=guarded
         )
-        pairs = [(one.captions[-1], caption) for one, caption in zip(told, captions, strict=True)]
-        descriptions = captioner.descriptions(pairs, newest, temperature=TEMPERATURE, guarded=guarded)
+        histories = [[*one.captions, caption] for one, caption in zip(told, captions, strict=True)]
+        descriptions = captioner.descriptions(histories, newest, temperature=TEMPERATURE, guarded=guarded)
         tasks = [
             Task(one.story.frames[beat].scene, description, 1_000_000 * seed + 1000 * number + beat, one.references)
             for number, (one, description) in enumerate(zip(told, descriptions, strict=True))

@@ -85,8 +85,8 @@ def told_figures(
         images = [render(story.frames[beat - 1].scene) for story in stories]
         read = [captions if history is None else captions[-history:] for captions in told]
         written = captioner.next_captions(read, images, temperature=temperature, guarded=guarded)
-        pairs = [(captions[-1], caption) for captions, caption in zip(told, written, strict=True)]
-        answers = captioner.descriptions(pairs, images, temperature=temperature, guarded=guarded)
+        longer = [[*captions, caption] for captions, caption in zip(told, written, strict=True)]
+        answers = captioner.descriptions(longer, images, temperature=temperature, guarded=guarded)
         for captions, caption, answer in zip(told, written, answers, strict=True):
             copies.append(caption in captions)
             descriptions.append((answer, caption, names_in(" ".join(captions))))

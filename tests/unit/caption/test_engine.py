@@ -26,7 +26,7 @@ from services.caption.job import DescribeJob, Finish, Sampling, StoryJob
 from services.models.cast import Cast
 from services.models.tokenizer import StoryTokenizer
 from services.runtime.config import SHIPPED_PACKS
-from services.runtime.errors import CaptionNotWritten, QueueFull
+from services.runtime.errors import CaptionEmpty, CaptionNotWritten, QueueFull
 
 MODEL = CaptionModel(
     pack_name="tiny",
@@ -392,3 +392,19 @@ async def test_a_description_is_asked_with_the_looks_that_the_pack_knows() -> No
     await engine.describe(replace(DESCRIBE, previous_caption="Pip came.", caption="Pip and Zora ran."))
     asked = MODEL.tokenizer.decode(driver.asks[0].ids)
     assert "Cast: Pip, an orange cat. Previous frame" in asked
+
+
+async def test_captions_that_name_nobody_are_about_whom_the_story_names() -> None:
+    model = replace(MODEL, cast=Cast(("Mina", "Pip", "Bruno")), looks={"Pip": "an orange cat", "Mina": "a rabbit"})
+    driver = ScriptedDriver(["One.", "Two."])
+    engine = CaptionEngine(model, driver)
+    silent = replace(DESCRIBE, previous_caption="He fell.", caption="He got up.", earlier_captions=("Pip came.",))
+    await engine.describe(silent)
+    await engine.describe(replace(silent, caption="Mina came."))
+    pip = MODEL.tokenizer.encode(" Pip")[0]
+    assert pip not in driver.asks[0].forbidden_ids
+    assert MODEL.tokenizer.encode(" Mina")[0] in driver.asks[0].forbidden_ids
+    assert "Cast: Pip, an orange cat. Previous" in MODEL.tokenizer.decode(driver.asks[0].ids)
+    assert pip in driver.asks[1].forbidden_ids  # where somebody is named, the two captions decide
+    with pytest.raises(CaptionEmpty, match="caption"):
+        await engine.describe(replace(silent, earlier_captions=("",)))

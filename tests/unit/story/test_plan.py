@@ -128,3 +128,18 @@ def test_the_story_goes_on_from_what_was_committed_not_from_what_was_drawn() -> 
     following = next_command(after)
     assert isinstance(following, WriteCaption)
     assert following.image_sha256 == theirs
+
+
+def test_a_description_is_asked_with_the_captions_before_its_own_two() -> None:
+    plan = begin(seed=1, frame_count=3, caption="one", image_sha256="a" * 64)
+    asked = []
+    while (command := next_command(plan)) is not None:
+        if isinstance(command, Describe):
+            asked.append((command.earlier_captions, command.previous_caption, command.caption))
+        result = {WriteCaption: f"caption {command.frame_index}", Describe: "words"}.get(type(command), "b" * 64)
+        plan = apply(plan, command, result)
+    assert asked == [
+        ((), "one", "caption 1"),
+        (("one",), "caption 1", "caption 2"),
+        (("one", "caption 1"), "caption 2", "caption 3"),
+    ]

@@ -28,7 +28,7 @@ class Reader:
         return [story.frames[beat].caption for story in self.stories]
 
     def descriptions(
-        self, captions: Sequence[tuple[str, str]], images: Sequence[Pixels], *, temperature: float, guarded: bool
+        self, histories: Sequence[Sequence[str]], images: Sequence[Pixels], *, temperature: float, guarded: bool
     ) -> list[str]:
         return [story.frames[self.beat].description for story in self.stories]
 
