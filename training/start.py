@@ -96,6 +96,11 @@ def start_frame(pack: Pack) -> None:
 
 def start_captions(pack: Pack) -> None:
     """Write step 0 of the captioner's "tales" phase; the phases before it are then left out."""
+    later = sorted(file.name for file in (training_dir() / CAPTIONS_FOLDER).glob("*.safetensors"))
+    if later:  # a phase that has ended would be taken for learned, and nothing of this start would remain
+        raise FileExistsError(
+            f"{training_dir() / CAPTIONS_FOLDER} holds {', '.join(later)}: move them away to start anew"
+        )
     base = llava.load_base(pack.path("llava/config.json").parent)
     networks = with_prefix("llava", base.state_dict())
     _save(f"{CAPTIONS_FOLDER}/{CaptionsRecipe().tales.name}.safetensors", networks, pack)

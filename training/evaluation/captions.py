@@ -48,7 +48,7 @@ from training.toon.world import Story, StoryFrame, sample_story
 _ALL_NAMES = sorted({c.name for c in (*MAIN, *NEW) if c.name} | {name for name, _ in SIDE_NAMES})
 _NAME = re.compile(r"\b(" + "|".join(_ALL_NAMES) + r")\b")
 NAME_LOCK_TRIES, REPETITION_TRIES, RETRY_TEMPERATURE = 7, 4, 0.7  # as in the caption service
-SERVED_TEMPERATURE = 0.2  # of captions
+SERVED_TEMPERATURE = 0.2  # as well; a test compares all four
 _BUDGET_TOKENS = 352
 _ANSWER_TOKENS = 96
 

@@ -21,6 +21,7 @@ class Figure:
     high: float | None = None
     target: float | None = None
     at_most: bool = False  # the target is an upper limit
+    is_share: bool = False  # counted: `value * n` of `n` were right
     surely: bool = False  # the whole interval has to lie on the target's right side, not the value alone
 
     @property
@@ -45,13 +46,17 @@ _NUMBERS = ("value", "low", "high", "target")
 
 def share(name: str, values: Sequence[bool], target: float | None = None, *, at_most: bool = False) -> Figure:
     """The share of true values, with Wilson's interval. Nothing to count is 0 of 0, and reaches no lower target."""
-    n, hits = len(values), sum(values)
+    return share_of(name, sum(values), len(values), target, at_most=at_most)
+
+
+def share_of(name: str, hits: int, n: int, target: float | None = None, *, at_most: bool = False) -> Figure:
+    """The same from counts."""
     if n == 0:
-        return Figure(name=name, value=0.0, n=0, target=target, at_most=at_most)
+        return Figure(name=name, value=0.0, n=0, target=target, at_most=at_most, is_share=True)
     p = hits / n
     middle, wide = (p + _Z**2 / (2 * n)), _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
     low, high = ((middle + sign * wide) / (1 + _Z**2 / n) for sign in (-1, 1))
-    return Figure(name=name, value=p, n=n, low=low, high=high, target=target, at_most=at_most)
+    return Figure(name=name, value=p, n=n, low=low, high=high, target=target, at_most=at_most, is_share=True)
 
 
 def mean(name: str, values: Sequence[float], target: float | None = None, *, at_most: bool = False) -> Figure:

@@ -17,15 +17,13 @@ from services.models.drawing import Pixels, Seen
 from services.models.registry import FrameModel
 from services.models.repetition import is_near_copy
 from training.evaluation.arcs import drops_hero, has_arc
-from training.evaluation.captions import Captioner, expected, names_agree, names_in
+from training.evaluation.captions import SERVED_TEMPERATURE, Captioner, expected, names_agree, names_in
 from training.evaluation.figures import Figure, share
 from training.evaluation.frames import MAX_REFERENCES, Say, Task, draw_all
 from training.evaluation.judge import Judge
 from training.toon.reading import parse
 from training.toon.render import render
 from training.toon.stories import STORY_LENGTH, Story
-
-TEMPERATURE = 0.2  # as served
 
 
 @dataclass
@@ -56,10 +54,10 @@ def tell(
     for beat in range(1, STORY_LENGTH):
         newest = [one.pictures[-1] for one in told]
         captions = captioner.next_captions(
-            [one.captions for one in told], newest, temperature=TEMPERATURE, guarded=guarded
+            [one.captions for one in told], newest, temperature=SERVED_TEMPERATURE, guarded=guarded
         )
         histories = [[*one.captions, caption] for one, caption in zip(told, captions, strict=True)]
-        descriptions = captioner.descriptions(histories, newest, temperature=TEMPERATURE, guarded=guarded)
+        descriptions = captioner.descriptions(histories, newest, temperature=SERVED_TEMPERATURE, guarded=guarded)
         tasks = [
             Task(one.story.frames[beat].scene, description, 1_000_000 * seed + 1000 * number + beat, one.references)
             for number, (one, description) in enumerate(zip(told, descriptions, strict=True))

@@ -21,7 +21,7 @@ from services.models.drawing import Pixels
 from services.models.pack import Pack, load_pack
 from services.models.registry import FrameModel, load_frame_model
 from training.evaluation.captions import Captioner, caption_figures
-from training.evaluation.figures import Figure, table
+from training.evaluation.figures import Figure, share_of, table
 from training.evaluation.frames import (
     FIRST_SEED,
     Say,
@@ -44,7 +44,7 @@ SHEET_ROWS = 8
 
 
 def pooled(parts: Sequence[Sequence[Figure]]) -> list[Figure]:
-    """Figures of several seeds as one each: values weighted by their counts, intervals narrower by the more there are.
+    """Figures of several seeds as one each: shares are counted together, other values are weighted by their counts.
 
     Seeds measure other frames, so their errors are independent.
     """
@@ -56,6 +56,10 @@ def pooled(parts: Sequence[Sequence[Figure]]) -> list[Figure]:
         n = sum(f.n for f in same)
         if not n:
             out.append(first)
+            continue
+        if first.is_share:
+            hits = sum(round(f.value * f.n) for f in same)
+            out.append(share_of(first.name, hits, n, first.target, at_most=first.at_most))
             continue
         value = sum(f.value * f.n for f in same) / n
         halves = [(((f.high or 0.0) - (f.low or 0.0)) / 2 * f.n / n) ** 2 for f in same]
@@ -138,7 +142,6 @@ def evaluate(
             if sheets is not None and seed == 0:
                 save_png(stories_sheet(told), sheets / "stories.png")
         if sheets is not None and seed == 0:
-            sheets.mkdir(parents=True, exist_ok=True)
             save_png(frames_sheet(tasks, drawn, model.manifest.width_px), sheets / "frames.png")
         parts.append(part)
     return pooled(parts), [] if captioner is not None else ["texts", "stories"]

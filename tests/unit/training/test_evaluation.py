@@ -204,7 +204,18 @@ class TestFigures:
         alike = [[share("a", [True, False] * 50)], [share("a", [True, False] * 50)]]
         (both,) = pooled(alike)
         whole = share("a", [True, False] * 100)
-        assert both.low == pytest.approx(whole.low, abs=5e-3)
+        assert (both.low, both.high) == (whole.low, whole.high)
+        (all_right,) = pooled([[share("a", [True] * 20)], [share("a", [True] * 20)]])
+        assert all_right.high is not None
+        assert all_right.high <= 1.0
+
+    def test_means_of_seeds_are_weighted_and_their_interval_shrinks(self) -> None:
+        one, two = mean("a", [1.0, 2.0, 3.0]), mean("a", [5.0])
+        (both,) = pooled([[one], [two]])
+        assert both.value == pytest.approx(2.75)
+        assert both.high is not None
+        assert one.high is not None
+        assert both.high - both.value < one.high - one.value
 
 
 class TestArcs:
@@ -350,8 +361,9 @@ def test_a_report_says_which_pack_it_is_about(tmp_path: Path) -> None:
 
 
 def test_the_evaluation_guards_texts_as_the_service_does() -> None:
-    from services.caption import engine
+    from services.caption import engine, job
 
+    assert captions.SERVED_TEMPERATURE == job.TEMPERATURE_DEFAULT
     assert captions.NAME_LOCK_TRIES == engine.NAME_LOCK_TRIES
     assert captions.REPETITION_TRIES == engine.REPETITION_TRIES
     assert captions.RETRY_TEMPERATURE == engine.RETRY_TEMPERATURE

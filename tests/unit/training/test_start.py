@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from training.start import grown
+from training.start import grown, start_captions
+from training.storage import FOLDER_VARIABLE
 
 
 def test_the_same_shape_is_taken_over_whole() -> None:
@@ -41,3 +44,11 @@ def test_another_network_is_refused() -> None:
         grown({"a": torch.zeros(2)}, {"b": torch.zeros(2)})
     with pytest.raises(ValueError, match="does not fit"):
         grown({"a": torch.zeros(2)}, {"a": torch.zeros(3)})
+
+
+def test_captions_do_not_start_beneath_phases_that_have_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "told.safetensors").touch()
+    with pytest.raises(FileExistsError, match=r"told\.safetensors"):
+        start_captions(None)  # type: ignore[arg-type]  # refused before the pack is read
