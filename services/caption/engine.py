@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -71,11 +71,14 @@ class CaptionModel:
     image_tokens_count: int
     context_tokens: int
     cast: Cast = field(default_factory=Cast)
-    looks: Mapping[str, str] = field(default_factory=dict)  # name → phrase, of those whom the pack can draw by name
+    world: World = field(default_factory=World)
 
 
 def read_model(pack: Pack) -> CaptionModel:
-    """The sizes of a checked pack's LLaVA. Raises PackFileMissing when the pack has none."""
+    """The sizes of a checked pack's LLaVA. Raises PackFileMissing when the pack has none.
+
+    Raises ValueError when its `cast.json` or `world.json` is malformed.
+    """
     config = json.loads(pack.path("llava/config.json").read_text(encoding="utf-8"))
     vision = config["vision_config"]
     return CaptionModel(
@@ -87,7 +90,7 @@ def read_model(pack: Pack) -> CaptionModel:
         image_tokens_count=(vision["image_size"] // vision["patch_size"]) ** 2,
         context_tokens=config["text_config"]["max_position_embeddings"],
         cast=Cast.load(pack.folder),
-        looks=World.load(pack.folder).characters,
+        world=World.load(pack.folder),
     )
 
 
@@ -226,7 +229,7 @@ class CaptionEngine:
             check_caption(caption, f"earlier_captions[{number}]")
         cast, tokenizer = self.model.cast, self.model.tokenizer
         captions = cast.context(job.earlier_captions, job.previous_caption, job.caption)
-        looks = prompts.cast_lines(self.model.looks, captions)
+        looks = prompts.cast_lines(self.model.world.characters, captions)
         prompt = prompts.description_prompt(self.model.tokenizer, job.previous_caption, job.caption, budget, looks)
         if not self._guards.name_lock:
             return await self._write(prompt, job.image, DESCRIPTIVE, job.sampling)

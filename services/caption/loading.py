@@ -13,7 +13,6 @@ from services.caption.config import CaptionSettings
 from services.caption.driver import AsyncDriver, Driver, DriverSettings, InProcessDriver
 from services.caption.engine import CaptionEngine, Observer, adapter_folders, adapter_rank_max, read_model
 from services.models.pack import find_pack, load_pack
-from services.models.world import World
 from services.runtime.config import Installation
 
 
@@ -47,11 +46,6 @@ def build_engine(
         max_attempts=settings.max_attempts,
         observer=observer,
     )
-
-
-def load_world(settings: CaptionSettings, installation: Installation) -> World:
-    """What the settings' pack knows. Raises PackNotFound, and ValueError for a malformed `world.json`."""
-    return World.load(find_pack(settings.pack, installation.pack_folders))
 
 
 def _on_gpu(settings: CaptionSettings) -> bool:

@@ -11,7 +11,7 @@ from prometheus_client import start_http_server
 
 from services.caption.config import CaptionSettings
 from services.caption.engine import CaptionEngine
-from services.caption.loading import build_engine, load_world
+from services.caption.loading import build_engine
 from services.caption.metrics import PrometheusObserver
 from services.caption.service import CaptionServicer
 from services.runtime import standalone
@@ -34,10 +34,9 @@ async def run(host: str, port: int, metrics_port: int) -> None:
     installation = Installation.load()
     configure_logging("caption", installation.log_level)
     settings = CaptionSettings.load()
-    world = load_world(settings, installation)
     engine = await asyncio.to_thread(build_engine, settings, installation, PrometheusObserver())
     await engine.start(warm_up=settings.warm_up)
-    servicer = CaptionServicer(engine, installation.read_token(), world)
+    servicer = CaptionServicer(engine, installation.read_token())
     server, bound = await start_server(servicer, f"{host}:{port}")
     if metrics_port:
         start_http_server(metrics_port, addr=host)

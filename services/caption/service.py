@@ -34,26 +34,25 @@ log = structlog.get_logger("fabula.caption")
 class CaptionServicer(pb_grpc.CaptionServiceServicer):  # type: ignore[misc]
     """CaptionService over an engine. `token` is the installation's; None switches the check off.
 
-    `world` is what the engine's pack knows: captions that go beyond it are answered with warnings.
+    Captions that go beyond what the engine's pack knows are answered with warnings.
     """
 
-    def __init__(self, engine: CaptionEngine, token: str | None, world: World | None = None) -> None:
+    def __init__(self, engine: CaptionEngine, token: str | None) -> None:
         self.engine = engine
         self.token = token
-        self.world = world or World()
 
     @unary_method(pb.WriteCaptionResponse)
     async def WriteCaption(self, request: pb.WriteCaptionRequest, context: Any) -> pb.WriteCaptionResponse:
         """The next story caption."""
         written = await self.engine.write_caption(story_job_from_pb(request))
-        warnings = story_warnings(self.world, request)
+        warnings = story_warnings(self.engine.model.world, request)
         return pb.WriteCaptionResponse(caption=written.text, warnings=warnings, **cost_to_pb(written))
 
     @unary_method(pb.DescribeResponse)
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         """The description of a caption."""
         written = await self.engine.describe(describe_job_from_pb(request))
-        warnings = description_warnings(self.world, request)
+        warnings = description_warnings(self.engine.model.world, request)
         return pb.DescribeResponse(description=written.text, warnings=warnings, **cost_to_pb(written))
 
     @unary_method(pb.ListPacksResponse)
@@ -132,17 +131,16 @@ class CaptionDeployment(CaptionServicer):
         installation = Installation.load()
         configure_logging("caption", installation.log_level)
         chosen = CaptionSettings.load(**settings)
-        from services.caption.loading import build_engine, load_world
+        from services.caption.loading import build_engine
 
         # Ray would pickle the exception, and every process that reads it would import vLLM to do so.
         try:
-            world = load_world(chosen, installation)
             engine = await asyncio.to_thread(build_engine, chosen, installation, ServeObserver())
             await engine.start(warm_up=chosen.warm_up)
         except Exception as error:
             log.exception("caption_cannot_start")
             raise RuntimeError(f"the caption service cannot start: {type(error).__name__}: {error}") from None
-        super().__init__(engine, installation.read_token(), world)
+        super().__init__(engine, installation.read_token())
         log.info("caption_ready", pack=chosen.pack)
 
     async def check_health(self) -> None:

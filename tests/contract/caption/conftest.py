@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from services.caption.config import CaptionSettings
 from services.caption.engine import CaptionEngine
-from services.caption.loading import build_engine, load_world
+from services.caption.loading import build_engine
 from services.caption.metrics import PrometheusObserver
 from services.caption.server import start_server
 from services.caption.service import CaptionServicer
@@ -84,7 +84,7 @@ async def service(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Async
     registry = CollectorRegistry()
     engine = build_engine(settings, installation, PrometheusObserver(registry))
     await engine.start()
-    server, port = await start_server(CaptionServicer(engine, TOKEN, load_world(settings, installation)), "127.0.0.1:0")
+    server, port = await start_server(CaptionServicer(engine, TOKEN), "127.0.0.1:0")
     address = f"127.0.0.1:{port}"
     channel = ServiceChannel(address, application="caption", token=TOKEN)
     stub = pb_grpc.CaptionServiceStub(channel.grpc_channel)

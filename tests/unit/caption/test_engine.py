@@ -25,6 +25,7 @@ from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob
 from services.models.cast import Cast
 from services.models.tokenizer import StoryTokenizer
+from services.models.world import World
 from services.runtime.config import SHIPPED_PACKS
 from services.runtime.errors import CaptionEmpty, CaptionNotWritten, QueueFull
 
@@ -386,7 +387,7 @@ def test_a_rotated_photograph_is_turned_upright() -> None:
 
 
 async def test_a_description_is_asked_with_the_looks_that_the_pack_knows() -> None:
-    model = replace(MODEL, looks={"Pip": "an orange cat", "Mina": "a pink rabbit"})
+    model = replace(MODEL, world=World(characters={"Pip": "an orange cat", "Mina": "a pink rabbit"}))
     driver = ScriptedDriver(["Pip stands."])
     engine = CaptionEngine(model, driver)
     await engine.describe(replace(DESCRIBE, previous_caption="Pip came.", caption="Pip and Zora ran."))
@@ -395,7 +396,8 @@ async def test_a_description_is_asked_with_the_looks_that_the_pack_knows() -> No
 
 
 async def test_captions_that_name_nobody_are_about_whom_the_story_names() -> None:
-    model = replace(MODEL, cast=Cast(("Mina", "Pip", "Bruno")), looks={"Pip": "an orange cat", "Mina": "a rabbit"})
+    world = World(characters={"Pip": "an orange cat", "Mina": "a rabbit"})
+    model = replace(MODEL, cast=Cast(("Mina", "Pip", "Bruno")), world=world)
     driver = ScriptedDriver(["One.", "Two."])
     engine = CaptionEngine(model, driver)
     silent = replace(DESCRIBE, previous_caption="He fell.", caption="He got up.", earlier_captions=("Pip came.",))
