@@ -8,7 +8,8 @@ Phases, each with a checkpoint of its own in the training folder, so that an int
     words        the whole model says what it sees ("Describe the picture.") on single frames
     base         both questions about stories, full weights
     tales        how stories go, in words alone: many more of them than there are pictures of
-    told         the description of a caption, the harder of the two, full weights: this is the base that is shipped
+    told         the description of a caption, full weights, and tales in between, which it would forget: this is the
+                 base that is shipped
     story        a LoRA on the frozen base: the next caption
     descriptive  a LoRA on the frozen base: the description of a caption
 
@@ -79,7 +80,9 @@ class Phase:
     rate: float = 2e-3
     learn_captions_so_far: bool = False  # see `RowRecipe`
     rename_ratio: float = 0.2  # see `RowRecipe`
-    story_ratio: float = 0.0  # share of the steps that ask for the next caption only, so that it is not forgotten
+    tales_ratio: float = 0.0  # share of the steps that read tales, so that they are not forgotten
+    first_tale: int = TALES_FIRST_SEED  # seed of the first of them
+    story_ratio: float = 0.0  # of the others, the share that asks for the next caption only, which keeps its picture
     name_weight: float = 1.0  # how much more a name counts than another token
     seed: int = 0
     minutes: float | None = None  # end earlier when this much time is over; the learning rate still ends at zero
@@ -120,8 +123,9 @@ class CaptionsRecipe:
         steps=4000,
         rows_per_step=24,
         tasks=("story",),
-        rename_ratio=0.1,
-        minutes=18.0,
+        rename_ratio=0.2,
+        name_weight=4.0,
+        minutes=38.0,
     )
     told: Phase = Phase(
         name="told",
@@ -131,19 +135,24 @@ class CaptionsRecipe:
         rename_ratio=0.05,
         matrix_rate=0.012,
         rate=1.2e-3,
-        story_ratio=0.25,
-        name_weight=8.0,
-        minutes=15.0,
+        tales_ratio=0.45,
+        first_tale=TALES_FIRST_SEED + 500_000,
+        story_ratio=0.15,
+        name_weight=4.0,
+        minutes=38.0,
     )
     story: Phase = Phase(
         name="story",
         steps=600,
         rows_per_step=16,
         tasks=("story",),
-        rename_ratio=0.05,
+        rename_ratio=0.1,
         matrix_rate=0.0,
+        tales_ratio=0.5,
+        first_tale=TALES_FIRST_SEED + 1_000_000,
+        name_weight=4.0,
         seed=1,
-        minutes=4.0,
+        minutes=5.0,
     )
     descriptive: Phase = Phase(
         name="descriptive",
@@ -152,7 +161,7 @@ class CaptionsRecipe:
         tasks=("descriptive",),
         rename_ratio=0.05,
         matrix_rate=0.0,
-        name_weight=8.0,
+        name_weight=4.0,
         seed=2,
         minutes=4.0,
     )
@@ -216,20 +225,15 @@ def draw_rows(
             yield story_row(stories, rng.choice(stories.stories), index, recipe, tokenizer, rng)
 
 
-class TalesTrainee:
-    """The tales phase: stories that nobody draws, so they never run out."""
+class Tales:
+    """Stories that nobody draws, so they never run out."""
 
-    def __init__(self, model: Any, phase: Phase, shape: llava.LlavaShape, tokenizer: StoryTokenizer) -> None:
-        self.model, self.phase, self.tokenizer = model, phase, tokenizer
-        self.rows = RowRecipe(
-            tasks=phase.tasks,
-            image_tokens_count=shape.image_tokens_count,
-            context_tokens=shape.context_tokens,
-            rename_ratio=phase.rename_ratio,
-        )
-        self.networks = nn.ModuleDict({"llava": model})
+    def __init__(self, phase: Phase, rows: RowRecipe, tokenizer: StoryTokenizer) -> None:
+        self.phase, self.rows, self.tokenizer = phase, rows, tokenizer
 
-    def _batch(self, first_seed: int, split: str) -> Batch:
+    def batch(self, step: int, split: str = "train") -> Batch:
+        """Step `step`'s tales, of seeds that no other step has."""
+        first_seed = step * self.phase.rows_per_step + (self.phase.first_tale if split == "train" else 0)
         rng = random.Random(f"{self.phase.name} {self.phase.seed} {first_seed}")
         rows = []
         for seed in range(first_seed, first_seed + self.phase.rows_per_step):
@@ -238,15 +242,40 @@ class TalesTrainee:
             rows.append(tale_row(captions, self.rows, self.tokenizer, rng))
         return batch(rows, self.tokenizer.pad_id)
 
+
+def rows_of(phase: Phase, shape: llava.LlavaShape) -> RowRecipe:
+    """How a phase's rows are made."""
+    return RowRecipe(
+        tasks=phase.tasks,
+        image_tokens_count=shape.image_tokens_count,
+        context_tokens=shape.context_tokens,
+        learn_captions_so_far=phase.learn_captions_so_far,
+        rename_ratio=phase.rename_ratio,
+    )
+
+
+class TalesTrainee:
+    """The tales phase."""
+
+    def __init__(self, model: Any, phase: Phase, shape: llava.LlavaShape, tokenizer: StoryTokenizer) -> None:
+        self.model, self.phase = model, phase
+        self.tales = Tales(phase, rows_of(phase, shape), tokenizer)
+        self.heavy = torch.tensor(name_tokens(tokenizer, cast_names()))
+        self.networks = nn.ModuleDict({"llava": model})
+
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
         """Mean cross entropy of the captions."""
-        return answer_loss(self.model, self._batch(TALES_FIRST_SEED + step * self.phase.rows_per_step, "train"))
+        return answer_loss(self.model, self.tales.batch(step), self.heavy, self.phase.name_weight)
 
     def measure(self) -> dict[str, float]:
-        """The same on the validation split."""
-        rows = self.phase.rows_per_step
-        losses = [answer_loss(self.model, self._batch(step * rows, "validation")) for step in range(_HELD_OUT_STEPS)]
-        return {"loss": float(sum(losses)) / len(losses)}
+        """The same on the validation split, a name counting as any other token."""
+        return {"loss": tales_loss(self.model, self.tales)}
+
+
+def tales_loss(model: Any, tales: Tales) -> float:
+    """Mean cross entropy of held-out tales."""
+    batches = [tales.batch(step, "validation") for step in range(_HELD_OUT_STEPS)]
+    return sum(float(answer_loss(model, one)) for one in batches) / len(batches)
 
 
 class SightTrainee:
@@ -294,28 +323,28 @@ class SpeechTrainee:
     ) -> None:
         self.model, self.phase, self.tokenizer = model, phase, tokenizer
         self.drawn, self.held_out = drawn, held_out
-        self.rows = RowRecipe(
-            tasks=phase.tasks,
-            image_tokens_count=shape.image_tokens_count,
-            context_tokens=shape.context_tokens,
-            learn_captions_so_far=phase.learn_captions_so_far,
-            rename_ratio=phase.rename_ratio,
-        )
+        self.rows = rows_of(phase, shape)
+        self.tales = Tales(phase, self.rows, tokenizer)
         self.heavy = torch.tensor(name_tokens(tokenizer, cast_names()))
         self.networks = nn.ModuleDict({"llava": model})
 
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
         """Mean cross entropy of the answers."""
-        rows = list(draw_rows(*self.drawn, self.phase, self.rows, self.tokenizer, step))
-        return answer_loss(self.model, batch(rows, self.tokenizer.pad_id), self.heavy, self.phase.name_weight)
+        if random.Random(f"tales {self.phase.name} {self.phase.seed} {step}").random() < self.phase.tales_ratio:
+            given = self.tales.batch(step)
+        else:
+            rows = list(draw_rows(*self.drawn, self.phase, self.rows, self.tokenizer, step))
+            given = batch(rows, self.tokenizer.pad_id)
+        return answer_loss(self.model, given, self.heavy, self.phase.name_weight)
 
     def measure(self) -> dict[str, float]:
-        """The same loss on the validation split."""
+        """The same loss on the validation split, a name counting as any other token."""
         losses = []
         for step in range(_HELD_OUT_STEPS):
             rows = list(draw_rows(*self.held_out, self.phase, self.rows, self.tokenizer, step))
             losses.append(answer_loss(self.model, batch(rows, self.tokenizer.pad_id)).item())
-        return {"loss": sum(losses) / len(losses)}
+        tales = {"tales": tales_loss(self.model, self.tales)} if self.phase.tales_ratio else {}
+        return {"loss": sum(losses) / len(losses), **tales}
 
 
 def stays_with_adam(name: str) -> bool:

@@ -25,7 +25,7 @@ from services.models import prompts
 from services.models.tokenizer import StoryTokenizer
 from training.toon import world
 from training.toon.cast import MAIN
-from training.toon.grammar import phrase
+from training.toon.grammar import describe_plainly, phrase
 from training.toon.render import render
 from training.toon.scene import Scene
 
@@ -261,8 +261,8 @@ def story_row(
         [
             now.description,
             following.caption,
-            following.description,
-            *_looks(story, f"{now.caption} {following.caption}", recipe, rng),
+            describe_plainly(following.scene),
+            *_looks(story, index, recipe, rng),
         ],
         renaming,
     )
@@ -282,15 +282,19 @@ def story_row(
     return _row(degrade(stories.images_NHWC[now.picture], rng), questions, recipe, tokenizer)
 
 
-def _looks(story: Sequence[Frame], text: str, recipe: RowRecipe, rng: random.Random) -> list[str]:
-    """What those look like whom `text` names: always of the cast that a pack knows, sometimes of others."""
+def _looks(story: Sequence[Frame], index: int, recipe: RowRecipe, rng: random.Random) -> list[str]:
+    """What those look like whom the captions name: the cast that a pack knows, those whom an earlier description told.
+
+    Sometimes others too, as a new character would be. Nobody described the first frame, a user gave it.
+    """
     people = {a.character.name: a.character for frame in story for a in frame.scene.actors if a.character.name}
-    told = []
-    for name in dict.fromkeys(re.findall(r"\w+", text)):
-        character = people.get(name)
-        if character is not None and (character in MAIN or rng.random() < recipe.looks_ratio):
-            told.append(prompts.cast_line(name, phrase(character.look)))
-    return told
+    described = {a.character.name for frame in story[1 : index + 1] for a in frame.scene.actors}
+    known = {
+        name: phrase(character.look)
+        for name, character in sorted(people.items())
+        if character in MAIN or name in described or rng.random() < recipe.looks_ratio
+    }
+    return list(prompts.cast_lines(known, [frame.caption for frame in story[: index + 2]]))
 
 
 def tale_row(captions: Sequence[str], recipe: RowRecipe, tokenizer: StoryTokenizer, rng: random.Random) -> Row:

@@ -6,8 +6,9 @@ It checks what it is given, builds the prompt, asks vLLM through a `Driver` with
 text: never empty, one line, no special tokens. Requests that are in flight together are decoded together. Every request
 has a seed of its own, so the same request alone gives the same text. Knows no transport: it runs in a notebook.
 
-Two guards look at what was written (`Guards`): the name lock at a description's names, the repetition guard at a
-caption's likeness to the ones before. Each asks for second choices when it finds a fault and takes the best.
+Guards look at what was written (`Guards`): the name lock at a description's names, the repetition guard at a caption's
+likeness to the ones before, the thread guard at how long a story goes without its hero. A fault is answered by second
+choices, of which the best is taken, and by a repair where there is one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +29,7 @@ from PIL import Image
 from services.caption.driver import Ask, Driver
 from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob, Written
-from services.models import llava, prompts, repetition
+from services.models import llava, prompts, repetition, thread
 from services.models.cast import Cast, name_tokens
 from services.models.pack import Pack
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
@@ -44,7 +45,7 @@ STORY, DESCRIPTIVE = llava.ADAPTERS
 # The world's longest caption has 45 tokens, its longest description 79, and a frame's text encoder reads 94.
 DEFAULT_TOKENS = {STORY: 64, DESCRIPTIVE: 90}
 NAME_LOCK_TRIES = 7  # more descriptions to choose from when the first leaves somebody out or names one twice
-REPETITION_TRIES = 4  # more captions to choose from when the first says again what was said
+CAPTION_TRIES = 4  # more captions to choose from when the first repeats itself or loses the story's hero
 RETRY_TEMPERATURE = 0.7  # at least this for another try: a greedy try would only repeat itself
 
 _SENTENCE_END = re.compile(r"[.!?…。！？؟]+[\"'”’»)]*(?=\s|$)")
@@ -56,7 +57,8 @@ class Guards:
     """Which guards are on. Off is for measuring what a guard is worth."""
 
     name_lock: bool = True  # costs up to NAME_LOCK_TRIES more descriptions where names are wrong
-    repetition: bool = True  # costs up to REPETITION_TRIES more captions where something is said again
+    repetition: bool = True  # costs up to CAPTION_TRIES more captions where something is said again
+    thread: bool = True  # costs as many where the hero has long been out of sight; never more for both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,9 @@ def adapter_rank_max(folders: Sequence[Path]) -> int:
     return max(int(config["r"]) for config in configs)
 
 
+Rule = Callable[[str], int]  # how many faults a guard finds in a text
+
+
 class Observer(Protocol):
     """Who wants to know what the engine does; `services.caption.metrics` is one."""
 
@@ -115,7 +120,7 @@ class Observer(Protocol):
         """A request has ended. `outcome` is `written` or an error's reason in lower case."""
 
     def text_guarded(self, *, guard: str, outcome: str) -> None:
-        """A guard, `name_lock` or `repetition`, found a fault in the first try.
+        """A guard, `name_lock`, `repetition` or `thread`, found a fault in the first try.
 
         `outcome` is `second_choice` (another try has none), `repaired`, or `kept_faulty`.
         """
@@ -184,7 +189,7 @@ class CaptionEngine:
         return self._driver.unfinished_count
 
     async def write_caption(self, job: StoryJob) -> Written:
-        """The caption after the last of `job.captions`; one that says something again only if every try does.
+        """The caption after the last of `job.captions`: none that repeats the story or loses its hero, if a try is not.
 
         Raises PackUnknown, CaptionEmpty, CaptionTooLong, ImageMissing, ImageTooLarge, ImageUnreadable, QueueFull,
         CaptionNotWritten, ReplicaLost, EngineDead or ShuttingDown.
@@ -202,18 +207,22 @@ class CaptionEngine:
         async def write(sampling: Sampling) -> Written:
             return await self._write(prompt, job.image, STORY, sampling)
 
-        if not self._guards.repetition:
-            return await write(job.sampling)
+        rules: dict[str, Rule] = {}
+        if self._guards.repetition:
+            rules["repetition"] = lambda text: repetition.faults(text, job.captions)
+        if self._guards.thread:
+            rules["thread"] = lambda text: int(thread.loses_thread(text, job.captions, self.model.cast))
 
-        def faults(text: str) -> int:
-            return repetition.faults(text, job.captions)
+        def repair(text: str) -> str:
+            lost = thread.loses_thread(text, job.captions, self.model.cast)
+            return thread.with_hero(text, job.captions, self.model.cast) if lost and self._guards.thread else text
 
-        return await self._guarded("repetition", REPETITION_TRIES, job.sampling, write, faults)
+        return await self._guarded(rules, CAPTION_TRIES, job.sampling, write, repair)
 
     async def describe(self, job: DescribeJob) -> Written:
-        """The description of `job.caption`; of the pack's cast it names only who the two captions mention.
+        """The description of `job.caption`; of the pack's cast it names only whom the story's captions mention.
 
-        Where they mention nobody, those of the earlier captions.
+        Somebody whom the pack does not know keeps the looks of the first earlier description that tells them.
 
         Raises the same errors as `write_caption`.
         """
@@ -221,49 +230,53 @@ class CaptionEngine:
         check_caption(job.previous_caption, "previous_caption")
         check_caption(job.caption, "caption")
         budget = self._budget(job.sampling.max_tokens, DESCRIPTIVE)
-        if len(job.earlier_captions) > CAPTIONS_MAX:
-            raise CaptionTooLong(
-                f"{len(job.earlier_captions)} captions are more than {CAPTIONS_MAX}", field="earlier_captions"
-            )
-        for number, caption in enumerate(job.earlier_captions):
-            check_caption(caption, f"earlier_captions[{number}]")
+        for name, texts in (
+            ("earlier_captions", job.earlier_captions),
+            ("earlier_descriptions", job.earlier_descriptions),
+        ):
+            if len(texts) > CAPTIONS_MAX:
+                raise CaptionTooLong(f"{len(texts)} texts are more than {CAPTIONS_MAX}", field=name)
+            for number, text in enumerate(texts):
+                check_caption(text, f"{name}[{number}]")
         cast, tokenizer = self.model.cast, self.model.tokenizer
         captions = cast.context(job.earlier_captions, job.previous_caption, job.caption)
-        looks = prompts.cast_lines(self.model.world.characters, captions)
-        prompt = prompts.description_prompt(self.model.tokenizer, job.previous_caption, job.caption, budget, looks)
-        if not self._guards.name_lock:
-            return await self._write(prompt, job.image, DESCRIPTIVE, job.sampling)
-        forbidden = name_tokens(tokenizer, cast.strangers(captions), captions)
+        looks = {**prompts.told_looks(job.earlier_descriptions), **self.model.world.characters}
+        lines = prompts.cast_lines(looks, (*job.earlier_captions, job.previous_caption, job.caption))
+        prompt = prompts.description_prompt(tokenizer, job.previous_caption, job.caption, budget, lines)
+        locked = self._guards.name_lock
+        forbidden = name_tokens(tokenizer, cast.strangers(captions), captions) if locked else ()
         room_tokens = min(job.sampling.max_tokens or DEFAULT_TOKENS[DESCRIPTIVE], DEFAULT_TOKENS[DESCRIPTIVE])
 
         async def write(sampling: Sampling) -> Written:
             return await self._write(prompt, job.image, DESCRIPTIVE, sampling, forbidden)
 
-        def faults(text: str) -> int:
-            return cast.faults(text, *captions)
-
         def fits(text: str) -> bool:
             return len(text) <= TEXT_CHARACTERS_MAX and len(tokenizer.encode(text)) <= room_tokens
 
         def repair(text: str) -> str:
-            return cast.repaired(text, *captions, fits)
+            return cast.repaired(text, *captions, fits, looks)
 
-        return await self._guarded("name_lock", NAME_LOCK_TRIES, job.sampling, write, faults, repair)
+        rules: dict[str, Rule] = {"name_lock": lambda text: cast.faults(text, *captions)} if locked else {}
+        return await self._guarded(rules, NAME_LOCK_TRIES, job.sampling, write, repair)
 
     async def _guarded(
         self,
-        guard: str,
+        rules: Mapping[str, Rule],
         tries: int,
         sampling: Sampling,
         write: Callable[[Sampling], Awaitable[Written]],
-        faults: Callable[[str], int],
-        repair: Callable[[str], str] = lambda text: text,
+        repair: Callable[[str], str],
     ) -> Written:
         """What `write` gives; if that has faults, the best of `tries` more; if that has faults too, it repaired."""
+
+        def faults(text: str) -> int:
+            return sum(rule(text) for rule in rules.values())
+
         first = await write(sampling)
         first_faults = await asyncio.to_thread(faults, first.text)
         if first_faults == 0:
             return first
+        guard = next(name for name, rule in rules.items() if rule(first.text) > 0)
         # Nobody is refused for a second choice's sake, so those being made count as if they all ran already.
         crowded = self._running + self._choosing + tries > self._max_requests
         others = [] if crowded else await self._second_choices(tries, sampling, write)

@@ -59,6 +59,7 @@ class DescribeJob:
     previous_caption: str
     caption: str
     earlier_captions: tuple[str, ...] = ()  # of the story, oldest first; who is named there may be whom "she" means
+    earlier_descriptions: tuple[str, ...] = ()  # of the story, oldest first; what they say somebody looks like, stays
     pack: str = ""
     sampling: Sampling = field(default_factory=Sampling)
 

@@ -80,6 +80,7 @@ def describe_job_from_pb(request: pb.DescribeRequest) -> DescribeJob:
         previous_caption=request.previous_caption,
         caption=request.caption,
         earlier_captions=tuple(request.earlier_captions),
+        earlier_descriptions=tuple(request.earlier_descriptions),
         pack=request.pack,
         sampling=sampling_from_pb(request.sampling),
     )

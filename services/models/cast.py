@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from services.models.tokenizer import StoryTokenizer
 
@@ -61,6 +62,11 @@ class Cast:
         """The names that occur in a text as whole words."""
         return frozenset(self._pattern.findall(text))
 
+    def first_mentioned(self, text: str) -> str | None:
+        """The name that a text mentions first; None when it mentions nobody."""
+        found = self._pattern.search(text)
+        return found["name"] if found else None
+
     def strangers(self, texts: Iterable[str]) -> frozenset[str]:
         """The names that occur in none of the texts; nobody when the texts mention no name at all.
 
@@ -70,12 +76,11 @@ class Cast:
         return frozenset(self.names) - known if known else frozenset()
 
     def context(self, earlier_captions: Sequence[str], previous_caption: str, caption: str) -> tuple[str, str]:
-        """The two captions that say who may be named: where they name nobody, all of the story stands for the first.
+        """The texts that say who may be named: all captions so far in one, and the new one.
 
-        "She ran." after "She fell." is about whom the story is about, and not about the model's favourite.
+        "She ran." after "She fell." is about whom the story is about, and not about the model's favourite; and who came
+        three captions ago may still stand in the picture.
         """
-        if self.mentioned(f"{previous_caption}\n{caption}"):
-            return previous_caption, caption
         return "\n".join((*earlier_captions, previous_caption)), caption
 
     def faults(self, description: str, previous_caption: str, caption: str) -> int:
@@ -95,13 +100,14 @@ class Cast:
         previous_caption: str,
         caption: str,
         fits: Callable[[str], bool] = lambda text: True,
+        looks: Mapping[str, str] = MappingProxyType({}),
     ) -> str:
         """The description with the names mended that `faults` counts; as it is when there is nothing to mend.
 
         A stranger's name, then a name's second mention, becomes a name of the caption that is missing; a caption that
         names nobody ("She woke.") speaks of whom the previous one names. When nobody is missing, the name goes and its
-        looks stay, or `SOMEBODY` takes its place. Whoever of the caption is missing still gets a sentence (`NEARBY`).
-        A change after which the text no longer `fits` is not made.
+        looks stay, or `SOMEBODY` takes its place. Whoever of the caption is missing still gets a sentence (`NEARBY`),
+        with the looks that `looks` has. A change after which the text no longer `fits` is not made.
         """
         captions = (previous_caption, caption)
         unknown, repeated = self._wrong_mentions(description, captions)
@@ -120,9 +126,12 @@ class Cast:
         absent = self.mentioned(caption) - self.mentioned(text)
         for name in (name for name in missing if name in absent):
             ended = text if _SENTENCE_END.search(text) else f"{text}."
-            longer = f"{ended.rstrip()} {NEARBY.format(name)}"
-            if fits(longer):
-                text = longer
+            whole = f"{name}, {looks[name]}," if name in looks else name
+            for who in dict.fromkeys((whole, name)):
+                longer = f"{ended.rstrip()} {NEARBY.format(who)}"
+                if fits(longer):
+                    text = longer
+                    break
         return text
 
     def _wrong_mentions(

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.models.tokenizer import StoryTokenizer
@@ -41,6 +41,10 @@ ASK_DESCRIPTION = ", What is the description of this caption?"
 ASK_PICTURE = "Describe the picture."
 
 _WORD = re.compile(r"\w+")
+# "Sam, a yellow monkey with a blue bow": the words of `cast_line`, as a description is taught to say them.
+_TOLD_LOOK = re.compile(
+    r"\b(?P<name>[^\W\d_a-z]\w*), (?P<look>an?(?: \w+){1,3} (?:with|wearing|in)(?: \w+){1,4})(?=[,.;])"
+)
 _KEPT_FORMAT_CHARACTERS = "\u200c\u200d"  # joiners: emoji and several scripts cannot be written without them
 
 
@@ -122,9 +126,24 @@ def description_prompt(
 
 
 def cast_lines(looks: Mapping[str, str], captions: Sequence[str]) -> tuple[str, ...]:
-    """The lines of `description_prompt`'s cast: what those look like, by `looks`, whom the captions name, in order."""
-    words = dict.fromkeys(word for caption in captions for word in _WORD.findall(caption))
+    """The lines of `description_prompt`'s cast: what those look like, by `looks`, whom a story's captions name.
+
+    `captions` go from the oldest to the one that is asked about; whom the newest name comes first.
+    """
+    words = dict.fromkeys(word for caption in reversed(captions) for word in _WORD.findall(caption))
     return tuple(cast_line(name, looks[name]) for name in words if name in looks)
+
+
+def told_looks(descriptions: Iterable[str]) -> dict[str, str]:
+    """What descriptions say that somebody looks like, by name: "Sam, a yellow monkey with a blue bow, runs."
+
+    Of two looks of the same name the first counts, because that is how they were drawn first.
+    """
+    told: dict[str, str] = {}
+    for description in descriptions:
+        for found in _TOLD_LOOK.finditer(description):
+            told.setdefault(found["name"], found["look"])
+    return told
 
 
 def cast_line(name: str, look: str) -> str:

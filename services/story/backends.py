@@ -71,6 +71,7 @@ class CaptionBackend:
         previous_caption: str,
         caption: str,
         earlier_captions: Sequence[str],
+        earlier_descriptions: Sequence[str],
         seed: int,
         temperature: float,
     ) -> WrittenText:
@@ -81,6 +82,7 @@ class CaptionBackend:
             previous_caption=previous_caption,
             caption=caption,
             earlier_captions=earlier_captions,
+            earlier_descriptions=earlier_descriptions,
             sampling=caption_pb.Sampling(temperature=temperature, seed=seed),
         )
         response = await self._channel.call(self._stub.Describe, request, timeout_s=self._timeout_s)

@@ -67,6 +67,7 @@ class Describe:
     previous_caption: str
     caption: str
     earlier_captions: tuple[str, ...] = ()  # before the previous one, oldest first
+    earlier_descriptions: tuple[str, ...] = ()  # of all frames so far, oldest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ def next_command(plan: Plan) -> Command | None:
             previous_caption=previous.caption,
             caption=newest.caption,
             earlier_captions=tuple(frame.caption for frame in plan.frames[:-2]),
+            earlier_descriptions=tuple(frame.description for frame in plan.frames[:-1] if frame.description),
         )
     if newest.image_sha256 is None:
         return Render(

@@ -355,6 +355,7 @@ class StoryWorkflows:
             previous_caption=command.previous_caption,
             caption=command.caption,
             earlier_captions=command.earlier_captions,
+            earlier_descriptions=command.earlier_descriptions,
             seed=command.seed,
             temperature=options.temperature,
         )

@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from services.models import llava, prompts, repetition
+from services.models import llava, prompts, repetition, thread
 from services.models.cast import Cast, name_tokens
 from services.models.repetition import is_near_copy
 from services.models.tokenizer import StoryTokenizer
@@ -38,7 +38,7 @@ from services.models.world import World
 from training.evaluation.figures import Figure, share, table
 from training.evaluation.frames import FIRST_SEED, Say
 from training.toon.cast import MAIN, NEW, SIDE_NAMES
-from training.toon.grammar import parse
+from training.toon.grammar import describe_plainly, parse
 from training.toon.lexicon import SETTING_CUES
 from training.toon.reading import ParsedDescription
 from training.toon.render import render
@@ -47,7 +47,7 @@ from training.toon.world import Story, StoryFrame, sample_story
 
 _ALL_NAMES = sorted({c.name for c in (*MAIN, *NEW) if c.name} | {name for name, _ in SIDE_NAMES})
 _NAME = re.compile(r"\b(" + "|".join(_ALL_NAMES) + r")\b")
-NAME_LOCK_TRIES, REPETITION_TRIES, RETRY_TEMPERATURE = 7, 4, 0.7  # as in the caption service
+NAME_LOCK_TRIES, CAPTION_TRIES, RETRY_TEMPERATURE = 7, 4, 0.7  # as in the caption service
 SERVED_TEMPERATURE = 0.2  # as well; a test compares all four
 _BUDGET_TOKENS = 352
 _ANSWER_TOKENS = 96
@@ -116,7 +116,7 @@ class Captioner:
         temperature: float = 0.0,
         guarded: bool = True,
     ) -> list[str]:
-        """The caption after each history, with the repetition guard unless it is left out."""
+        """The caption after each history, with the guards of a caption unless they are left out."""
         questions = [
             Question(image, prompts.story_prompt(self.tokenizer, list(captions), _BUDGET_TOKENS))
             for captions, image in zip(histories, images, strict=True)
@@ -124,23 +124,36 @@ class Captioner:
         texts = self.answer("story", questions, temperature=temperature)
         if not guarded:
             return texts
-        faults = [partial(repetition.faults, earlier=tuple(captions)) for captions in histories]
-        return self._best_of("story", questions, texts, faults, REPETITION_TRIES)
+        faults = [partial(self._caption_faults, captions) for captions in histories]
+        best = self._best_of("story", questions, texts, faults, CAPTION_TRIES)
+        return [
+            thread.with_hero(text, captions, self.cast) if thread.loses_thread(text, captions, self.cast) else text
+            for text, captions in zip(best, histories, strict=True)
+        ]
+
+    def _caption_faults(self, captions: Sequence[str], text: str) -> int:
+        return repetition.faults(text, captions) + int(thread.loses_thread(text, captions, self.cast))
 
     def descriptions(
         self,
         histories: Sequence[Sequence[str]],
         images: Sequence[npt.NDArray[np.uint8]],
+        described: Sequence[Sequence[str]],
         *,
         temperature: float = 0.0,
         guarded: bool = True,
     ) -> list[str]:
-        """The description of the last caption of each history, with the name lock unless it is left out."""
-        questions, contexts = [], []
-        for (*earlier, before, caption), image in zip(histories, images, strict=True):
+        """The description of the last caption of each history, with the name lock unless it is left out.
+
+        `described` is what the frames before were described as, as far as they were.
+        """
+        questions, contexts, looks = [], [], []
+        for (*earlier, before, caption), image, texts in zip(histories, images, described, strict=True):
             context = self.cast.context(earlier, before, caption)
-            looks = prompts.cast_lines(self.looks, context)
-            prompt = prompts.description_prompt(self.tokenizer, before, caption, _BUDGET_TOKENS, looks)
+            known = {**prompts.told_looks(texts), **self.looks}
+            lines = prompts.cast_lines(known, (*earlier, before, caption))
+            prompt = prompts.description_prompt(self.tokenizer, before, caption, _BUDGET_TOKENS, lines)
+            looks.append(known)
             strangers = self.cast.strangers(context) if guarded else ()
             questions.append(Question(image, prompt, name_tokens(self.tokenizer, strangers, context)))
             contexts.append(context)
@@ -149,7 +162,10 @@ class Captioner:
             return texts
         faults = [partial(self.cast.faults, previous_caption=a, caption=b) for a, b in contexts]
         best = self._best_of("descriptive", questions, texts, faults, NAME_LOCK_TRIES)
-        return [self.cast.repaired(text, *pair) for text, pair in zip(best, contexts, strict=True)]
+        return [
+            self.cast.repaired(text, *pair, looks=known)
+            for text, pair, known in zip(best, contexts, looks, strict=True)
+        ]
 
     def _best_of(
         self,
@@ -206,6 +222,11 @@ class Case:
         return [frame.caption for frame in self.story.frames[: self.index + 1]]
 
     @property
+    def described(self) -> list[str]:
+        """What the pack's own frames so far were described as: all but the first, which is given."""
+        return [describe_plainly(frame.scene) for frame in self.story.frames[1 : self.index + 1]]
+
+    @property
     def known_names(self) -> set[str]:
         """Everybody named in the captions so far."""
         return names_in(" ".join(self.captions))
@@ -251,12 +272,14 @@ def caption_figures(captioner: Captioner, stories: Sequence[Story], seed: int, s
     found = [case for story in stories for case in cases_of(story)]
     histories = [[*case.captions, case.following.caption] for case in found]
     own = [case.image_HWC for case in found]
-    told = captioner.descriptions(histories, own)
-    bare = captioner.descriptions(histories, own, guarded=False)
+    described = [case.described for case in found]
+    told = captioner.descriptions(histories, own, described)
+    bare = captioner.descriptions(histories, own, described, guarded=False)
     say(f"texts: {len(told)} descriptions of true captions")
     # The same questions over the next story's pictures: a description that follows them has looked.
     swapped = found[4:] + found[:4]
-    elsewhere = [parse(text) for text in captioner.descriptions(histories, [case.image_HWC for case in swapped])]
+    over = [case.image_HWC for case in swapped]
+    elsewhere = [parse(text) for text in captioner.descriptions(histories, over, described)]
     histories = [case.captions for case in found]
     written = captioner.next_captions(histories, own, temperature=SERVED_TEMPERATURE)
     unguarded = captioner.next_captions(histories, own, temperature=SERVED_TEMPERATURE, guarded=False)

@@ -32,13 +32,14 @@ class Told:
 
     story: Story
     captions: list[str]
-    descriptions: list[str]
+    descriptions: list[str]  # the first is the world's, to compare with; the product knows its caption alone
     pictures: list[Pixels] = field(default_factory=list)
 
     @property
     def references(self) -> tuple[Seen, ...]:
         """What the next frame looks at."""
-        seen = [Seen(pixels=p, description=d) for p, d in zip(self.pictures, self.descriptions, strict=True)]
+        texts = [self.captions[0], *self.descriptions[1:]]
+        seen = [Seen(pixels=p, description=d) for p, d in zip(self.pictures, texts, strict=True)]
         return tuple(seen[-MAX_REFERENCES:])
 
 
@@ -57,7 +58,10 @@ def tell(
             [one.captions for one in told], newest, temperature=SERVED_TEMPERATURE, guarded=guarded
         )
         histories = [[*one.captions, caption] for one, caption in zip(told, captions, strict=True)]
-        descriptions = captioner.descriptions(histories, newest, temperature=SERVED_TEMPERATURE, guarded=guarded)
+        described = [one.descriptions[1:] for one in told]
+        descriptions = captioner.descriptions(
+            histories, newest, described, temperature=SERVED_TEMPERATURE, guarded=guarded
+        )
         tasks = [
             Task(one.story.frames[beat].scene, description, 1_000_000 * seed + 1000 * number + beat, one.references)
             for number, (one, description) in enumerate(zip(told, descriptions, strict=True))

@@ -81,12 +81,15 @@ def told_figures(
     told = [[story.frames[0].caption] for story in stories]
     descriptions: list[tuple[str, str, set[str]]] = []
     copies: list[bool] = []
+    described: list[list[str]] = [[] for _ in stories]
     for beat in range(1, STORY_LENGTH):
         images = [render(story.frames[beat - 1].scene) for story in stories]
         read = [captions if history is None else captions[-history:] for captions in told]
         written = captioner.next_captions(read, images, temperature=temperature, guarded=guarded)
         longer = [[*captions, caption] for captions, caption in zip(told, written, strict=True)]
-        answers = captioner.descriptions(longer, images, temperature=temperature, guarded=guarded)
+        answers = captioner.descriptions(longer, images, described, temperature=temperature, guarded=guarded)
+        for texts, answer in zip(described, answers, strict=True):
+            texts.append(answer)
         for captions, caption, answer in zip(told, written, answers, strict=True):
             copies.append(caption in captions)
             descriptions.append((answer, caption, names_in(" ".join(captions))))

@@ -27,10 +27,11 @@ from training.toon.lexicon import (
 from training.toon.reading import ParsedActor, ParsedDescription, parse
 from training.toon.scene import INDOORS, Actor, Character, Look, Scene
 
-__all__ = ["ParsedActor", "ParsedDescription", "describe", "parse", "phrase"]
+__all__ = ["ParsedActor", "ParsedDescription", "describe", "describe_plainly", "parse", "phrase"]
 
 WORD_LIMITS = {1: 38, 2: 52, 3: 60}  # by how many actors; keeps a description within 90 tokens
 _ADJECTIVES = ("smiling", "laughing", "overjoyed", "full of joy", "astonished", "amazed", "frightened")
+_MOODLESS = ("sleep", "cry")  # these say their mood
 NAME_ONLY_SHARE = 0.15  # how often the main cast goes without its phrase, so that a name alone means somebody
 
 
@@ -104,10 +105,14 @@ def _clause(rng: random.Random, actor: Actor, position: str | None, alone: bool)
     )
 
 
+def _source(scene: Scene) -> str:
+    """Return what the light comes from."""
+    return "window" if scene.setting in INDOORS else "moon" if scene.time == "night" else "sun"
+
+
 def _light(rng: random.Random, scene: Scene) -> str:
     """Say on which side the light is, or the landmark, or both."""
-    source = "window" if scene.setting in INDOORS else "moon" if scene.time == "night" else "sun"
-    said = rng.choice(LIGHT_WAYS).format(source, scene.side)
+    said = rng.choice(LIGHT_WAYS).format(_source(scene), scene.side)
     if scene.setting in LANDMARKS and rng.random() < 0.25 and len(scene.actors) < 3:
         other = "left" if scene.side == "right" else "right"
         landmark = article(rng.choice(LANDMARKS[scene.setting]))
@@ -162,6 +167,31 @@ def _wording(scene: Scene, rng: random.Random) -> str:
     if len(details) > 1 and rng.random() < 0.5:
         details = [", ".join(details[:2]), *details[2:]]
     return " ".join(_sentence(sentence) for sentence in sentences + details)
+
+
+def describe_plainly(scene: Scene) -> str:
+    """Return the one description of `scene` that a captioner learns to write: `describe` in a single wording.
+
+    A frame model must read every wording; who writes needs one. A captioner that was taught all of them spent most of
+    its small weights on which of them comes next. The place comes first, then everybody from left to right, their looks
+    in the words that the question tells them in ("Pip, an orange cat with a blue scarf"), then the light.
+    """
+    sentences = [f"{SETTING_WAYS[scene.setting][0]} {TIME_WAYS[scene.time][0]}"]
+    for actor, position in zip(scene.actors, POSITIONS[len(scene.actors)], strict=True):
+        where = f"{POSITION_WAYS[position][0]} " if len(scene.actors) > 1 else ""
+        name, look = actor.character.name, phrase(actor.character.look)
+        verb = ACTION_WAYS[actor.action][0]
+        if actor.prop is not None:
+            verb = verb.format(PROP_WAYS[actor.prop][0])
+        mood = "" if actor.action in _MOODLESS else MOOD_WAYS[actor.mood][0]
+        feeling = f", {mood}" if mood in _ADJECTIVES else f" {mood}" if mood else ""
+        sentences.append(f"{where}{look if name is None else f'{name}, {look},'} {verb}{feeling}")
+    sentences.append(LIGHT_WAYS[0].format(_source(scene), scene.side))
+    if scene.weather != "clear":
+        sentences.append(WEATHER_WAYS[scene.weather][0])
+    if scene.ground_prop is not None:
+        sentences.append(GROUND_WAYS[0].format(PROP_WAYS[scene.ground_prop][0]))
+    return " ".join(map(_sentence, sentences))
 
 
 def describe(scene: Scene, rng: random.Random) -> str:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from services.caption.driver import Ask, Reply
 from services.caption.engine import (
+    CAPTION_TRIES,
     NAME_LOCK_TRIES,
-    REPETITION_TRIES,
     CaptionEngine,
     CaptionModel,
     Guards,
@@ -27,7 +27,7 @@ from services.models.cast import Cast
 from services.models.tokenizer import StoryTokenizer
 from services.models.world import World
 from services.runtime.config import SHIPPED_PACKS
-from services.runtime.errors import CaptionEmpty, CaptionNotWritten, QueueFull
+from services.runtime.errors import CaptionEmpty, CaptionNotWritten, CaptionTooLong, QueueFull
 
 MODEL = CaptionModel(
     pack_name="tiny",
@@ -203,9 +203,9 @@ async def test_a_caption_that_says_again_what_was_said_is_chosen_again() -> None
     driver = SeededDriver([COPY, "He ran. He ran.", "A kite flew by.", "A kite!", COPY], seed=5)
     written = await CaptionEngine(MODEL, driver, observer=notes).write_caption(REPEATING)
     assert written.text == "A kite flew by.", "the earliest of those without a fault"
-    assert len(driver.asks) == 1 + REPETITION_TRIES
-    assert [ask.temperature for ask in driver.asks] == [0.0, *[0.7] * REPETITION_TRIES]
-    assert len({ask.seed for ask in driver.asks}) == 1 + REPETITION_TRIES
+    assert len(driver.asks) == 1 + CAPTION_TRIES
+    assert [ask.temperature for ask in driver.asks] == [0.0, *[0.7] * CAPTION_TRIES]
+    assert len({ask.seed for ask in driver.asks}) == 1 + CAPTION_TRIES
     assert written.completion_tokens == sum(len(MODEL.tokenizer.encode(text)) for text in driver.texts)
     assert notes.guarded == [("repetition", "second_choice")]
 
@@ -226,7 +226,7 @@ async def test_the_best_of_captions_that_all_repeat_is_kept_as_it_is() -> None:
 
 
 async def test_a_caption_survives_the_tries_that_were_to_better_it() -> None:
-    driver = ScriptedDriver([COPY] + [""] * 3 * REPETITION_TRIES)
+    driver = ScriptedDriver([COPY] + [""] * 3 * CAPTION_TRIES)
     assert (await CaptionEngine(MODEL, driver).write_caption(REPEATING)).text == COPY
 
 
@@ -238,7 +238,7 @@ async def test_the_repetition_guard_can_be_switched_off() -> None:
 
 
 async def test_each_guard_works_without_the_other() -> None:
-    driver = ScriptedDriver([COPY, *["A kite."] * REPETITION_TRIES])
+    driver = ScriptedDriver([COPY, *["A kite."] * CAPTION_TRIES])
     engine = CaptionEngine(CAST_MODEL, driver, guards=Guards(name_lock=False))
     assert (await engine.write_caption(REPEATING)).text == "A kite."
     driver = ScriptedDriver(["A cat."] * (1 + NAME_LOCK_TRIES))
@@ -260,8 +260,8 @@ async def test_a_crowded_engine_makes_no_second_choice_and_still_repairs(room: i
 @pytest.mark.parametrize("room", [0, 1])
 async def test_a_crowded_engine_keeps_a_caption_that_repeats(room: int) -> None:
     notes = Notes()
-    driver = ScriptedDriver([COPY, *["A kite."] * REPETITION_TRIES])
-    engine = CaptionEngine(MODEL, driver, max_requests=REPETITION_TRIES - 1 + room, observer=notes)
+    driver = ScriptedDriver([COPY, *["A kite."] * CAPTION_TRIES])
+    engine = CaptionEngine(MODEL, driver, max_requests=CAPTION_TRIES - 1 + room, observer=notes)
     assert (await engine.write_caption(REPEATING)).text == ("A kite." if room else COPY)
     assert notes.guarded == [("repetition", "second_choice" if room else "kept_faulty")]
 
@@ -283,7 +283,7 @@ class GatedDriver(ScriptedDriver):
 async def test_both_guards_count_their_second_choices_together(room: int) -> None:
     """Those of a description that are being made count twice: as running, and as places taken."""
     notes, driver = Notes(), GatedDriver([], gate=asyncio.Event())
-    places = 2 * NAME_LOCK_TRIES + REPETITION_TRIES
+    places = 2 * NAME_LOCK_TRIES + CAPTION_TRIES
     engine = CaptionEngine(CAST_MODEL, driver, max_requests=places - 1 + room, observer=notes)
     described = asyncio.create_task(engine.describe(MEETING))
     while len(driver.asks) < 1 + NAME_LOCK_TRIES:  # noqa: ASYNC110 - the pictures are decoded in threads
@@ -395,6 +395,46 @@ async def test_a_description_is_asked_with_the_looks_that_the_pack_knows() -> No
     assert "Cast: Pip, an orange cat. Previous frame" in asked
 
 
+async def test_who_was_described_once_keeps_those_looks() -> None:
+    model = replace(MODEL, cast=Cast(("Pip", "Sam")), world=World(characters={"Pip": "an orange cat"}))
+    driver = ScriptedDriver(["Pip runs."] * (1 + NAME_LOCK_TRIES))
+    told = ("In the park. Sam, a yellow monkey with a blue bow, runs.", "Pip, a dog with a hat, sits.")
+    job = replace(DESCRIBE, previous_caption="Sam ran.", caption="Pip met Sam.", earlier_descriptions=told)
+    written = await CaptionEngine(model, driver).describe(job)
+    asked = MODEL.tokenizer.decode(driver.asks[0].ids)
+    assert "Cast: Pip, an orange cat; Sam, a yellow monkey with a blue bow. Previous" in asked, "the pack knows its own"
+    assert written.text == "Pip runs. Sam, a yellow monkey with a blue bow, stands nearby."
+    with pytest.raises(CaptionEmpty, match="caption"):
+        await CaptionEngine(model, driver).describe(replace(job, earlier_descriptions=("",)))
+    with pytest.raises(CaptionTooLong, match="texts"):
+        await CaptionEngine(model, driver).describe(replace(job, earlier_descriptions=("One.",) * 1001))
+
+
+LONG_STORY = replace(STORY, captions=("Mina slept.", "She woke.", "It rained."))
+
+
+async def test_a_caption_that_would_lose_the_hero_is_chosen_again() -> None:
+    notes = Notes()
+    driver = SeededDriver(["She ran.", "He ran.", "Mina ran.", "She sat.", "Mina sat."], seed=5)
+    written = await CaptionEngine(CAST_MODEL, driver, observer=notes).write_caption(LONG_STORY)
+    assert written.text == "Mina ran."
+    assert notes.guarded == [("thread", "second_choice")]
+
+
+async def test_a_hero_whom_no_try_names_is_named_in_place_of_she() -> None:
+    notes = Notes()
+    driver = SeededDriver(["It rained, and she ran."] * 5, seed=5)
+    written = await CaptionEngine(CAST_MODEL, driver, observer=notes).write_caption(LONG_STORY)
+    assert written.text == "It rained, and Mina ran."
+    assert notes.guarded == [("thread", "repaired")]
+
+
+async def test_the_thread_guard_can_be_switched_off() -> None:
+    driver = SeededDriver(["She ran."], seed=5)
+    engine = CaptionEngine(CAST_MODEL, driver, guards=Guards(thread=False))
+    assert (await engine.write_caption(LONG_STORY)).text == "She ran."
+
+
 async def test_captions_that_name_nobody_are_about_whom_the_story_names() -> None:
     world = World(characters={"Pip": "an orange cat", "Mina": "a rabbit"})
     model = replace(MODEL, cast=Cast(("Mina", "Pip", "Bruno")), world=world)
@@ -407,6 +447,8 @@ async def test_captions_that_name_nobody_are_about_whom_the_story_names() -> Non
     assert pip not in driver.asks[0].forbidden_ids
     assert MODEL.tokenizer.encode(" Mina")[0] in driver.asks[0].forbidden_ids
     assert "Cast: Pip, an orange cat. Previous" in MODEL.tokenizer.decode(driver.asks[0].ids)
-    assert pip in driver.asks[1].forbidden_ids  # where somebody is named, the two captions decide
+    assert pip not in driver.asks[1].forbidden_ids, "who came before may still be there"
+    assert MODEL.tokenizer.encode(" Bruno")[0] in driver.asks[1].forbidden_ids
+    assert "Cast: Mina, a rabbit; Pip, an orange cat. Previous" in MODEL.tokenizer.decode(driver.asks[1].ids)
     with pytest.raises(CaptionEmpty, match="caption"):
         await engine.describe(replace(silent, earlier_captions=("",)))

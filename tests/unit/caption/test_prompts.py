@@ -127,9 +127,27 @@ def test_no_room_is_an_error() -> None:
 def test_a_description_is_asked_with_the_looks_of_whom_the_captions_name() -> None:
     looks = {"Pip": "an orange cat", "Mina": "a pink rabbit", "Tom": "a mouse"}
     lines = prompts.cast_lines(looks, ("Mina met Pip.", "Tommy and Pip ran."))
-    assert lines == ("Mina, a pink rabbit", "Pip, an orange cat")
+    assert lines == ("Pip, an orange cat", "Mina, a pink rabbit"), "whom the newest caption names comes first"
     asked = said(prompts.description_prompt(TOKENIZER, "A.", "B.", BUDGET, lines))
-    assert "Cast: Mina, a pink rabbit; Pip, an orange cat. Previous frame story caption: 'A.', Current" in asked
+    assert "Cast: Pip, an orange cat; Mina, a pink rabbit. Previous frame story caption: 'A.', Current" in asked
+
+
+def test_looks_are_read_from_the_descriptions_that_told_them() -> None:
+    told = prompts.told_looks(
+        (
+            "In the park by day. On the left Sam, a yellow monkey with a blue bow, runs. Dot, an owl in red, sits.",
+            "Sam, a green monkey with a blue bow, sits.",
+            "Zoë, a pale blue fairy wearing a gold crown; it rains.",
+            "Yesterday, a dog barked. In town, a cat with a hat, slept. Mina slept. Tom, who has a hat, sat.",
+        )
+    )
+    assert told == {
+        "Sam": "a yellow monkey with a blue bow",
+        "Dot": "an owl in red",
+        "Zoë": "a pale blue fairy wearing a gold crown",
+    }
+    name, look = next(iter(told.items()))
+    assert prompts.told_looks([f"{prompts.cast_line(name, look)}, stands."]) == {name: look}
 
 
 def test_looks_that_do_not_fit_are_left_out_from_the_last() -> None:

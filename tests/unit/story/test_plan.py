@@ -132,14 +132,17 @@ def test_the_story_goes_on_from_what_was_committed_not_from_what_was_drawn() -> 
 
 def test_a_description_is_asked_with_the_captions_before_its_own_two() -> None:
     plan = begin(seed=1, frame_count=3, caption="one", image_sha256="a" * 64)
-    asked = []
+    asked, described = [], []
     while (command := next_command(plan)) is not None:
         if isinstance(command, Describe):
             asked.append((command.earlier_captions, command.previous_caption, command.caption))
-        result = {WriteCaption: f"caption {command.frame_index}", Describe: "words"}.get(type(command), "b" * 64)
+            described.append(command.earlier_descriptions)
+        n = command.frame_index
+        result = {WriteCaption: f"caption {n}", Describe: f"words {n}"}.get(type(command), "b" * 64)
         plan = apply(plan, command, result)
     assert asked == [
         ((), "one", "caption 1"),
         (("one",), "caption 1", "caption 2"),
         (("one", "caption 1"), "caption 2", "caption 3"),
     ]
+    assert described == [("one",), ("one", "words 1"), ("one", "words 1", "words 2")]

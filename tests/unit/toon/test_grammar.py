@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from services.models import prompts
 from training.toon.cast import BY_ID, MAIN, NEW
-from training.toon.grammar import WORD_LIMITS, describe, parse, phrase
+from training.toon.grammar import WORD_LIMITS, describe, describe_plainly, parse, phrase
 from training.toon.lexicon import (
     ACTION_CUES,
     ACTION_WAYS,
@@ -40,6 +41,23 @@ def test_one_scene_has_many_descriptions_and_all_mean_the_same():
     wordings = {describe(scene, random.Random(seed)) for seed in range(300)}
     assert len(wordings) >= 280
     assert all(parse(wording).labels() == scene.labels() for wording in wordings)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_reading_inverts_describing_plainly(split):
+    for seed in range(600):
+        scene = sample_frame(seed, split).scene
+        text = describe_plainly(scene)
+        assert parse(text).labels() == scene.labels(), text
+        assert len(text.split()) <= WORD_LIMITS[len(scene.actors)] + 4
+
+
+def test_a_scene_has_one_plain_description_in_the_words_of_the_question_about_it():
+    scene = sample_frame(3).scene
+    assert describe_plainly(scene) == describe_plainly(scene)
+    for actor in (a for f in sample_story(7).frames for a in f.scene.actors if a.character.name):
+        told = prompts.told_looks(describe_plainly(f.scene) for f in sample_story(7).frames)
+        assert told[actor.character.name] == phrase(actor.character.look)
 
 
 def test_two_thousand_frames_have_nearly_as_many_descriptions():

@@ -28,8 +28,15 @@ class Reader:
         return [story.frames[beat].caption for story in self.stories]
 
     def descriptions(
-        self, histories: Sequence[Sequence[str]], images: Sequence[Pixels], *, temperature: float, guarded: bool
+        self,
+        histories: Sequence[Sequence[str]],
+        images: Sequence[Pixels],
+        described: Sequence[Sequence[str]],
+        *,
+        temperature: float,
+        guarded: bool,
     ) -> list[str]:
+        assert {len(texts) for texts in described} == {self.beat - 1}
         return [story.frames[self.beat].description for story in self.stories]
 
 

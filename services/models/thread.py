@@ -1,0 +1,51 @@
+"""The thread guard: tells a caption after which a story has lost sight of its hero.
+
+A small language model that may say "she" says "she" until nobody knows who she is. The hero is whom the first caption
+names first; a story may leave its hero's name out of `UNNAMED_MAX` captions in a row and no more. Pure: knows no model,
+no tokenizer and no service.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from services.models.cast import Cast
+
+UNNAMED_MAX = 2  # captions in a row that may go without the hero's name
+
+_INNER_NAME = re.compile(r"(?<=[\w,;] )[^\W\d_a-z]\w*[^\W\d_A-Z]\b")  # a capital where no sentence begins
+_SUBJECT = re.compile(r"\b(?:he|she)\b(?!['’])", re.IGNORECASE)
+
+
+def hero_of(captions: Sequence[str], cast: Cast) -> str | None:
+    """Whom the first caption names first; of names that no pack knows only one within a sentence is seen as a name."""
+    if not captions:
+        return None
+    known = cast.first_mentioned(captions[0])
+    if known is not None:
+        return known
+    found = _INNER_NAME.search(captions[0])
+    return found[0] if found else None
+
+
+def loses_thread(text: str, earlier: Sequence[str], cast: Cast) -> bool:
+    """Whether with `text` more than `UNNAMED_MAX` captions in a row would lack the hero's name."""
+    hero = hero_of(earlier, cast)
+    recent = (*earlier[1:], text)[-UNNAMED_MAX - 1 :]
+    if hero is None or len(recent) <= UNNAMED_MAX:
+        return False
+    return not any(_names(one, hero) for one in recent)
+
+
+def with_hero(text: str, earlier: Sequence[str], cast: Cast) -> str:
+    """`text` with its first "he" or "she" given the hero's name, where nobody else can be meant; else as it is."""
+    hero = hero_of(earlier, cast)
+    everybody = cast.mentioned("\n".join((*earlier, text)))
+    if hero is None or everybody - {hero}:
+        return text
+    return _SUBJECT.sub(hero, text, count=1)
+
+
+def _names(text: str, name: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None

@@ -1,0 +1,51 @@
+"""The thread guard's rules."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.models.cast import Cast
+from services.models.thread import UNNAMED_MAX, hero_of, loses_thread, with_hero
+
+CAST = Cast(("Mina", "Pip"))
+
+
+@pytest.mark.parametrize(
+    ("first", "hero"),
+    [
+        ("Pip met Mina.", "Pip"),
+        ("Once Zora met Mina.", "Mina"),
+        ("One day, Zora found a kite.", "Zora"),
+        ("The girl found a kite. Nobody saw it.", None),
+        ("A kite!", None),
+    ],
+)
+def test_the_hero_is_whom_the_first_caption_names_first(first: str, hero: str | None) -> None:
+    assert hero_of([first, "Pip came."], CAST) == hero
+
+
+def test_a_hero_may_go_unnamed_for_a_while_and_no_longer() -> None:
+    story = ["Mina slept."]
+    for _ in range(UNNAMED_MAX):
+        assert not loses_thread("She ran.", story, CAST)
+        story.append("She ran.")
+    assert loses_thread("She ran.", story, CAST)
+    assert not loses_thread("Then Mina ran.", story, CAST)
+    assert not loses_thread("She ran.", [*story, "Mina ran."], CAST)
+    assert loses_thread("Minas ran.", story, CAST), "part of another word is no name"
+
+
+def test_a_story_without_a_hero_has_no_thread_to_lose() -> None:
+    assert not loses_thread("She ran.", ["A girl.", "She sat.", "She ran."], CAST)
+    assert not loses_thread("She ran.", [], CAST)
+
+
+def test_she_is_the_hero_where_she_can_be_nobody_else() -> None:
+    story = ["Mina slept.", "She woke."]
+    assert with_hero("At the beach, she saw that she was lost.", story, CAST) == (
+        "At the beach, Mina saw that she was lost."
+    )
+    assert with_hero("She\u2019d lost it, and she cried.", story, CAST) == "She\u2019d lost it, and Mina cried."
+    assert with_hero("She met Pip.", story, CAST) == "She met Pip."
+    assert with_hero("It rained.", story, CAST) == "It rained."
+    assert with_hero("She ran.", ["A girl slept."], CAST) == "She ran."
