@@ -105,7 +105,8 @@ that the procedural world in `training/toon` makes; no other data, no other weig
   in {frame.text_dropped:.0%} of rows, references are blanked in {frame.references_dropped:.0%}. {frame.single_rows}
   of {rows} rows have no references, {frame.unrelated_share:.0%} of the others an unrelated one.
 - CLIP: {clip.pairs.count:,} single frames with their descriptions.
-- Judge (not in the pack): {judge.pictures.count:,} frames of other seeds.
+- Judge (not in the pack): {judge.shelves[0].count:,} frames of other seeds, {judge.shelves[1].count:,} of strangers of
+  every look but the cast's and the new characters'.
 - Held out: ten new characters, and one in ten (character, setting, action, prop) combinations
   (`training/toon/splits.py`).
 

@@ -99,7 +99,7 @@ def main() -> None:
     """Draw one shelf ahead of time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", default="train")
-    parser.add_argument("--breadth", default="scene", choices=("scene", "wide", "story"))
+    parser.add_argument("--breadth", default="scene", choices=("scene", "looks", "wide", "story"))
     parser.add_argument("--count", type=int, required=True, help="seeds")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)

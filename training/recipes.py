@@ -99,7 +99,10 @@ def toon_judge(minutes: float | None = None, *, gpu: bool = False) -> JudgeRecip
             seed=3,
             ema=0.99,
         ),
-        pictures=ShelfRecipe(split="train", breadth="scene", count=100_000 if gpu else 30_000, first_seed=200_000),
+        shelves=(
+            ShelfRecipe(split="train", breadth="scene", count=100_000 if gpu else 30_000, first_seed=200_000),
+            ShelfRecipe(split="train", breadth="looks", count=100_000 if gpu else 20_000, first_seed=200_000),
+        ),
         held_out=ShelfRecipe(split="test", breadth="scene", count=1_000),
         batch=256 if gpu else 32,
     )

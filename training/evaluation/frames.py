@@ -190,8 +190,11 @@ def vae_figures(model: FrameModel, judge: Judge, count: int, seed: int) -> list[
         pictures = np.stack([render(scene, model.manifest.width_px) for scene in scenes])
         again, psnr = psnr_of_pictures(model.codec.vae, pictures)
         figures.append(mean(f"vae_psnr_db_{name}", psnr, 27.0 if name == "known" else None))
-        found = outcomes(judge.verdicts(again), [truth(scene) for scene in scenes])
+        true = [truth(scene) for scene in scenes]
+        sure = outcomes(judge.verdicts(pictures), true)  # what a perfect autoencoder would reach
+        found = outcomes(judge.verdicts(again), true)
         figures.append(share(f"vae_look_{name}", found["look"], 0.90 if name == "new" else None))
+        figures.append(share(f"vae_look_{name}_untouched", sure["look"]))
     return figures
 
 

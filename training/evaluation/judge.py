@@ -56,7 +56,7 @@ class JudgeRecipe:
     """What the judge learns from, and on what its own accuracy is stated."""
 
     loop: LoopRecipe
-    pictures: ShelfRecipe
+    shelves: tuple[ShelfRecipe, ...]
     held_out: ShelfRecipe
     batch: int = 32
 
@@ -239,16 +239,16 @@ class JudgeTrainee:
         self.judge = judge
         self.networks = nn.ModuleDict({"judge": judge})
         self.recipe = recipe
-        self.pictures = shelf(recipe.pictures, folder=folder)
-        self.targets = answers(recipe.pictures.scenes(recipe.pictures.seeds))
+        self.shelves = [shelf(one, folder=folder) for one in recipe.shelves]
+        self.targets = answers([scene for one in recipe.shelves for scene in one.scenes(one.seeds)])
         self.held_out = shelf(recipe.held_out, folder=folder)
         self.held_out_truth = [truth(s) for s in recipe.held_out.scenes(recipe.held_out.seeds)]
 
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(self.pictures), (self.recipe.batch,), generator=generator)
-        pixels = as_input(self.pictures[rows.numpy()])
+        rows = torch.randint(sum(map(len, self.shelves)), (self.recipe.batch,), generator=generator)
+        pixels = as_input(self._take(rows.tolist()))
         # A drawn picture is softer and its colours are off by a little; the judge must not care.
-        gain = 1.0 + 0.1 * torch.randn(len(rows), 3, 1, 1, generator=generator)
+        gain = 1.0 + 0.04 * torch.randn(len(rows), 3, 1, 1, generator=generator)
         pixels = pixels * gain + 0.1 * torch.rand(len(rows), 1, 1, 1, generator=generator) * torch.randn(
             pixels.shape, generator=generator
         )
@@ -261,6 +261,17 @@ class JudgeTrainee:
         with autocast(device):
             said = self.judge(pixels.to(device), count)
         return answer_loss(said, wanted) + F.cross_entropy(said["count"].float(), count - 1)
+
+    def _take(self, rows: Sequence[int]) -> Pixels:
+        """Pictures of all shelves, one behind the other."""
+        taken = []
+        for row in rows:
+            for one in self.shelves:
+                if row < len(one):
+                    taken.append(one[row])
+                    break
+                row -= len(one)
+        return np.stack(taken)
 
     def measure(self) -> dict[str, float]:
         return agreement(self.judge.verdicts(self.held_out), self.held_out_truth)
@@ -303,7 +314,7 @@ def train_and_ship(recipe: JudgeRecipe, folder: Path = SHIPPED) -> RunResult:
         "pictures": recipe.held_out.pictures_count,
         "split": recipe.held_out.split,
         "steps": result.steps,
-        "trained_on": recipe.pictures.file_name,
+        "trained_on": ", ".join(one.file_name for one in recipe.shelves),
     }
     save_judge(judge, facts, folder)
     return result

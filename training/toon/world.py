@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from training.toon.cast import MAIN, NEW, SIDE, random_look
+from training.toon.cast import MAIN, NEW, SIDE, combination, random_look
 from training.toon.colours import hsv
 from training.toon.grammar import describe
 from training.toon.scene import (
@@ -32,9 +32,10 @@ from training.toon.stories import Story, StoryFrame, draw_story
 
 __all__ = ["SPLITS", "Frame", "Story", "StoryFrame", "sample_frame", "sample_story"]
 
-BREADTHS = ("scene", "wide")
+BREADTHS = ("scene", "looks", "wide")
 MAIN_SHARE = 0.65  # of the characters in "scene" frames; the others are side characters
 SIDE_HERO_SHARE = 0.25  # of the stories of the training splits; their heroes have names
+_CAST_LOOKS = {combination(character.look) for character in MAIN + NEW}
 _NAMED_SIDE = tuple(character for character in SIDE if character.name is not None)
 _HOLDABLE_IN_A_CROWD = tuple(prop for prop in PROPS if prop not in ("umbrella", "guitar", "kite"))
 
@@ -119,19 +120,31 @@ def _widened(scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, actors=tuple(actors), grade=grade)
 
 
+def _redressed(scene: Scene, rng: random.Random) -> Scene:
+    """Give every actor some look that words describe, of all there are but those of the cast."""
+    actors: list[Actor] = []
+    for index, actor in enumerate(scene.actors):
+        look = random_look("looks", rng.random())
+        while combination(look) in _CAST_LOOKS:
+            look = random_look("looks", rng.random())
+        actors.append(replace(actor, character=Character(id=f"looks-{index}", name=None, pronoun="he", look=look)))
+    return replace(scene, actors=tuple(actors))
+
+
 def sample_frame(seed: int, split: str = "train", breadth: str = "scene") -> Frame:
     """Return the frame of `seed` in `split`.
 
-    `breadth` "scene" mixes main cast and side characters (and exactly one new character a frame in "new"); "wide" draws
-    characters of random species, colours and accessories under random grading, to teach a picture codec more than a
-    cast. Raises `ValueError` for an unknown split or breadth.
+    `breadth` "scene" mixes main cast and side characters (and exactly one new character a frame in "new"); "looks"
+    draws strangers of every look but the cast's, for a judge of new characters; "wide" draws characters of random
+    species, colours and accessories under random grading, to teach a picture codec more than a cast. Raises `ValueError` for an unknown split or breadth.
     """
     checked(split)
     if breadth not in BREADTHS:
         raise ValueError(f"breadth is {breadth!r}, not one of {', '.join(BREADTHS)}")
     rng = generator("frame", split, breadth, seed)
-    if breadth == "wide":
-        scene = _widened(_draw_scene(rng, "train"), rng)
+    if breadth != "scene":
+        widen = _widened if breadth == "wide" else _redressed
+        scene = widen(_draw_scene(rng, "train"), rng)
     else:
         scene = _draw_scene(rng, split)
         while not belongs((scene,), split):

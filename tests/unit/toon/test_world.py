@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 
 from training.toon.arcs import ARCS
-from training.toon.cast import MAIN, NEW, SIDE
+from training.toon.cast import MAIN, NEW, SIDE, combination
 from training.toon.lexicon import SETTING_CUES
-from training.toon.scene import ACTIONS, MOODS, PROPS, SETTINGS, TIMES
+from training.toon.scene import ACCESSORIES, ACTIONS, MOODS, PROPS, SETTINGS, SPECIES, TIMES
 from training.toon.splits import HELD_OUT_SHARE, is_held_out
 from training.toon.stories import TOLD_TIME_CUES, told_value
 from training.toon.world import SPLITS, sample_frame, sample_story
@@ -103,6 +103,16 @@ def test_training_frames_show_everything(frames):
     assert {len(scene.actors) for scene in scenes} == {1, 2, 3}
     main = {character.id for character in MAIN}
     assert 0.6 < sum(actor.character.id in main for actor in actors) / len(actors) < 0.72
+
+
+def test_frames_of_looks_show_every_word_and_nobody_of_the_cast():
+    actors = [actor for seed in range(900) for actor in sample_frame(seed, breadth="looks").scene.actors]
+    looks = [actor.character.look for actor in actors]
+    assert {look.species for look in looks} == set(SPECIES)
+    assert {look.accessory for look in looks} == set(ACCESSORIES)
+    assert not {combination(look) for look in looks} & {combination(character.look) for character in MAIN + NEW}
+    assert all(look.fur_rgb is None for look in looks), "its words say what it looks like"
+    assert sample_frame(5, breadth="looks") == sample_frame(5, breadth="looks")
 
 
 def test_wide_frames_show_a_thousand_different_looks():

@@ -45,17 +45,17 @@ def _trained_on() -> list[ShelfRecipe]:
 
 def test_nothing_is_trained_on_held_out_splits_or_new_characters() -> None:
     new = {character.id for character in NEW}
-    for recipe in (*_trained_on(), toon_judge().pictures):
+    for recipe in (*_trained_on(), *toon_judge().shelves):
         assert recipe.split == "train"
         for scene in recipe.scenes(list(recipe.seeds)[:40]):
             assert not new & set(scene.labels()["characters"])
 
 
 def test_the_judge_learned_from_other_seeds_than_the_pack() -> None:
-    judge = toon_judge().pictures
-    for recipe in _trained_on():
-        if recipe.breadth == judge.breadth:
-            assert not set(recipe.seeds) & set(judge.seeds)
+    for judge in toon_judge().shelves:
+        for recipe in _trained_on():
+            if recipe.breadth == judge.breadth:
+                assert not set(recipe.seeds) & set(judge.seeds)
     assert toon_judge().held_out.split == "test"
 
 
