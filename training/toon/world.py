@@ -136,7 +136,9 @@ def sample_frame(seed: int, split: str = "train", breadth: str = "scene") -> Fra
 
     `breadth` "scene" mixes main cast and side characters (and exactly one new character a frame in "new"); "looks"
     draws strangers of every look but the cast's, for a judge of new characters; "wide" draws characters of random
-    species, colours and accessories under random grading, to teach a picture codec more than a cast. Raises `ValueError` for an unknown split or breadth.
+    species, colours and accessories under random grading, to teach a picture codec more than a cast.
+
+    Raises `ValueError` for an unknown split or breadth.
     """
     checked(split)
     if breadth not in BREADTHS:
