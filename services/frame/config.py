@@ -26,6 +26,8 @@ class FrameSettings(Settings):
     max_running: int = Field(default=8, ge=1, le=256)  # frames denoised together
     max_queued: int = Field(default=32, ge=1, le=10_000)  # frames that wait; one more is refused at once
     max_rows: int = Field(default=64, ge=1, le=4096)  # network rows in one step; memory grows with it
+    tenant_queue_share: float = Field(default=0.75, gt=0.0, le=1.0)  # of the waiting frames that one tenant may have
+    aging_s: float = Field(default=20.0, gt=0.0)  # waiting that lifts a frame by one priority
     stall_s: float = Field(default=60.0, gt=0.0)  # a single step that takes longer means the engine hangs
     warm_up: bool = True  # draw once before calling itself ready
 

@@ -1,7 +1,7 @@
 """The frame engine: draws many jobs at once, one denoising step at a time.
 
 One thread owns the networks. Before each step it lets waiting jobs join, drops those that were cancelled or are too
-late, asks `batching.choose` who steps, and steps them in one forward. A job that fails fails alone.
+late, asks the scheduler who steps, and steps them in one forward. A job that fails fails alone.
 
     async for event in engine.render(job):      # Queued, Progress, Preview …, and at last RenderedFrame
         ...
@@ -16,26 +16,26 @@ import hashlib
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
 
 import numpy as np
 import structlog
 import torch
 
-from services.frame.batching import Candidate, choose
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.picture import png, webp
+from services.frame.scheduler import Job, Refusal, Scheduler, SchedulerSettings
 from services.frame.sketch import sketch_of
-from services.models.drawing import Drawing, Pixels, Sketch, advance, begin, finish, preview
+from services.models.drawing import Drawing, Pixels, Sketch, advance, begin, finish, preview, row_count
 from services.models.familiarity import gain_over_shrinking_db
 from services.models.registry import FrameModel
 from services.models.world import Unfamiliar, World
 from services.runtime.errors import (
     Cancelled,
     DeadlineExceeded,
+    DeadlineUnreachable,
     EngineDead,
     FabulaError,
     PackUnknown,
@@ -63,11 +63,24 @@ class EngineSettings:
     max_running: int = 8  # jobs denoised in turns; more means fuller batches and a longer wait for each
     max_queued: int = 32  # jobs that wait for room; one more is refused at once
     max_rows: int = 64  # network rows in one step; memory grows with it
+    tenant_queue_share: float = 0.75  # of the waiting jobs that one named tenant may have
+    aging_s: float = 20.0  # waiting that lifts a job by one priority
     stall_s: float = 60.0  # a step that takes longer means the thread hangs
 
     def __post_init__(self) -> None:
-        if self.max_running < 1 or self.max_queued < 1 or self.max_rows < 1 or self.stall_s <= 0:
+        if self.stall_s <= 0:
             raise ValueError("every limit of the frame engine must be positive")
+        self.scheduling()
+
+    def scheduling(self) -> SchedulerSettings:
+        """The scheduler's part. Raises ValueError."""
+        return SchedulerSettings(
+            max_running=self.max_running,
+            max_queued=self.max_queued,
+            max_rows=self.max_rows,
+            tenant_queue_share=self.tenant_queue_share,
+            aging_s=self.aging_s,
+        )
 
 
 class Observer(Protocol):
@@ -79,6 +92,9 @@ class Observer(Protocol):
     def job_done(self, *, outcome: str, queue_s: float, render_s: float) -> None:
         """A job left; `outcome` is "rendered" or an error's reason."""
 
+    def job_refused(self, *, reason: str) -> None:
+        """A job was not taken; in the thread that submitted it. `reason` is a `Refusal`'s."""
+
     def load_changed(self, *, queued: int, running: int) -> None:
         """So many jobs wait and are drawn."""
 
@@ -88,6 +104,7 @@ class _Silence:
 
     def step_done(self, *, jobs: int, rows: int, seconds: float) -> None: ...
     def job_done(self, *, outcome: str, queue_s: float, render_s: float) -> None: ...
+    def job_refused(self, *, reason: str) -> None: ...
     def load_changed(self, *, queued: int, running: int) -> None: ...
 
 
@@ -98,21 +115,14 @@ class Ticket:
     sketch: Sketch
     model: FrameModel
     preview_every_steps: int
-    deadline_s: float | None
+    job: Job
     deliver: Deliver
-    arrival: int
-    arrived_s: float
     given: int | None = None  # which reference is somebody's own picture, the first of them
     cancelled: bool = False
     # From here on the engine's thread only.
     drawing: Drawing | None = None
     started_s: float = 0.0
-    last_turn: int = -1
     warnings: tuple[Unfamiliar, ...] = ()
-    kind: tuple[str, int, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.kind = (self.model.manifest.name, self.sketch.height_px, self.sketch.width_px)
 
     def cancel(self) -> None:
         """Give the job up. It takes part in at most the step that is running."""
@@ -141,16 +151,13 @@ class FrameEngine:
         self._clock = clock
         self._worlds = dict(worlds or {})
         self._gains_db: dict[tuple[str, bytes], float] = {}  # by pack and picture, oldest first
-        self._changed = threading.Condition()
-        self._waiting: deque[Ticket] = deque()
-        self._running: list[Ticket] = []
+        self._changed = threading.Condition()  # guards the scheduler and the tickets
+        self._scheduler = Scheduler(self.settings.scheduling())
+        self._tickets: dict[int, Ticket] = {}  # of everybody who waits or is drawn, by the job's number
         self._arrivals = 0
-        self._turn = 0
-        self._beginning = 0  # jobs that are neither waiting nor running: the one that is being begun
         self._dead = False
         self._stopping = False
         self._busy_since_s: float | None = None  # start of the unit of work in hand; None while idle
-        self._job_s = 1.0  # running mean of a job's seconds, for retry advice
         self._thread = threading.Thread(target=self._run, name="frame-engine", daemon=True)
 
     def start(self) -> None:
@@ -166,6 +173,12 @@ class FrameEngine:
             self._thread.join(timeout_s)
 
     @property
+    def tickets(self) -> tuple[Ticket, ...]:
+        """Everybody who waits or is drawn now, in order of arrival."""
+        with self._changed:
+            return tuple(self._tickets.values())
+
+    @property
     def is_healthy(self) -> bool:
         """The thread lives and its current unit of work is not overdue."""
         busy_since = self._busy_since_s
@@ -175,32 +188,40 @@ class FrameEngine:
     def submit(self, job: FrameJob, deliver: Deliver) -> Ticket:
         """Check `job` and put it in the queue; its events go to `deliver`, beginning with Queued.
 
-        Reads and resizes the references, so call it off the event loop. Raises QueueFull, ShuttingDown, EngineDead,
-        DeadlineExceeded, or what `sketch_of` raises; then nothing was started.
+        Reads and resizes the references, so call it off the event loop. Raises QueueFull, DeadlineUnreachable,
+        ShuttingDown, EngineDead, DeadlineExceeded, or what `sketch_of` raises; then nothing was started.
         """
-        self._refuse_if_full()  # before the work of reading pictures
+        self._refuse_if_stopped()
+        if self._scheduler.is_full:  # before the work of reading pictures
+            self._refuse(self._scheduler.full())
         model = self.models.get(job.pack or self.default_pack)
         if model is None:
             raise PackUnknown(f"no pack {job.pack!r} here; loaded: {', '.join(sorted(self.models))}", field="pack")
         sketch = sketch_of(job, model)
         if job.deadline_s is not None and self._clock() >= job.deadline_s:
             raise DeadlineExceeded()
+        manifest = model.manifest
         with self._changed:
-            self._refuse_if_full()
-            ticket = Ticket(
-                sketch,
-                model,
-                job.preview_every_steps,
-                job.deadline_s,
-                deliver,
-                self._arrivals,
-                self._clock(),
-                next((index for index, reference in enumerate(job.references) if reference.given), None),
+            self._refuse_if_stopped()
+            offered = Job(
+                number=self._arrivals,
+                kind=(manifest.name, sketch.height_px, sketch.width_px),
+                rows=row_count(sketch),
+                steps=len(model.denoiser.schedule.sampling_steps(sketch.steps)),
+                arrived_s=self._clock(),
+                tenant=job.tenant,
+                priority=job.priority,
+                deadline_s=job.deadline_s,
             )
+            room = self.settings.max_running - self._scheduler.running_count
+            ahead = max(0, self._scheduler.waiting_count - room + 1)
+            if (refusal := self._scheduler.offer(offered, offered.arrived_s)) is not None:
+                self._refuse(refusal)
             self._arrivals += 1
-            room = self.settings.max_running - len(self._running)
-            deliver(Queued(ahead_count=max(0, len(self._waiting) - room + 1)))
-            self._waiting.append(ticket)
+            given = next((index for index, reference in enumerate(job.references) if reference.given), None)
+            ticket = Ticket(sketch, model, job.preview_every_steps, offered, deliver, given)
+            self._tickets[offered.number] = ticket
+            deliver(Queued(ahead_count=ahead))
             self._changed.notify()
         return ticket
 
@@ -257,16 +278,24 @@ class FrameEngine:
         finally:
             ticket.cancel()
 
-    def _refuse_if_full(self) -> None:
+    def _refuse_if_stopped(self) -> None:
         if self._stopping:
             raise ShuttingDown()
         if self._dead or not self._thread.is_alive():
             raise EngineDead()
-        queued = len(self._waiting)
-        # Free places count too: a burst that comes while the thread is busy finds nobody running yet.
-        if queued + len(self._running) + self._beginning >= self.settings.max_running + self.settings.max_queued:
-            pause_s = max(1.0, self._job_s * queued / self.settings.max_running)
-            raise QueueFull(f"{queued} frames wait already; try again later", retry_after_s=round(pause_s, 1))
+
+    def _refuse(self, refusal: Refusal) -> NoReturn:
+        self._observer.job_refused(reason=refusal.reason)
+        pause_s = None if refusal.retry_after_s is None else round(refusal.retry_after_s, 1)
+        if refusal.reason == "deadline":
+            predicted = f"{refusal.predicted_s:.1f}"
+            raise DeadlineUnreachable(
+                f"the picture would take {predicted} s, which is more than the call has left",
+                metadata={"predicted_s": predicted},
+                retry_after_s=pause_s,
+            )
+        whose = "of yours " if refusal.reason == "tenant_queue_full" else ""
+        raise QueueFull(f"too many frames {whose}wait already; try again later", retry_after_s=pause_s)
 
     def _run(self) -> None:
         """The engine's thread."""
@@ -278,7 +307,7 @@ class FrameEngine:
                 batch = self._choose()
                 if batch:
                     self._step(batch)
-                self._observer.load_changed(queued=len(self._waiting), running=len(self._running))
+                self._observer.load_changed(queued=self._scheduler.waiting_count, running=self._scheduler.running_count)
                 self._busy_since_s = None
         except Exception:
             log.exception("engine_thread_died")  # health turns bad, and the process is replaced
@@ -286,32 +315,22 @@ class FrameEngine:
         finally:
             with self._changed:
                 self._dead = True  # whoever submits from now on is told, although the thread still lives a moment
-                running, waiting = list(self._running), list(self._waiting)
-                self._running.clear()
-                self._waiting.clear()
+                left = list(self._tickets.values())
             # One of those that were drawn may have killed the engine, and would kill the next one too: callers count
             # how often they get ReplicaLost. Those that only waited had no part in it.
-            for ticket in running:
-                self._end(ticket, ShuttingDown() if self._stopping else ReplicaLost())
-            for ticket in waiting:
-                self._end(ticket, ShuttingDown() if self._stopping else EngineDead())
+            for ticket in left:
+                lost = ReplicaLost() if ticket.drawing is not None else EngineDead()
+                self._end(ticket, ShuttingDown() if self._stopping else lost)
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not self._stopping and not self._waiting and not self._running:
+            while not self._stopping and not self._tickets:
                 self._changed.wait()
             return not self._stopping
 
     def _admit(self) -> None:
         """Let waiting jobs in while there is room. One that cannot be begun fails, and the next gets its chance."""
-        while len(self._running) < self.settings.max_running:
-            with self._changed:
-                if not self._waiting:
-                    return
-                ticket = self._waiting.popleft()
-                self._beginning = 1
-            ticket.started_s = self._clock()
-            ticket.last_turn = self._turn  # newcomers go behind those who wait for a step, or they could starve them
+        while (ticket := self._next_in()) is not None:
             try:
                 if (reason := self._lost(ticket)) is not None:
                     self._end(ticket, reason)
@@ -320,10 +339,16 @@ class FrameEngine:
                 ticket.warnings = self._warnings(ticket)
             except Exception as error:  # noqa: BLE001 - whatever a network raises, it is this job's and no other's
                 self._fail(ticket, error)
-            else:
-                self._running.append(ticket)
-            finally:
-                self._beginning = 0
+
+    def _next_in(self) -> Ticket | None:
+        with self._changed:
+            now_s = self._clock()
+            job = self._scheduler.begin(now_s)
+            if job is None:
+                return None
+            ticket = self._tickets[job.number]
+            ticket.started_s = now_s
+            return ticket
 
     def _warnings(self, ticket: Ticket) -> tuple[Unfamiliar, ...]:
         """What the pack does not know of the job's given picture. Costs one decoding a picture, and never the frame."""
@@ -347,54 +372,40 @@ class FrameEngine:
         return self._gains_db[key]
 
     def _drop_lost(self) -> None:
-        for ticket in list(self._running):
-            if (reason := self._lost(ticket)) is not None:
-                self._leave(ticket, reason)
         with self._changed:
-            lost = [(ticket, reason) for ticket in self._waiting if (reason := self._lost(ticket)) is not None]
-            for ticket, _ in lost:
-                self._waiting.remove(ticket)
-        for ticket, reason in lost:
-            self._end(ticket, reason)
+            everybody = list(self._tickets.values())
+        for ticket in everybody:
+            if (reason := self._lost(ticket)) is not None:
+                self._end(ticket, reason)
 
     def _lost(self, ticket: Ticket) -> FabulaError | None:
         if ticket.cancelled:
             return Cancelled()
-        if ticket.deadline_s is not None and self._clock() >= ticket.deadline_s:
+        if ticket.job.deadline_s is not None and self._clock() >= ticket.job.deadline_s:
             return DeadlineExceeded()
         return None
 
     def _choose(self) -> list[Ticket]:
-        candidates = [
-            Candidate(
-                kind=ticket.kind,
-                row_count=_drawing(ticket).row_count,
-                last_turn=ticket.last_turn,
-                arrival=ticket.arrival,
-            )
-            for ticket in self._running
-        ]
-        return [self._running[index] for index in choose(candidates, self.settings.max_rows)]
+        with self._changed:
+            return [self._tickets[number] for number in self._scheduler.choose()]
 
     def _step(self, batch: Sequence[Ticket]) -> None:
         """One denoising step of `batch`, then tell, preview, finish or fail each of them."""
-        self._turn += 1
         began_s = self._clock()
         stepped = self._advance(batch)
-        self._observer.step_done(
-            jobs=len(stepped),
-            rows=sum(_drawing(ticket).row_count for ticket in stepped),
-            seconds=self._clock() - began_s,
-        )
+        seconds = self._clock() - began_s
+        with self._changed:
+            whole = len(stepped) == len(batch)  # the time of a step that failed says nothing of the next one
+            self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if whole else None)
+        rows = sum(ticket.job.rows for ticket in stepped)
+        self._observer.step_done(jobs=len(stepped), rows=rows, seconds=seconds)
         for ticket in stepped:
-            ticket.last_turn = self._turn
             if not _drawing(ticket).is_sound:
-                self._leave(ticket, RenderFailed("the picture's numbers are not finite; try another seed or guidance"))
+                self._end(ticket, RenderFailed("the picture's numbers are not finite; try another seed or guidance"))
                 continue
             try:
                 self._tell(ticket)
             except Exception as error:  # noqa: BLE001 - as above
-                self._running.remove(ticket)
                 self._fail(ticket, error)
 
     def _advance(self, batch: Sequence[Ticket]) -> list[Ticket]:
@@ -406,7 +417,6 @@ class FrameEngine:
             return list(batch)
         except Exception as error:  # noqa: BLE001 - as above
             if len(batch) == 1:
-                self._running.remove(batch[0])
                 self._fail(batch[0], error)
                 return []
             log.warning("batched_step_failed", jobs=len(batch), error=type(error).__name__)
@@ -426,12 +436,11 @@ class FrameEngine:
                 sha256=hashlib.sha256(image).hexdigest(),
                 sketch=ticket.sketch,
                 pack_digest=ticket.model.manifest.digest,
-                queue_s=ticket.started_s - ticket.arrived_s,
+                queue_s=ticket.started_s - ticket.job.arrived_s,
                 render_s=ended_s - ticket.started_s,
                 warnings=ticket.warnings,
             )
-            self._job_s += 0.2 * (frame.render_s - self._job_s)
-            self._leave(ticket, frame)
+            self._end(ticket, frame)
         elif ticket.preview_every_steps and done % ticket.preview_every_steps == 0:
             ticket.deliver(Preview(image=webp(preview(ticket.model, drawing)), step=done))
 
@@ -444,21 +453,20 @@ class FrameEngine:
             # fast replica. So the engine dies, and its replica with it.
             self._end(ticket, ReplicaLost())
             raise error
-        log.error("job_failed", exc_info=error, seed=ticket.sketch.seed, kind=ticket.kind)
+        log.error("job_failed", exc_info=error, seed=ticket.sketch.seed, kind=ticket.job.kind)
         self._end(ticket, RenderFailed())
-
-    def _leave(self, ticket: Ticket, last: RenderedFrame | FabulaError) -> None:
-        self._running.remove(ticket)
-        self._end(ticket, last)
 
     def _end(self, ticket: Ticket, last: RenderedFrame | FabulaError) -> None:
         """The ticket's last word."""
+        with self._changed:
+            self._scheduler.remove(ticket.job.number)
+            self._tickets.pop(ticket.job.number, None)
         ticket.drawing = None
         now_s = self._clock()
         started_s = ticket.started_s or now_s
         self._observer.job_done(
             outcome="rendered" if isinstance(last, RenderedFrame) else last.reason,
-            queue_s=started_s - ticket.arrived_s,
+            queue_s=started_s - ticket.job.arrived_s,
             render_s=now_s - started_s,
         )
         ticket.deliver(last)

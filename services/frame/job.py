@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from services.frame.scheduler import Priority
 from services.models.world import Unfamiliar
 
 if TYPE_CHECKING:  # torch comes with it
@@ -37,6 +38,8 @@ class FrameJob:
     text_guidance: float | None = None
     image_guidance: float | None = None
     preview_every_steps: int = 0
+    tenant: str = ""  # who shares the engine with others; they take turns
+    priority: Priority = Priority.STANDARD
     deadline_s: float | None = None  # on the monotonic clock
 
 

@@ -38,6 +38,8 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
             max_running=settings.max_running,
             max_queued=settings.max_queued,
             max_rows=settings.max_rows,
+            tenant_queue_share=settings.tenant_queue_share,
+            aging_s=settings.aging_s,
             stall_s=settings.stall_s,
         ),
         observer=observer,

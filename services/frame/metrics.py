@@ -12,6 +12,7 @@ from services.runtime.telemetry import DURATION_BUCKETS
 
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "frame_jobs_total": ("Jobs that left the engine, by outcome.", ("outcome",)),
+    "frame_refused_jobs_total": ("Jobs that were not taken, by reason.", ("reason",)),
     "frame_steps_total": ("Denoising steps of the engine.", ()),
     "frame_rows_total": ("Network rows computed in denoising steps.", ()),
 }
@@ -99,6 +100,9 @@ class MeteredObserver:
         self._meters.observe("frame_queue_seconds", queue_s)
         if outcome == "rendered":
             self._meters.observe("frame_render_seconds", render_s)
+
+    def job_refused(self, *, reason: str) -> None:
+        self._meters.add("frame_refused_jobs_total", 1.0, {"reason": reason})
 
     def load_changed(self, *, queued: int, running: int) -> None:
         if (queued, running) != self._load:

@@ -21,9 +21,11 @@ from fabula.warning.v1 import warning_pb2
 from services.frame.config import FrameSettings
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.metrics import MeteredObserver, ServeMeters
+from services.frame.scheduler import Priority
 from services.models.world import Unfamiliar
 from services.runtime.call import current_call
 from services.runtime.config import Installation
+from services.runtime.errors import ValueOutOfRange
 from services.runtime.rpc import stream_method, unary_method
 from services.runtime.telemetry import configure_logging
 
@@ -69,8 +71,21 @@ def job_from_pb(request: pb.RenderFrameRequest) -> FrameJob:
         text_guidance=request.text_guidance if request.HasField("text_guidance") else None,
         image_guidance=request.image_guidance if request.HasField("image_guidance") else None,
         preview_every_steps=request.preview_every_steps,
+        tenant=checked_tenant(request.tenant),
+        priority=_PRIORITIES.get(request.priority, Priority.STANDARD),  # a newer peer's is nobody's loss
         deadline_s=call.deadline_s if call is not None else None,
     )
+
+
+_PRIORITIES = {pb.PRIORITY_BATCH: Priority.BATCH, pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE}
+TENANT_CHARACTERS_MAX = 255
+
+
+def checked_tenant(tenant: str) -> str:
+    """The tenant's name. Raises ValueOutOfRange when it is too long to be one."""
+    if len(tenant) > TENANT_CHARACTERS_MAX:
+        raise ValueOutOfRange(f"a tenant has at most {TENANT_CHARACTERS_MAX} characters", field="tenant")
+    return tenant
 
 
 def event_to_pb(event: Event) -> pb.RenderFrameResponse:

@@ -89,11 +89,15 @@ class Drawing:
     @property
     def row_count(self) -> int:
         """Rows of one step, both passes together: what a step costs."""
-        nothing, images, everything = (
-            weight != 0.0 for weight in (self.branches.nothing, self.branches.images, self.branches.everything)
-        )
-        passes_per_reference = nothing + (images or everything)
-        return nothing + images + everything + len(self.sketch.references) * passes_per_reference
+        return row_count(self.sketch)
+
+
+def row_count(sketch: Sketch) -> int:
+    """Rows of one step of a sketch's drawing, both passes together."""
+    count = len(sketch.references)
+    branches = guidance(sketch.image_guidance, sketch.text_guidance, has_references=count > 0)
+    nothing, images, everything = (weight != 0.0 for weight in (branches.nothing, branches.images, branches.everything))
+    return nothing + images + everything + count * (nothing + (images or everything))
 
 
 class Randomness:
@@ -297,4 +301,16 @@ def _pixels(values_3HW: Tensor) -> Pixels:
     return rounded.permute(1, 2, 0).contiguous().cpu().numpy()
 
 
-__all__ = ["Drawing", "Pixels", "Randomness", "Seen", "Sketch", "advance", "begin", "draw", "finish", "preview"]
+__all__ = [
+    "Drawing",
+    "Pixels",
+    "Randomness",
+    "Seen",
+    "Sketch",
+    "advance",
+    "begin",
+    "draw",
+    "finish",
+    "preview",
+    "row_count",
+]

@@ -35,6 +35,7 @@ FabulaError
 ├── FailedPrecondition            FAILED_PRECONDITION             409  something else must happen first
 ├── ResourceExhausted             RESOURCE_EXHAUSTED              429  try again only when `retry_after_s` is set
 │   ├── QueueFull                 QUEUE_FULL                      429
+│   ├── DeadlineUnreachable       DEADLINE_UNREACHABLE            429
 │   └── StorageFull               OBJECT_STORE_FULL               507
 ├── Unavailable                   UNAVAILABLE                     503  try again after a pause
 │   ├── ReplicaLost               REPLICA_LOST                    503
@@ -329,6 +330,12 @@ class QueueFull(ResourceExhausted):
 
     reason = "QUEUE_FULL"
     default_retry_after_s = 1.0
+
+
+class DeadlineUnreachable(ResourceExhausted):
+    """The work would not be done before the call's deadline. Allow more time, or try again when less is waiting."""
+
+    reason = "DEADLINE_UNREACHABLE"
 
 
 class StorageFull(ResourceExhausted):

@@ -195,7 +195,7 @@ async def test_what_is_asked_for_is_what_is_told(service: Service) -> None:
 async def test_requests_in_flight_are_drawn_together(service: Service, steps: Steps) -> None:
     steps.hold_after = 0
     calls = [asyncio.create_task(service.frame(request(seed=i, earlier=i % 4))) for i in range(8)]
-    await until(lambda: len(service.engine._running) + len(service.engine._waiting) == 8)
+    await until(lambda: len(service.engine.tickets) == 8)
     steps.release()
     frames = await asyncio.gather(*calls)
     assert len({frame.sha256 for frame in frames}) == 8
@@ -262,7 +262,7 @@ async def test_cancelling_the_call_stops_the_job_within_two_steps(service: Servi
     with pytest.raises(asyncio.CancelledError):
         await anext(aiter(call))
     # Cancelled while the engine is held, or gone already where the call was quicker than the fifth step.
-    await until(lambda: all(ticket.cancelled for ticket in service.engine._running))
+    await until(lambda: all(ticket.cancelled for ticket in service.engine.tickets))
     steps.release()
     assert (await service.frame(request(seed=2))).image
     assert steps.count[1] <= 5 + 2
@@ -281,7 +281,7 @@ async def test_one_cancelled_call_leaves_the_others_alone(service: Service, step
 async def test_overload_is_refused_at_once_with_advice(small_service: Service, steps: Steps) -> None:
     steps.hold_after = 0
     running = asyncio.create_task(small_service.frame(request(seed=1)))
-    await until(lambda: bool(small_service.engine._running))
+    await until(lambda: bool(small_service.engine.tickets))
     waiting = small_service.call(request(seed=2))
     queued = await anext(aiter(waiting))
     assert queued.queued.ahead_count == 1

@@ -21,12 +21,14 @@ from PIL import Image
 from services.frame import engine as engine_module
 from services.frame.engine import EngineSettings, FrameEngine, Ticket
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
+from services.frame.scheduler import Scheduler
 from services.frame.sketch import sketch_of
 from services.models.drawing import Drawing, advance, draw
 from services.models.registry import FrameModel
 from services.runtime.errors import (
     Cancelled,
     DeadlineExceeded,
+    DeadlineUnreachable,
     DescriptionEmpty,
     DescriptionTooLong,
     EngineDead,
@@ -236,13 +238,44 @@ def test_a_job_whose_deadline_has_passed_never_starts(tiny_model: FrameModel, ga
     with running(tiny_model, EngineSettings(max_running=1, stall_s=1e9), clock=lambda: now[0]) as engine:
         with pytest.raises(DeadlineExceeded):
             engine.submit(job(9, deadline_s=99.0), lambda _: None)
-        first, late = Inbox(engine, job(1)), Inbox(engine, job(2, deadline_s=150.0))
+        first = Inbox(engine, job(1))
         gate.wait()
+        late = Inbox(engine, job(2, deadline_s=150.0))
         now[0] = 151.0
         gate.open()
         assert isinstance(late.last(), DeadlineExceeded)
         first.frame()
     assert all(2 not in turn for turn in gate.turns)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(tiny_model: FrameModel) -> None:
+    now = [100.0]
+
+    class Slow(Gate):
+        def _advance(self, model: FrameModel, drawings: Sequence[Drawing]) -> None:
+            now[0] += 1.0
+            advance(model, drawings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        Slow(patch)
+        with running(tiny_model, EngineSettings(max_running=1, stall_s=1e9), clock=lambda: now[0]) as engine:
+            Inbox(engine, job(1, steps=4)).frame()
+            with pytest.raises(DeadlineUnreachable, match=r"20\.0 s") as refused:
+                engine.submit(job(2, steps=20, deadline_s=now[0] + 10.0), lambda _: None)
+            assert refused.value.retry_after_s is None, "it would not help"
+            Inbox(engine, job(3, steps=4, deadline_s=now[0] + 10.0)).frame()
+
+
+def test_tenants_take_turns(tiny_model: FrameModel, gate: Gate) -> None:
+    with running(tiny_model, EngineSettings(max_running=1)) as engine:
+        first = Inbox(engine, job(1, steps=1, tenant="greedy"))
+        gate.wait()
+        greedy = [Inbox(engine, job(seed, steps=1, tenant="greedy")) for seed in (2, 3, 4)]
+        modest = Inbox(engine, job(9, steps=1, tenant="modest"))
+        gate.open()
+        for inbox in (first, *greedy, modest):
+            inbox.frame()
+    assert [seed for turn in gate.turns for seed in turn] == [1, 9, 2, 3, 4]
 
 
 def test_a_deadline_ends_a_job_that_is_being_drawn(tiny_model: FrameModel, gate: Gate) -> None:
@@ -368,7 +401,7 @@ def test_a_dead_thread_makes_the_engine_unhealthy_and_answers_everybody(
         drawn, waiting = Inbox(engine, job(1)), Inbox(engine, job(3))
         gate.wait()
         assert engine.is_healthy
-        monkeypatch.setattr(engine_module, "choose", bug)
+        monkeypatch.setattr(Scheduler, "choose", bug)
         gate.open()
         # What was being drawn may be the cause, so its caller counts; what only waited is not blamed.
         assert isinstance(drawn.last(), ReplicaLost)
@@ -407,8 +440,7 @@ async def test_closing_the_stream_gives_the_job_up(tiny_model: FrameModel) -> No
         await events.aclose()
         frame = [event async for event in engine.render(job(2))][-1]
         assert isinstance(frame, RenderedFrame)
-        assert not engine._running
-        assert not engine._waiting
+        assert not engine.tickets
 
 
 async def test_a_task_cancelled_while_its_job_is_checked_leaves_nothing_behind(
