@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from services.runtime.errors import (
     Code,
     DeadlineExceeded,
+    DeadlineUnreachable,
     FabulaError,
     Internal,
     PoisonRequest,
@@ -53,9 +54,10 @@ def decide(
         return GiveUp(error=error)
     pause_s = min(most_s, first_s * 2 ** min(attempt - 1, 30)) * (0.75 + 0.25 * random)
     # The service knows best when it has room again. A longer pause of ours must not undercut it, a shorter one may not.
-    after_s = max(pause_s, error.retry_after_s) if isinstance(error, QueueFull) and error.retry_after_s else pause_s
+    crowded = isinstance(error, QueueFull | DeadlineUnreachable)
+    after_s = max(pause_s, error.retry_after_s) if crowded and error.retry_after_s else pause_s
     # A full queue is normal life and one failure may be a blip; a full disk is neither.
-    waiting = isinstance(error, StorageFull) or (attempt >= 2 and not isinstance(error, QueueFull))
+    waiting = isinstance(error, StorageFull) or (attempt >= 2 and not crowded)
     return TryAgain(after_s=after_s, waiting=waiting)
 
 

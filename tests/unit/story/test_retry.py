@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from services.runtime.errors import (
     DeadlineExceeded,
+    DeadlineUnreachable,
     DescriptionTooLong,
     EngineDead,
     FabulaError,
@@ -99,3 +100,11 @@ def test_every_error_of_the_tree_has_an_answer() -> None:
     for cls in every_error():
         for attempt in (1, 2, 5, 100):
             assert isinstance(after(cls(), attempt, attempt), TryAgain | GiveUp)
+
+
+def test_a_deadline_that_could_not_be_met_waits_as_long_as_it_is_told() -> None:
+    decision = after(DeadlineUnreachable(retry_after_s=30.0), 3, 3, 0.5)
+    assert isinstance(decision, TryAgain)
+    assert decision.after_s >= 30.0
+    assert not decision.waiting
+    assert isinstance(after(DeadlineUnreachable(), 1, 1, 0.5), GiveUp), "it would never be done in time"
