@@ -2,6 +2,10 @@
 
     ModelError
     ├── TextTooLong          a text does not fit the encoder's window
+    ├── AdapterError         something is wrong with a character's weights
+    │   ├── AdapterDamaged   the file cannot be read, or its numbers are not finite
+    │   ├── AdapterWrongBase it was trained on another UNet
+    │   └── AdapterWrongShape     it changes layers that the UNet does not have
     └── PackError            something is wrong with a pack
         ├── PackNotFound     no folder of that name on the search path
         ├── PackManifestInvalid   pack.json is missing, malformed or contradicts itself
@@ -31,6 +35,30 @@ class TextTooLong(ModelError):
         super().__init__(f"the text has {token_count} tokens and at most {limit} fit; shorten it")
         self.token_count = token_count
         self.limit = limit
+
+
+class AdapterError(ModelError):
+    """Something is wrong with a character's weights."""
+
+    reason = "ADAPTER_ERROR"
+
+
+class AdapterDamaged(AdapterError):
+    """The file cannot be read, or its numbers are not finite. Export it again."""
+
+    reason = "ADAPTER_DAMAGED"
+
+
+class AdapterWrongBase(AdapterError):
+    """The adapter was trained on another UNet. Train it on this pack."""
+
+    reason = "ADAPTER_WRONG_BASE"
+
+
+class AdapterWrongShape(AdapterError):
+    """The adapter changes layers that the UNet does not have, or that have another size there."""
+
+    reason = "ADAPTER_WRONG_SHAPE"
 
 
 class PackError(ModelError):

@@ -1,0 +1,353 @@
+"""Low-rank adapters of a UNet, a different one for every row of a batch.
+
+A character is a small change of many weights: W + scale · up · down (Hu et al., "LoRA"), or, for the keys and values of
+text attention, a whole difference (Kumari et al., "Custom Diffusion"). `AdapterSlots` keeps a few of them side by side
+on the device, stacked by slot, and every linear layer and convolution adds to each row what that row's slot says: two
+batched matrix products per layer, however many adapters there are. Slot 0 is nobody and adds exactly nothing.
+
+    slots = AdapterSlots(unet, count=8, rank_max=16)
+    slots.put(3, read_adapter(file, unet))
+    with slots.rows([Worn(3, 1.0), Worn(0, 0.0)]):
+        unet.predict(...)                       # two rows, the first one wears slot 3
+
+The network's own weights and names stay as they are. The same form is used alone and together, so a row's numbers do
+not depend on whom it is with, but for the last bits. Knows no file but one adapter's, no queue and no device choice.
+
+Shapes: B rows, L positions, I inputs, O outputs, r rank, K kernel size, S slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from services.models.errors import AdapterDamaged, AdapterWrongBase, AdapterWrongShape
+
+BASE_DIGEST = "fabula.base_digest"  # key of a file's metadata: which UNet it was trained on
+ALPHA = "lora_alpha"  # key of a file's metadata; without it, or `.alpha` tensors, the scale is 1
+_PREFIXES = ("base_model.model.", "unet.", "transformer.")
+# PEFT's names, diffusers' older ones, and ours for a whole difference.
+_PART = re.compile(
+    r"^(?P<module>.+?)\.(?:(?P<down>lora_A|lora\.down|lora_down)|(?P<up>lora_B|lora\.up|lora_up))(?:\.\w+)?\.weight$"
+    r"|^(?P<whole>.+?)\.delta$|^(?P<scaled>.+?)\.alpha$"
+)
+_READS_REFERENCES = re.compile(r"\.attn3\.to_[kv]$")  # layers whose rows are the reference pass's
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One layer's change: `down` is `[r, I]` or `[r, I, K, K]`, `up` `[O, r]` or `[O, r, 1, 1]`, scaled by alpha."""
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return int(self.down.shape[0])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter, in float32 on the CPU. `digest` is the SHA-256 of its file."""
+
+    digest: str
+    factors: Mapping[str, LowRank]
+    deltas: Mapping[str, Tensor]  # `[O, I]` by layer
+    size_bytes: int
+
+    @property
+    def rank(self) -> int:
+        """The largest of its layers' ranks."""
+        return max((one.rank for one in self.factors.values()), default=0)
+
+
+def read_adapter(path: Path, unet: nn.Module, *, base_digest: str = "", rank_max: int = 256) -> Adapter:
+    """Read and check an adapter of `unet` from a safetensors file in PEFT's or diffusers' layout.
+
+    PEFT keeps its alpha in an `adapter_config.json` beside the file, which is read where it exists. Raises
+    AdapterDamaged for a file that cannot be read or is not finite, AdapterWrongBase when it says it was trained on
+    another UNet than `base_digest`, and AdapterWrongShape for layers that the UNet does not have or that have another
+    size there. Nothing of a file that is refused is kept.
+    """
+    try:
+        payload = path.read_bytes()
+        with safe_open(str(path), framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise AdapterDamaged(f"{path.name} cannot be read: {error}") from None
+    told = metadata.get(BASE_DIGEST, "")
+    if told and base_digest and told != base_digest:
+        raise AdapterWrongBase(f"{path.name} was trained on the UNet {told[:12]}, this one is {base_digest[:12]}")
+    broken = sorted(name for name, value in tensors.items() if not bool(value.isfinite().all()))
+    if broken:
+        raise AdapterDamaged(f"{path.name} holds numbers that are not finite: {', '.join(broken[:5])}")
+    parts = _sorted_parts(path, tensors)
+    factors = _factors(path, parts, _alpha(path, metadata))
+    deltas = {name: part["whole"].float() for name, part in parts.items() if "whole" in part}
+    _check_shapes(path, unet, factors, deltas, rank_max)
+    return Adapter(
+        digest=hashlib.sha256(payload).hexdigest(),
+        factors=factors,
+        deltas=deltas,
+        size_bytes=sum(one.down.nbytes + one.up.nbytes for one in factors.values())
+        + sum(one.nbytes for one in deltas.values()),
+    )
+
+
+def _sorted_parts(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by layer and part: `down`, `up`, `whole`, `alpha`."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        found = _PART.match(name)
+        if found is None:
+            raise AdapterWrongShape(f"{path.name} holds {name}, which is no part of an adapter of a UNet")
+        module = found["module"] or found["whole"] or found["scaled"]
+        for prefix in _PREFIXES:
+            module = module.removeprefix(prefix)
+        kind = "down" if found["down"] else "up" if found["up"] else "whole" if found["whole"] else "alpha"
+        parts.setdefault(module, {})[kind] = value
+    if not parts:
+        raise AdapterDamaged(f"{path.name} is empty")
+    return parts
+
+
+def _alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
+    """The file's alpha for all layers, from its metadata or PEFT's file beside it."""
+    beside = path.with_name("adapter_config.json")
+    try:
+        if ALPHA in metadata:
+            return float(metadata[ALPHA])
+        if beside.is_file():
+            return float(json.loads(beside.read_text(encoding="utf-8"))[ALPHA])
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterDamaged(f"the {ALPHA} of {path.name} is no number: {error}") from None
+    return None
+
+
+def _factors(path: Path, parts: Mapping[str, Mapping[str, Tensor]], alpha: float | None) -> dict[str, LowRank]:
+    factors = {}
+    for module, part in parts.items():
+        if "whole" in part:
+            continue
+        if "down" not in part or "up" not in part:
+            raise AdapterDamaged(f"{path.name} holds only half of {module}")
+        down, up = part["down"].float(), part["up"].float()
+        if down.ndim not in (2, 4) or down.ndim != up.ndim or up.shape[1] != down.shape[0] or up.shape[2:].numel() != 1:
+            raise AdapterWrongShape(f"{path.name}: {module} is {tuple(up.shape)} after {tuple(down.shape)}")
+        own = float(part["alpha"]) if "alpha" in part else alpha
+        factors[module] = LowRank(down, up * (1.0 if own is None else own / down.shape[0]))
+    return factors
+
+
+def _check_shapes(
+    path: Path, unet: nn.Module, factors: Mapping[str, LowRank], deltas: Mapping[str, Tensor], rank_max: int
+) -> None:
+    layers = adapted_layers(unet)
+    faults = [f"{name} is no layer of this UNet" for name in sorted({*factors, *deltas} - layers.keys())]
+    for name, one in factors.items():
+        if name not in layers:
+            continue
+        weight = layers[name].weight
+        if (one.up.shape[0], *one.down.shape[1:]) != tuple(weight.shape):
+            faults.append(
+                f"{name} changes {(one.up.shape[0], *one.down.shape[1:])}, its weight is {tuple(weight.shape)}"
+            )
+        elif one.rank > rank_max:
+            faults.append(f"{name} has rank {one.rank}, at most {rank_max} is taken")
+    faults += [
+        f"{name} differs by {tuple(delta.shape)}, its weight is {tuple(layers[name].weight.shape)}"
+        for name, delta in deltas.items()
+        if name in layers and tuple(delta.shape) != tuple(layers[name].weight.shape)
+    ]
+    faults += [f"{name} is a convolution, whole differences are for linear layers" for name in sorted(deltas)
+               if name in layers and isinstance(layers[name], nn.Conv2d)]  # fmt: skip
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise AdapterWrongShape(f"{path.name} does not fit: {'; '.join(faults[:5])}{more}")
+
+
+def adapted_layers(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers an adapter may change, by name: every linear layer and every ungrouped convolution."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    }
+
+
+class Worn(NamedTuple):
+    """What one row wears: a slot, and how strongly."""
+
+    slot: int
+    scale: float
+
+
+NOBODY = Worn(0, 0.0)
+
+
+@dataclass
+class _Rows:
+    """The slots of one pass's rows, on the device."""
+
+    slots_B: Tensor
+    scales_B: Tensor
+
+
+@dataclass
+class _Stack:
+    """One layer's adapters, by slot."""
+
+    down: Tensor | None = None  # `[S, r, I]` or `[S, r, I, K, K]`
+    up: Tensor | None = None  # `[S, O, r]`
+    whole: Tensor | None = None  # `[S, O, I]`
+    used: set[int] = field(default_factory=set)
+
+
+class AdapterSlots:
+    """Adapters side by side in a UNet. Not thread-safe: who steps the UNet fills its slots."""
+
+    def __init__(self, unet: nn.Module, count: int, rank_max: int) -> None:
+        """Room for `count` adapters besides nobody. Layers that no adapter changes cost nothing."""
+        if count < 1 or rank_max < 1:
+            raise ValueError("a UNet needs at least one slot, and a rank of at least one")
+        self.count, self.rank_max = count, rank_max
+        self._layers = adapted_layers(unet)
+        self._stacks: dict[str, _Stack] = {}
+        self._held: dict[int, str] = {}  # digests by slot
+        self._own: _Rows | None = None
+        self._references: _Rows | None = None
+
+    @property
+    def held(self) -> Mapping[int, str]:
+        """Digests of the adapters that lie in slots."""
+        return dict(self._held)
+
+    def put(self, slot: int, adapter: Adapter) -> None:
+        """Lay an adapter into a slot, in place of what was there. Raises ValueError for a slot or rank out of range."""
+        if not 1 <= slot <= self.count:
+            raise ValueError(f"slot {slot} is not from 1 to {self.count}")
+        if adapter.rank > self.rank_max:
+            raise ValueError(f"rank {adapter.rank} is above {self.rank_max}")
+        self.clear(slot)
+        for name, factors in adapter.factors.items():
+            self._stack(name).used.add(slot)
+            down, up = self._low_rank(name)
+            down[slot, : factors.rank] = factors.down.to(down)
+            up[slot, :, : factors.rank] = factors.up.flatten(1).to(up)
+        for name, delta in adapter.deltas.items():
+            self._stack(name).used.add(slot)
+            whole = self._whole(name)
+            whole[slot] = delta.to(whole)
+        self._held[slot] = adapter.digest
+
+    def clear(self, slot: int) -> None:
+        """Make a slot nobody's. Its numbers are zeroed, so that a stale row number could only add nothing."""
+        self._held.pop(slot, None)
+        for stack in self._stacks.values():
+            if slot in stack.used:
+                stack.used.discard(slot)
+                for part in (stack.down, stack.up, stack.whole):
+                    if part is not None:
+                        part[slot] = 0.0
+
+    @contextmanager
+    def rows(self, worn: Sequence[Worn], references: Sequence[Worn] = ()) -> Iterator[None]:
+        """What the rows of the forwards in this block wear, and those of the reference pass that they look at."""
+        try:
+            self._own, self._references = self._prepared(worn), self._prepared(references)
+            yield
+        finally:
+            self._own = self._references = None
+
+    def _prepared(self, worn: Sequence[Worn]) -> _Rows | None:
+        if all(one.slot == 0 for one in worn):
+            return None
+        unknown = sorted({one.slot for one in worn} - {0} - self._held.keys())
+        if unknown:
+            raise ValueError(f"nobody lies in the slots {unknown}")
+        device = next(iter(self._layers.values())).weight.device
+        return _Rows(
+            torch.tensor([one.slot for one in worn], device=device),
+            torch.tensor([one.scale for one in worn], device=device),
+        )
+
+    def _stack(self, name: str) -> _Stack:
+        if name not in self._stacks:
+            self._stacks[name] = _Stack()
+            self._layers[name].register_forward_hook(_Hook(self, name))
+        return self._stacks[name]
+
+    def _low_rank(self, name: str) -> tuple[Tensor, Tensor]:
+        stack, weight = self._stacks[name], self._layers[name].weight
+        if stack.down is None or stack.up is None:
+            stack.down = weight.new_zeros((self.count + 1, self.rank_max, *weight.shape[1:]))
+            stack.up = weight.new_zeros((self.count + 1, weight.shape[0], self.rank_max))
+        return stack.down, stack.up
+
+    def _whole(self, name: str) -> Tensor:
+        stack, weight = self._stacks[name], self._layers[name].weight
+        if stack.whole is None:
+            stack.whole = weight.new_zeros((self.count + 1, *weight.shape))
+        return stack.whole
+
+    def changed(self, name: str, layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
+        """A layer's answer with what its rows wear added."""
+        rows = self._references if _READS_REFERENCES.search(name) else self._own
+        stack = self._stacks[name]
+        if rows is None or not stack.used:
+            return answer
+        if len(given) != len(rows.slots_B):
+            raise ValueError(f"{name} has {len(given)} rows, {len(rows.slots_B)} were announced")
+        scales = rows.scales_B.to(given.dtype)[:, None, None]
+        if isinstance(layer, nn.Conv2d):
+            assert stack.down is not None
+            assert stack.up is not None
+            low = _convolved(layer, given, stack.down[rows.slots_B]).flatten(2) * scales
+            return answer + torch.bmm(stack.up[rows.slots_B], low).view_as(answer)
+        flat_BLI = given.flatten(1, -2) if given.ndim > 2 else given[:, None]
+        added: Tensor | None = None
+        if stack.down is not None and stack.up is not None:
+            low = torch.bmm(flat_BLI, stack.down[rows.slots_B].transpose(1, 2)) * scales
+            added = torch.bmm(low, stack.up[rows.slots_B].transpose(1, 2))
+        if stack.whole is not None:
+            difference = torch.bmm(flat_BLI, stack.whole[rows.slots_B].transpose(1, 2)) * scales
+            added = difference if added is None else added + difference
+        assert added is not None
+        return answer + added.view_as(answer)
+
+
+class _Hook:
+    """What torch calls after a layer."""
+
+    def __init__(self, slots: AdapterSlots, name: str) -> None:
+        self._slots, self._name = slots, name
+
+    def __call__(self, layer: nn.Module, given: tuple[Any, ...], answer: Tensor) -> Tensor:
+        return self._slots.changed(self._name, layer, given[0], answer)
+
+
+def _convolved(layer: nn.Conv2d, given_BIHW: Tensor, down_BrIKK: Tensor) -> Tensor:
+    """`[B, r, H', W']`: each row convolved with its own kernels, as groups of one convolution."""
+    batch, rank = down_BrIKK.shape[:2]
+    out = F.conv2d(
+        given_BIHW.reshape(1, -1, *given_BIHW.shape[2:]),
+        down_BrIKK.flatten(0, 1),
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=batch,
+    )
+    return out.view(batch, rank, *out.shape[2:])

@@ -1,0 +1,239 @@
+"""Adapters, a different one for every row: the same as PEFT's, the same as each alone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from services.models.errors import AdapterDamaged, AdapterWrongBase, AdapterWrongShape
+from services.models.lora import ALPHA, BASE_DIGEST, NOBODY, AdapterSlots, Worn, adapted_layers, read_adapter
+from services.models.storygen import References, StoryGenUNet, build_storygen
+from services.models.tiny import UNET
+
+LINEARS = r".*attentions.*(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out)"
+CONVOLUTIONS = r".*resnets.*(conv1|conv2)|.*downsamplers.*conv|conv_out"
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+RANKS = {"one": 2, "two": 4, "three": 3}
+
+
+@pytest.fixture(scope="module")
+def unet() -> StoryGenUNet:
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_storygen(UNET)
+
+
+@pytest.fixture(scope="module")
+def adapted(unet: StoryGenUNet) -> Any:
+    """PEFT's model with three adapters of unlike ranks, on linear layers and on convolutions."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model: Any = None
+        for name, rank in RANKS.items():
+            targets = LINEARS if name != "three" else f"{LINEARS}|{CONVOLUTIONS}"
+            config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False)
+            if model is None:
+                model = peft.get_peft_model(copy.deepcopy(unet), config, adapter_name=name)
+            else:
+                model.add_adapter(name, config)
+    model.eval()
+    return model
+
+
+@pytest.fixture(scope="module")
+def files(adapted: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    found = {}
+    for name, rank in RANKS.items():
+        state = {k: v.contiguous() for k, v in get_peft_model_state_dict(adapted, adapter_name=name).items()}
+        save_file(state, str(folder / f"{name}.safetensors"), metadata={ALPHA: str(2 * rank)})
+        found[name] = folder / f"{name}.safetensors"
+    return found
+
+
+@pytest.fixture
+def slots(unet: StoryGenUNet, files: dict[str, Path]) -> tuple[StoryGenUNet, AdapterSlots]:
+    """The network with three adapters in the slots 1, 2 and 3."""
+    own = copy.deepcopy(unet)
+    held = AdapterSlots(own, count=4, rank_max=4)
+    for slot, file in enumerate(files.values(), start=1):
+        held.put(slot, read_adapter(file, own))
+    return own, held
+
+
+def inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return (
+        torch.randn(rows, 4, 8, 8, generator=generator),
+        torch.arange(rows) * 100,
+        torch.randn(rows, 7, 16, generator=generator),
+    )
+
+
+@torch.no_grad()
+def test_a_mixed_batch_is_what_peft_computes(slots: tuple[StoryGenUNet, AdapterSlots], adapted: Any) -> None:
+    own, held = slots
+    latents, timesteps, text = inputs(5)
+    names = ["one", "three", "__base__", "two", "one"]
+    theirs = adapted(latents, timesteps, text, return_dict=False, adapter_names=names)[0]
+    worn = [NOBODY if name == "__base__" else Worn(1 + list(RANKS).index(name), 1.0) for name in names]
+    with held.rows(worn):
+        ours = own.predict(latents, timesteps, text)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    plain = own.predict(latents, timesteps, text)
+    assert not torch.allclose(ours[0], plain[0], atol=1e-3), "the adapters do something"
+
+
+@torch.no_grad()
+def test_a_row_is_the_same_alone_and_among_others(slots: tuple[StoryGenUNet, AdapterSlots]) -> None:
+    own, held = slots
+    latents, timesteps, text = inputs(4)
+    worn = [Worn(3, 0.7), Worn(1, 1.0), NOBODY, Worn(2, 0.3)]
+    with held.rows(worn):
+        together = own.predict(latents, timesteps, text)
+    for row, one in enumerate(worn):
+        with held.rows([one]):
+            alone = own.predict(latents[row : row + 1], timesteps[row : row + 1], text[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_row_that_wears_nothing_is_bit_for_bit_the_networks_own(slots: tuple[StoryGenUNet, AdapterSlots]) -> None:
+    own, held = slots
+    latents, timesteps, text = inputs(3)
+    plain = own.predict(latents, timesteps, text)
+    with held.rows([NOBODY, Worn(2, 1.0), NOBODY]):
+        mixed = own.predict(latents, timesteps, text)
+    assert torch.equal(mixed[[0, 2]], plain[[0, 2]])
+
+
+@torch.no_grad()
+def test_the_attention_to_references_wears_what_the_references_wear(
+    slots: tuple[StoryGenUNet, AdapterSlots], adapted: Any
+) -> None:
+    """Two jobs of different characters: the keys and values of each reference are those of its own job."""
+    own, held = slots
+    latents, timesteps, text = inputs(2)
+    earlier, levels, told = (value.flip(0) for value in inputs(2))
+    with held.rows([Worn(1, 1.0), Worn(2, 1.0)]):
+        features = own.features(earlier, levels, told)
+    seen = References(features, torch.tensor([[0], [1]]))
+    with held.rows([Worn(1, 1.0), Worn(2, 1.0)], references=[Worn(1, 1.0), Worn(2, 1.0)]):
+        together = own.predict(latents, timesteps, text, seen)
+    for row, name in enumerate(("one", "two")):
+        merged = copy.deepcopy(adapted)
+        merged.set_adapter(name)
+        merged = merged.merge_and_unload(adapter_names=[name])
+        at = slice(row, row + 1)
+        looked = References(merged.features(earlier[at], levels[at], told[at]), torch.tensor([[0]]))
+        alone = merged.predict(latents[at], timesteps[at], text[at], looked)
+        torch.testing.assert_close(together[at], alone, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_slot_that_was_cleared_changes_nothing_and_can_be_filled_again(
+    slots: tuple[StoryGenUNet, AdapterSlots], files: dict[str, Path]
+) -> None:
+    own, held = slots
+    latents, timesteps, text = inputs(1)
+    with held.rows([Worn(3, 1.0)]):
+        before = own.predict(latents, timesteps, text)
+    held.put(3, read_adapter(files["one"], own))
+    with held.rows([Worn(3, 1.0)]):
+        other = own.predict(latents, timesteps, text)
+    with held.rows([Worn(1, 1.0)]):
+        assert torch.equal(own.predict(latents, timesteps, text), other), "nothing of the larger one is left"
+    held.put(3, read_adapter(files["three"], own))
+    with held.rows([Worn(3, 1.0)]):
+        assert torch.equal(own.predict(latents, timesteps, text), before)
+    held.clear(3)
+    with pytest.raises(ValueError, match="slots \\[3\\]"), held.rows([Worn(3, 1.0)]):
+        pass
+    assert set(held.held) == {1, 2}
+
+
+@torch.no_grad()
+def test_whole_differences_of_keys_and_values_are_added(unet: StoryGenUNet, tmp_path: Path) -> None:
+    own = copy.deepcopy(unet)
+    layers = {name: layer for name, layer in adapted_layers(own).items() if name.endswith("attn2.to_k")}
+    deltas = {f"{name}.delta": torch.randn(layer.weight.shape) for name, layer in layers.items()}
+    save_file(deltas, str(tmp_path / "k.safetensors"))
+    held = AdapterSlots(own, count=1, rank_max=1)
+    held.put(1, read_adapter(tmp_path / "k.safetensors", own))
+    latents, timesteps, text = inputs(2)
+    with held.rows([Worn(1, 0.5), NOBODY]):
+        ours = own.predict(latents, timesteps, text)
+    changed = copy.deepcopy(unet)
+    for name in layers:
+        changed.get_submodule(name).weight += 0.5 * deltas[f"{name}.delta"]
+    torch.testing.assert_close(ours[:1], changed.predict(latents[:1], timesteps[:1], text[:1]), **CLOSE)
+    assert torch.equal(ours[1:], unet.predict(latents, timesteps, text)[1:])
+
+
+def test_diffusers_names_and_alphas_are_read(unet: StoryGenUNet, tmp_path: Path) -> None:
+    name = next(n for n in adapted_layers(unet) if n.endswith("attn1.to_q"))
+    width = unet.get_submodule(name).weight.shape[0]
+    state = {
+        f"unet.{name}.lora.down.weight": torch.ones(2, width),
+        f"unet.{name}.lora.up.weight": torch.ones(width, 2),
+        f"{name}.alpha": torch.tensor(1.0),
+    }
+    save_file(state, str(tmp_path / "d.safetensors"))
+    found = read_adapter(tmp_path / "d.safetensors", unet)
+    assert found.rank == 2
+    assert torch.equal(found.factors[name].up, torch.full((width, 2), 0.5))
+    assert found.size_bytes == 2 * 2 * width * 4
+
+
+def test_pefts_alpha_is_found_in_the_file_beside(unet: StoryGenUNet, files: dict[str, Path], tmp_path: Path) -> None:
+    save_file(load_file(str(files["one"])), str(tmp_path / "adapter_model.safetensors"))
+    plain = read_adapter(tmp_path / "adapter_model.safetensors", unet)
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
+    scaled = read_adapter(tmp_path / "adapter_model.safetensors", unet)
+    name = next(iter(plain.factors))
+    assert torch.equal(scaled.factors[name].up, 2 * plain.factors[name].up)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": "many"}')
+    with pytest.raises(AdapterDamaged, match="number"):
+        read_adapter(tmp_path / "adapter_model.safetensors", unet)
+
+
+def test_what_does_not_fit_is_refused_by_name(unet: StoryGenUNet, files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    good = load_file(str(files["one"]))
+    first = sorted(good)[0]
+
+    def refused(state: dict[str, Tensor], error: type[Exception], match: str, **metadata: str) -> None:
+        save_file(state, str(path), metadata=metadata)
+        with pytest.raises(error, match=match):
+            read_adapter(path, unet, base_digest="b" * 64, rank_max=8)
+
+    refused({**good, first: torch.full_like(good[first], torch.nan)}, AdapterDamaged, "finite")
+    refused({k: v for k, v in good.items() if k != first}, AdapterDamaged, "half")
+    refused({**good, first: torch.zeros(2, 999)}, AdapterWrongShape, "999")
+    refused({**good, "mid.nothing.lora_A.weight": torch.zeros(1, 1), "mid.nothing.lora_B.weight": torch.zeros(1, 1)},
+            AdapterWrongShape, "mid.nothing")  # fmt: skip
+    refused({**good, "loose": torch.zeros(1)}, AdapterWrongShape, "loose")
+    refused({}, AdapterDamaged, "empty|cannot be read")
+    refused(good, AdapterWrongBase, "another|trained on", **{BASE_DIGEST: "a" * 64})
+    wide = {k: torch.zeros(9, v.shape[1]) if "lora_A" in k else torch.zeros(v.shape[0], 9) for k, v in good.items()}
+    refused(wide, AdapterWrongShape, "rank 9")
+    path.write_bytes(b"not a file of tensors")
+    with pytest.raises(AdapterDamaged, match="cannot be read"):
+        read_adapter(path, unet)
+    with pytest.raises(AdapterDamaged, match="cannot be read"):
+        read_adapter(tmp_path / "nowhere.safetensors", unet)
+
+
+def test_announced_rows_must_be_the_rows_that_come(slots: tuple[StoryGenUNet, AdapterSlots]) -> None:
+    own, held = slots
+    with torch.no_grad(), held.rows([Worn(1, 1.0)]), pytest.raises(ValueError, match="announced"):
+        own.predict(*inputs(2))
