@@ -28,6 +28,10 @@ class FrameSettings(Settings):
     max_rows: int = Field(default=64, ge=1, le=4096)  # network rows in one step; memory grows with it
     tenant_queue_share: float = Field(default=0.75, gt=0.0, le=1.0)  # of the waiting frames that one tenant may have
     aging_s: float = Field(default=20.0, gt=0.0)  # waiting that lifts a frame by one priority
+    characters_url: str = ""  # object store of characters' weights (file, s3, gs, az); empty: home/characters
+    adapter_slots: int = Field(default=0, ge=0, le=1024)  # weights in the network; 0: two for each running frame
+    adapter_rank_max: int = Field(default=16, ge=1, le=256)  # of characters' weights; memory grows with it
+    adapters_bytes: int = Field(default=256 << 20, ge=0)  # of weights that are kept in memory for later
     stall_s: float = Field(default=60.0, gt=0.0)  # a single step that takes longer means the engine hangs
     warm_up: bool = True  # draw once before calling itself ready
 

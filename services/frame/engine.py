@@ -17,23 +17,28 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
 import numpy as np
 import structlog
 import torch
 
+from services.frame.adapters import AdapterStore, SlotTable
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.picture import png, webp
 from services.frame.scheduler import Job, Refusal, Scheduler, SchedulerSettings
-from services.frame.sketch import sketch_of
+from services.frame.sketch import CHARACTERS_MAX, sketch_of
 from services.models.drawing import Drawing, Pixels, Sketch, advance, begin, finish, preview, row_count
+from services.models.errors import AdapterError
 from services.models.familiarity import gain_over_shrinking_db
+from services.models.lora import Adapter, AdapterSlots, Worn, read_adapter
 from services.models.registry import FrameModel
 from services.models.world import Unfamiliar, World
 from services.runtime.errors import (
     Cancelled,
+    CharacterWeightsUnknown,
+    CharacterWeightsUnusable,
     DeadlineExceeded,
     DeadlineUnreachable,
     EngineDead,
@@ -51,6 +56,9 @@ GAINS_REMEMBERED = (
     256  # given pictures whose familiarity is known: a story gives the same one to its first three frames
 )
 
+Fetch = Callable[[str], bytes]
+"""The file of a character's weights, by its SHA-256. Slow; raises FabulaError."""
+
 Deliver = Callable[[Event | FabulaError], None]
 """Where a job's events go, the last of them a RenderedFrame or an error. Called in the engine's thread, but for the
 first one, Queued, which comes from the thread that submits. Must not block."""
@@ -65,11 +73,19 @@ class EngineSettings:
     max_rows: int = 64  # network rows in one step; memory grows with it
     tenant_queue_share: float = 0.75  # of the waiting jobs that one named tenant may have
     aging_s: float = 20.0  # waiting that lifts a job by one priority
+    adapter_slots: int = 0  # characters whose weights lie in the network at the same time; 0: as few as do
+    adapter_rank_max: int = 16  # of their weights
+    adapters_bytes: int = 256 << 20  # of weights that are kept in memory for later
     stall_s: float = 60.0  # a step that takes longer means the thread hangs
 
     def __post_init__(self) -> None:
-        if self.stall_s <= 0:
+        if self.stall_s <= 0 or self.adapter_rank_max < 1 or self.adapters_bytes < 0:
             raise ValueError("every limit of the frame engine must be positive")
+        if 0 < self.adapter_slots < self.max_running * CHARACTERS_MAX:
+            raise ValueError(
+                f"{self.adapter_slots} slots are too few: {self.max_running} jobs that are drawn at the same time may "
+                f"have {CHARACTERS_MAX} characters each"
+            )
         self.scheduling()
 
     def scheduling(self) -> SchedulerSettings:
@@ -117,12 +133,14 @@ class Ticket:
     preview_every_steps: int
     job: Job
     deliver: Deliver
+    adapters: tuple[Adapter, ...]  # of the sketch's characters, in their order
     given: int | None = None  # which reference is somebody's own picture, the first of them
     cancelled: bool = False
     # From here on the engine's thread only.
     drawing: Drawing | None = None
     started_s: float = 0.0
     warnings: tuple[Unfamiliar, ...] = ()
+    worn: tuple[str, ...] = ()  # digests of the adapters that lie in slots for it
 
     def cancel(self) -> None:
         """Give the job up. It takes part in at most the step that is running."""
@@ -140,13 +158,25 @@ class FrameEngine:
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
         worlds: Mapping[str, World] | None = None,
+        fetch: Fetch | None = None,
     ) -> None:
-        """`worlds` says what packs know; one that is not in it never warns. Raises ValueError for the default pack."""
+        """`worlds` says what packs know; one that is not in it never warns. `fetch` finds characters' weights.
+
+        Raises ValueError for the default pack.
+        """
         if default_pack not in models:
             raise ValueError(f"the default pack {default_pack!r} is not loaded")
-        self.models = dict(models)
-        self.default_pack = default_pack
         self.settings = settings or EngineSettings()
+        slots = self.settings.adapter_slots or self.settings.max_running * CHARACTERS_MAX
+        rank_max = self.settings.adapter_rank_max
+        self.models = {
+            name: replace(model, slots=AdapterSlots(model.denoiser.unet, slots, rank_max))
+            for name, model in models.items()
+        }
+        self.default_pack = default_pack
+        self._fetch = fetch
+        self._adapters = AdapterStore(self.settings.adapters_bytes)
+        self._tables = {name: SlotTable(slots) for name in models}
         self._observer: Observer = observer or _Silence()
         self._clock = clock
         self._worlds = dict(worlds or {})
@@ -198,6 +228,7 @@ class FrameEngine:
         if model is None:
             raise PackUnknown(f"no pack {job.pack!r} here; loaded: {', '.join(sorted(self.models))}", field="pack")
         sketch = sketch_of(job, model)
+        adapters = tuple(self._adapter(model, one.digest) for one in sketch.characters)
         if job.deadline_s is not None and self._clock() >= job.deadline_s:
             raise DeadlineExceeded()
         manifest = model.manifest
@@ -219,11 +250,32 @@ class FrameEngine:
                 self._refuse(refusal)
             self._arrivals += 1
             given = next((index for index, reference in enumerate(job.references) if reference.given), None)
-            ticket = Ticket(sketch, model, job.preview_every_steps, offered, deliver, given)
+            ticket = Ticket(sketch, model, job.preview_every_steps, offered, deliver, adapters, given)
             self._tickets[offered.number] = ticket
             deliver(Queued(ahead_count=ahead))
             self._changed.notify()
         return ticket
+
+    def _adapter(self, model: FrameModel, digest: str) -> Adapter:
+        """Checked weights of a character. Raises CharacterWeightsUnusable, or what fetching raises."""
+
+        def read() -> Adapter:
+            if self._fetch is None:
+                raise CharacterWeightsUnknown(metadata={"digest": digest})
+            try:
+                return read_adapter(
+                    self._fetch(digest),
+                    model.denoiser.unet,
+                    name=digest[:12],
+                    base_digest=model.base_digest,
+                    rank_max=self.settings.adapter_rank_max,
+                )
+            except AdapterError as error:
+                raise CharacterWeightsUnusable(
+                    str(error), metadata={"digest": digest, "cause": error.reason}, field="characters"
+                ) from None
+
+        return self._adapters.get(model.manifest.name, digest, read)
 
     def warm_up(self, timeout_s: float = 120.0) -> None:
         """Draw one step of as many frames as may run at once, with every pack, so that the first caller does not pay.
@@ -335,10 +387,25 @@ class FrameEngine:
                 if (reason := self._lost(ticket)) is not None:
                     self._end(ticket, reason)
                     continue
-                ticket.drawing = begin(ticket.model, ticket.sketch)
+                ticket.drawing = begin(ticket.model, ticket.sketch, self._dress(ticket))
                 ticket.warnings = self._warnings(ticket)
             except Exception as error:  # noqa: BLE001 - whatever a network raises, it is this job's and no other's
                 self._fail(ticket, error)
+
+    def _dress(self, ticket: Ticket) -> list[Worn]:
+        """Lays the weights of the ticket's characters into slots; they stay until it leaves."""
+        outfit = []
+        table, slots = self._tables[ticket.model.manifest.name], ticket.model.slots
+        for adapter, character in zip(ticket.adapters, ticket.sketch.characters, strict=True):
+            place = table.wear(adapter.digest)
+            assert place is not None, "there are as many slots as those who are drawn can need"
+            assert slots is not None
+            slot, is_new = place
+            ticket.worn = (*ticket.worn, adapter.digest)
+            if is_new:
+                slots.put(slot, adapter)
+            outfit.append(Worn(slot, character.scale))
+        return outfit
 
     def _next_in(self) -> Ticket | None:
         with self._changed:
@@ -462,6 +529,8 @@ class FrameEngine:
             self._scheduler.remove(ticket.job.number)
             self._tickets.pop(ticket.job.number, None)
         ticket.drawing = None
+        self._tables[ticket.model.manifest.name].take_off(ticket.worn)
+        ticket.worn = ()
         now_s = self._clock()
         started_s = ticket.started_s or now_s
         self._observer.job_done(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.frame.scheduler import Priority
+from services.models.character import CharacterWeights
 from services.models.world import Unfamiliar
 
 if TYPE_CHECKING:  # torch comes with it
@@ -38,6 +39,7 @@ class FrameJob:
     text_guidance: float | None = None
     image_guidance: float | None = None
     preview_every_steps: int = 0
+    characters: tuple[CharacterWeights, ...] = ()  # those with weights of their own
     tenant: str = ""  # who shares the engine with others; they take turns
     priority: Priority = Priority.STANDARD
     deadline_s: float | None = None  # on the monotonic clock

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import structlog
 import torch
 
 from services.frame.config import FrameSettings
-from services.frame.engine import EngineSettings, FrameEngine, Observer
+from services.frame.engine import EngineSettings, Fetch, FrameEngine, Observer
 from services.models.pack import find_pack, load_pack
 from services.models.registry import load_frame_model
 from services.models.world import World
 from services.runtime.config import Installation
+from services.runtime.errors import CharacterWeightsUnknown, ObjectNotFound
+from services.runtime.store import ObjectStore
 
 log = structlog.get_logger("fabula.frame")
 
@@ -40,13 +44,29 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
             max_rows=settings.max_rows,
             tenant_queue_share=settings.tenant_queue_share,
             aging_s=settings.aging_s,
+            adapter_slots=settings.adapter_slots,
+            adapter_rank_max=settings.adapter_rank_max,
+            adapters_bytes=settings.adapters_bytes,
             stall_s=settings.stall_s,
         ),
         observer=observer,
         worlds={pack.name: World.load(pack.folder) for pack in packs},
+        fetch=fetcher(ObjectStore.open(settings.characters_url, installation.home / "characters")),
     )
     engine.start()
     if settings.warm_up:
         engine.warm_up()
     log.info("frame_ready", packs=[pack.name for pack in packs], device=device, dtype=str(dtype))
     return engine
+
+
+def fetcher(store: ObjectStore) -> Fetch:
+    """Reads characters' weights from `store`, for threads that have no event loop."""
+
+    def fetch(digest: str) -> bytes:
+        try:
+            return asyncio.run(store.get(digest))
+        except ObjectNotFound:
+            raise CharacterWeightsUnknown(metadata={"digest": digest}) from None
+
+    return fetch

@@ -22,6 +22,7 @@ from services.frame.config import FrameSettings
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.metrics import MeteredObserver, ServeMeters
 from services.frame.scheduler import Priority
+from services.models.character import CharacterWeights
 from services.models.world import Unfamiliar
 from services.runtime.call import current_call
 from services.runtime.config import Installation
@@ -71,6 +72,9 @@ def job_from_pb(request: pb.RenderFrameRequest) -> FrameJob:
         text_guidance=request.text_guidance if request.HasField("text_guidance") else None,
         image_guidance=request.image_guidance if request.HasField("image_guidance") else None,
         preview_every_steps=request.preview_every_steps,
+        characters=tuple(
+            CharacterWeights(c.digest, c.scale if c.HasField("scale") else 1.0) for c in request.characters
+        ),
         tenant=checked_tenant(request.tenant),
         priority=_PRIORITIES.get(request.priority, Priority.STANDARD),  # a newer peer's is nobody's loss
         deadline_s=call.deadline_s if call is not None else None,

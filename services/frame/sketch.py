@@ -9,15 +9,19 @@ import math
 
 from services.frame.job import FrameJob
 from services.frame.picture import read_reference
+from services.models.character import CharacterWeights
 from services.models.drawing import Seen, Sketch
 from services.models.errors import TextTooLong
 from services.models.registry import FrameModel
 from services.runtime.errors import DescriptionEmpty, DescriptionTooLong, TooManyReferences, ValueOutOfRange
+from services.runtime.store import SHA256
 
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MIN_SIDE_PX = 32
 MAX_AREA_RATIO = 4  # of a frame against the pack's own size: cost grows at least with the area
+CHARACTERS_MAX = 2  # with weights of their own, in one frame
+MAX_CHARACTER_SCALE = 2.0
 DESCRIPTION_CHARACTERS = 10_000  # more than any window holds; keeps the tokenizer from reading megabytes
 
 
@@ -58,7 +62,23 @@ def sketch_of(job: FrameJob, model: FrameModel) -> Sketch:
             )
             for index, reference in enumerate(job.references)
         ),
+        characters=_characters(job),
     )
+
+
+def _characters(job: FrameJob) -> tuple[CharacterWeights, ...]:
+    if len(job.characters) > CHARACTERS_MAX:
+        raise ValueOutOfRange(f"at most {CHARACTERS_MAX} characters with weights of their own", field="characters")
+    if len({one.digest for one in job.characters}) < len(job.characters):
+        raise ValueOutOfRange("a character is named twice", field="characters")
+    for index, one in enumerate(job.characters):
+        if not SHA256.fullmatch(one.digest):
+            raise ValueOutOfRange("a digest is 64 lower-case hex digits", field=f"characters[{index}].digest")
+        if not math.isfinite(one.scale) or not 0.0 <= one.scale <= MAX_CHARACTER_SCALE:
+            raise ValueOutOfRange(
+                f"a character's scale is from 0 to {MAX_CHARACTER_SCALE:g}", field=f"characters[{index}].scale"
+            )
+    return job.characters
 
 
 def _check_text(job: FrameJob, model: FrameModel) -> None:

@@ -19,6 +19,7 @@ Shapes: C latent channels, h and w latent size, N references, S text positions, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,7 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from services.models.character import CharacterWeights
 from services.models.denoiser import Branches, guidance, reference_level
+from services.models.lora import Outfit
 from services.models.registry import FrameModel
 from services.models.samplers import History
 from services.models.storygen import References
@@ -57,6 +60,7 @@ class Sketch:
     text_guidance: float
     image_guidance: float
     references: tuple[Seen, ...] = ()  # oldest first
+    characters: tuple[CharacterWeights, ...] = ()
 
 
 @dataclass
@@ -75,6 +79,7 @@ class Drawing:
     reference_noise_CHW: Tensor
     done: int = 0
     history: History | None = field(default=None, repr=False)
+    outfit: Outfit = ()  # where the sketch's characters lie in the model's slots
 
     @property
     def finished(self) -> bool:
@@ -115,11 +120,14 @@ class Randomness:
 
 
 @torch.inference_mode()
-def begin(model: FrameModel, sketch: Sketch) -> Drawing:
+def begin(model: FrameModel, sketch: Sketch, outfit: Outfit = ()) -> Drawing:
     """Encode the texts and earlier frames and draw all noise: for the frame, its references, the blank, each reference.
 
-    Raises TextTooLong when a description does not fit.
+    `outfit` says in which of the model's slots the sketch's characters lie, in their order; the slots must stay theirs
+    until the drawing is done. Raises TextTooLong when a description does not fit.
     """
+    if len(outfit) != len(sketch.characters):
+        raise ValueError(f"{len(sketch.characters)} characters lie in {len(outfit)} slots")
     codec, device = model.codec, model.device
     count = len(sketch.references)
     shape = (codec.channels, sketch.height_px // codec.factor, sketch.width_px // codec.factor)
@@ -144,6 +152,7 @@ def begin(model: FrameModel, sketch: Sketch) -> Drawing:
         reference_text_NSD=texts[2:],
         blank_CHW=blank,
         reference_noise_CHW=reference_noise.to(device),
+        outfit=tuple(outfit),
     )
 
 
@@ -203,6 +212,7 @@ class _Row(NamedTuple):
     t: int
     text_SD: Tensor
     sees: tuple[int, ...]  # rows of the reference pass
+    outfit: Outfit
 
 
 class _Rows(list[_Row]):
@@ -213,6 +223,7 @@ class _ReferenceRow(NamedTuple):
     latents_CHW: Tensor
     t: int
     text_SD: Tensor
+    outfit: Outfit
 
 
 class _ReferenceRows(list[_ReferenceRow]):
@@ -239,29 +250,33 @@ def _add_rows(model: FrameModel, owner: int, drawing: Drawing, rows: _Rows, refe
             return schedule.add_noise(clean_CHW, drawing.reference_noise_CHW, torch.tensor(level))
 
         if branches.nothing != 0.0:
-            blanks.append(references.add(_ReferenceRow(noisy(drawing.blank_CHW), level, drawing.nothing_SD)))
+            blank = noisy(drawing.blank_CHW)
+            blanks.append(references.add(_ReferenceRow(blank, level, drawing.nothing_SD, drawing.outfit)))
         if branches.images != 0.0 or branches.everything != 0.0:
             frame = noisy(drawing.reference_latents_NCHW[index])
-            seen.append(references.add(_ReferenceRow(frame, level, drawing.reference_text_NSD[index])))
+            text = drawing.reference_text_NSD[index]
+            seen.append(references.add(_ReferenceRow(frame, level, text, drawing.outfit)))
     for weight, text, sees in (
         (branches.nothing, drawing.nothing_SD, blanks),
         (branches.images, drawing.nothing_SD, seen),
         (branches.everything, drawing.description_SD, seen),
     ):
         if weight != 0.0:
-            rows.append(_Row(owner, weight, drawing.latents_CHW, t, text, tuple(sees)))
+            rows.append(_Row(owner, weight, drawing.latents_CHW, t, text, tuple(sees), drawing.outfit))
 
 
 def _forward(model: FrameModel, rows: _Rows, references: _ReferenceRows) -> Tensor:
     """The network's answer for every row of the main pass, float32."""
     unet, device, dtype = model.denoiser.unet, model.device, model.dtype
     looked_at: References | None = None
+    reference_outfits = [row.outfit for row in references]
     if references:
-        features = unet.features(
-            torch.stack([row.latents_CHW for row in references]).to(dtype),
-            torch.tensor([row.t for row in references], device=device),
-            torch.stack([row.text_SD for row in references]).to(dtype),
-        )
+        with _wearing(model, reference_outfits):
+            features = unet.features(
+                torch.stack([row.latents_CHW for row in references]).to(dtype),
+                torch.tensor([row.t for row in references], device=device),
+                torch.stack([row.text_SD for row in references]).to(dtype),
+            )
         slots = max(len(row.sees) for row in rows)
         numbers = [list(row.sees) + [0] * (slots - len(row.sees)) for row in rows]
         present = [[slot < len(row.sees) for slot in range(slots)] for row in rows]
@@ -272,12 +287,24 @@ def _forward(model: FrameModel, rows: _Rows, references: _ReferenceRows) -> Tens
             # A mask costs the attention kernel its fast path, so only where rows differ.
             None if complete else torch.tensor(present, device=device),
         )
-    return unet.predict(
-        torch.stack([row.latents_CHW for row in rows]).to(dtype),
-        torch.tensor([row.t for row in rows], device=device),
-        torch.stack([row.text_SD for row in rows]).to(dtype),
-        looked_at,
-    ).float()
+    with _wearing(model, [row.outfit for row in rows], reference_outfits):
+        return unet.predict(
+            torch.stack([row.latents_CHW for row in rows]).to(dtype),
+            torch.tensor([row.t for row in rows], device=device),
+            torch.stack([row.text_SD for row in rows]).to(dtype),
+            looked_at,
+        ).float()
+
+
+def _wearing(
+    model: FrameModel, outfits: Sequence[Outfit], references: Sequence[Outfit] = ()
+) -> AbstractContextManager[None]:
+    """The rows of a forward wear what they wear."""
+    if not any(outfits):
+        return nullcontext()
+    if model.slots is None:
+        raise ValueError("a drawing wears something, and the model has no slots")
+    return model.slots.rows(outfits, references)
 
 
 def _sample(model: FrameModel, drawing: Drawing, output_CHW: Tensor) -> tuple[Tensor, History]:

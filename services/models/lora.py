@@ -6,14 +6,14 @@ on the device, stacked by slot, and every linear layer and convolution adds to e
 batched matrix products per layer, however many adapters there are. Slot 0 is nobody and adds exactly nothing.
 
     slots = AdapterSlots(unet, count=8, rank_max=16)
-    slots.put(3, read_adapter(file, unet))
-    with slots.rows([Worn(3, 1.0), Worn(0, 0.0)]):
+    slots.put(3, read_adapter(payload, unet))
+    with slots.rows([(Worn(3, 1.0),), ()]):
         unet.predict(...)                       # two rows, the first one wears slot 3
 
 The network's own weights and names stay as they are. The same form is used alone and together, so a row's numbers do
-not depend on whom it is with, but for the last bits. Knows no file but one adapter's, no queue and no device choice.
+not depend on whom it is with, but for the last bits. Knows no folder, no queue and no device choice.
 
-Shapes: B rows, L positions, I inputs, O outputs, r rank, K kernel size, S slots.
+Shapes: B rows, M adapters a row wears at most, L positions, I inputs, O outputs, r rank, K kernel size, S slots.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,31 +74,56 @@ class Adapter:
         return max((one.rank for one in self.factors.values()), default=0)
 
 
-def read_adapter(path: Path, unet: nn.Module, *, base_digest: str = "", rank_max: int = 256) -> Adapter:
-    """Read and check an adapter of `unet` from a safetensors file in PEFT's or diffusers' layout.
+def read_adapter_file(path: Path, unet: nn.Module, *, base_digest: str = "", rank_max: int = 256) -> Adapter:
+    """Read an adapter from a file, with the alpha that PEFT keeps in an `adapter_config.json` beside it.
 
-    PEFT keeps its alpha in an `adapter_config.json` beside the file, which is read where it exists. Raises
-    AdapterDamaged for a file that cannot be read or is not finite, AdapterWrongBase when it says it was trained on
-    another UNet than `base_digest`, and AdapterWrongShape for layers that the UNet does not have or that have another
-    size there. Nothing of a file that is refused is kept.
+    Raises what `read_adapter` raises, and AdapterDamaged for a file that cannot be read.
     """
+    beside = path.with_name("adapter_config.json")
     try:
         payload = path.read_bytes()
-        with safe_open(str(path), framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
+        alpha = float(json.loads(beside.read_text(encoding="utf-8"))[ALPHA]) if beside.is_file() else None
+    except OSError as error:
         raise AdapterDamaged(f"{path.name} cannot be read: {error}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterDamaged(f"the {ALPHA} in {beside.name} is no number: {error}") from None
+    return read_adapter(payload, unet, name=path.name, base_digest=base_digest, rank_max=rank_max, alpha=alpha)
+
+
+def read_adapter(
+    payload: bytes,
+    unet: nn.Module,
+    *,
+    name: str = "the adapter",
+    base_digest: str = "",
+    rank_max: int = 256,
+    alpha: float | None = None,
+) -> Adapter:
+    """Check the bytes of a safetensors file in PEFT's or diffusers' layout against `unet`.
+
+    `alpha` counts where the file says nothing of its own. Raises AdapterDamaged for what cannot be read or is not
+    finite, AdapterWrongBase when it says it was trained on another UNet than `base_digest`, and AdapterWrongShape for
+    layers that the UNet does not have or that have another size there. Nothing of what is refused is kept.
+    """
+    try:
+        tensors = load(payload)
+        metadata = _metadata(payload)
+    except (SafetensorError, ValueError) as error:
+        raise AdapterDamaged(f"{name} cannot be read: {error}") from None
     told = metadata.get(BASE_DIGEST, "")
     if told and base_digest and told != base_digest:
-        raise AdapterWrongBase(f"{path.name} was trained on the UNet {told[:12]}, this one is {base_digest[:12]}")
-    broken = sorted(name for name, value in tensors.items() if not bool(value.isfinite().all()))
+        raise AdapterWrongBase(f"{name} was trained on the UNet {told[:12]}, this one is {base_digest[:12]}")
+    broken = sorted(key for key, value in tensors.items() if not bool(value.isfinite().all()))
     if broken:
-        raise AdapterDamaged(f"{path.name} holds numbers that are not finite: {', '.join(broken[:5])}")
-    parts = _sorted_parts(path, tensors)
-    factors = _factors(path, parts, _alpha(path, metadata))
-    deltas = {name: part["whole"].float() for name, part in parts.items() if "whole" in part}
-    _check_shapes(path, unet, factors, deltas, rank_max)
+        raise AdapterDamaged(f"{name} holds numbers that are not finite: {', '.join(broken[:5])}")
+    try:
+        alpha = float(metadata[ALPHA]) if ALPHA in metadata else alpha
+    except ValueError:
+        raise AdapterDamaged(f"the {ALPHA} of {name} is no number: {metadata[ALPHA][:20]!r}") from None
+    parts = _sorted_parts(name, tensors)
+    factors = _factors(name, parts, alpha)
+    deltas = {layer: part["whole"].float() for layer, part in parts.items() if "whole" in part}
+    _check_shapes(name, unet, factors, deltas, rank_max)
     return Adapter(
         digest=hashlib.sha256(payload).hexdigest(),
         factors=factors,
@@ -107,53 +133,46 @@ def read_adapter(path: Path, unet: nn.Module, *, base_digest: str = "", rank_max
     )
 
 
-def _sorted_parts(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _metadata(payload: bytes) -> dict[str, str]:
+    """The header's free part. The format: eight bytes of length, then a JSON object."""
+    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+    return {str(key): str(value) for key, value in header.get("__metadata__", {}).items()}
+
+
+def _sorted_parts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Tensors by layer and part: `down`, `up`, `whole`, `alpha`."""
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        found = _PART.match(name)
+    for key, value in tensors.items():
+        found = _PART.match(key)
         if found is None:
-            raise AdapterWrongShape(f"{path.name} holds {name}, which is no part of an adapter of a UNet")
+            raise AdapterWrongShape(f"{name} holds {key}, which is no part of an adapter of a UNet")
         module = found["module"] or found["whole"] or found["scaled"]
         for prefix in _PREFIXES:
             module = module.removeprefix(prefix)
         kind = "down" if found["down"] else "up" if found["up"] else "whole" if found["whole"] else "alpha"
         parts.setdefault(module, {})[kind] = value
     if not parts:
-        raise AdapterDamaged(f"{path.name} is empty")
+        raise AdapterDamaged(f"{name} is empty")
     return parts
 
 
-def _alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
-    """The file's alpha for all layers, from its metadata or PEFT's file beside it."""
-    beside = path.with_name("adapter_config.json")
-    try:
-        if ALPHA in metadata:
-            return float(metadata[ALPHA])
-        if beside.is_file():
-            return float(json.loads(beside.read_text(encoding="utf-8"))[ALPHA])
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterDamaged(f"the {ALPHA} of {path.name} is no number: {error}") from None
-    return None
-
-
-def _factors(path: Path, parts: Mapping[str, Mapping[str, Tensor]], alpha: float | None) -> dict[str, LowRank]:
+def _factors(name: str, parts: Mapping[str, Mapping[str, Tensor]], alpha: float | None) -> dict[str, LowRank]:
     factors = {}
     for module, part in parts.items():
         if "whole" in part:
             continue
         if "down" not in part or "up" not in part:
-            raise AdapterDamaged(f"{path.name} holds only half of {module}")
+            raise AdapterDamaged(f"{name} holds only half of {module}")
         down, up = part["down"].float(), part["up"].float()
         if down.ndim not in (2, 4) or down.ndim != up.ndim or up.shape[1] != down.shape[0] or up.shape[2:].numel() != 1:
-            raise AdapterWrongShape(f"{path.name}: {module} is {tuple(up.shape)} after {tuple(down.shape)}")
+            raise AdapterWrongShape(f"{name}: {module} is {tuple(up.shape)} after {tuple(down.shape)}")
         own = float(part["alpha"]) if "alpha" in part else alpha
         factors[module] = LowRank(down, up * (1.0 if own is None else own / down.shape[0]))
     return factors
 
 
 def _check_shapes(
-    path: Path, unet: nn.Module, factors: Mapping[str, LowRank], deltas: Mapping[str, Tensor], rank_max: int
+    whose: str, unet: nn.Module, factors: Mapping[str, LowRank], deltas: Mapping[str, Tensor], rank_max: int
 ) -> None:
     layers = adapted_layers(unet)
     faults = [f"{name} is no layer of this UNet" for name in sorted({*factors, *deltas} - layers.keys())]
@@ -176,7 +195,7 @@ def _check_shapes(
                if name in layers and isinstance(layers[name], nn.Conv2d)]  # fmt: skip
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise AdapterWrongShape(f"{path.name} does not fit: {'; '.join(faults[:5])}{more}")
+        raise AdapterWrongShape(f"{whose} does not fit: {'; '.join(faults[:5])}{more}")
 
 
 def adapted_layers(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -189,21 +208,23 @@ def adapted_layers(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 class Worn(NamedTuple):
-    """What one row wears: a slot, and how strongly."""
+    """One adapter that a row wears: its slot, and how strongly."""
 
     slot: int
     scale: float
 
 
-NOBODY = Worn(0, 0.0)
+Outfit = Sequence[Worn]
+"""All that a row wears. Empty: the network as it is."""
+_NOBODY = Worn(0, 0.0)
 
 
 @dataclass
 class _Rows:
     """The slots of one pass's rows, on the device."""
 
-    slots_B: Tensor
-    scales_B: Tensor
+    slots_BM: Tensor
+    scales_BM: Tensor
 
 
 @dataclass
@@ -264,7 +285,7 @@ class AdapterSlots:
                         part[slot] = 0.0
 
     @contextmanager
-    def rows(self, worn: Sequence[Worn], references: Sequence[Worn] = ()) -> Iterator[None]:
+    def rows(self, worn: Sequence[Outfit], references: Sequence[Outfit] = ()) -> Iterator[None]:
         """What the rows of the forwards in this block wear, and those of the reference pass that they look at."""
         try:
             self._own, self._references = self._prepared(worn), self._prepared(references)
@@ -272,16 +293,18 @@ class AdapterSlots:
         finally:
             self._own = self._references = None
 
-    def _prepared(self, worn: Sequence[Worn]) -> _Rows | None:
-        if all(one.slot == 0 for one in worn):
+    def _prepared(self, outfits: Sequence[Outfit]) -> _Rows | None:
+        most = max(map(len, outfits), default=0)
+        if most == 0:
             return None
-        unknown = sorted({one.slot for one in worn} - {0} - self._held.keys())
+        unknown = sorted({one.slot for outfit in outfits for one in outfit} - self._held.keys())
         if unknown:
             raise ValueError(f"nobody lies in the slots {unknown}")
+        whole = [[*outfit, *[_NOBODY] * (most - len(outfit))] for outfit in outfits]
         device = next(iter(self._layers.values())).weight.device
         return _Rows(
-            torch.tensor([one.slot for one in worn], device=device),
-            torch.tensor([one.scale for one in worn], device=device),
+            torch.tensor([[one.slot for one in outfit] for outfit in whole], device=device),
+            torch.tensor([[one.scale for one in outfit] for outfit in whole], device=device),
         )
 
     def _stack(self, name: str) -> _Stack:
@@ -309,24 +332,32 @@ class AdapterSlots:
         stack = self._stacks[name]
         if rows is None or not stack.used:
             return answer
-        if len(given) != len(rows.slots_B):
-            raise ValueError(f"{name} has {len(given)} rows, {len(rows.slots_B)} were announced")
-        scales = rows.scales_B.to(given.dtype)[:, None, None]
+        if len(given) != len(rows.slots_BM):
+            raise ValueError(f"{name} has {len(given)} rows, {len(rows.slots_BM)} were announced")
         if isinstance(layer, nn.Conv2d):
-            assert stack.down is not None
-            assert stack.up is not None
-            low = _convolved(layer, given, stack.down[rows.slots_B]).flatten(2) * scales
-            return answer + torch.bmm(stack.up[rows.slots_B], low).view_as(answer)
+            down_BRIKK, up_BOR = self._gathered(stack, rows)
+            low = _convolved(layer, given, down_BRIKK).flatten(2)
+            return answer + torch.bmm(up_BOR, low).view_as(answer)
         flat_BLI = given.flatten(1, -2) if given.ndim > 2 else given[:, None]
         added: Tensor | None = None
-        if stack.down is not None and stack.up is not None:
-            low = torch.bmm(flat_BLI, stack.down[rows.slots_B].transpose(1, 2)) * scales
-            added = torch.bmm(low, stack.up[rows.slots_B].transpose(1, 2))
+        if stack.down is not None:
+            down_BRI, up_BOR = self._gathered(stack, rows)
+            added = torch.bmm(torch.bmm(flat_BLI, down_BRI.transpose(1, 2)), up_BOR.transpose(1, 2))
         if stack.whole is not None:
-            difference = torch.bmm(flat_BLI, stack.whole[rows.slots_B].transpose(1, 2)) * scales
+            whole_BMOI = stack.whole[rows.slots_BM] * rows.scales_BM.to(given.dtype)[..., None, None]
+            difference = torch.bmm(flat_BLI, whole_BMOI.sum(dim=1).transpose(1, 2))
             added = difference if added is None else added + difference
         assert added is not None
         return answer + added.view_as(answer)
+
+    @staticmethod
+    def _gathered(stack: _Stack, rows: _Rows) -> tuple[Tensor, Tensor]:
+        """`[B, M·r, I…]` and `[B, O, M·r]`: what a row wears, rank beside rank, the scales in the second."""
+        assert stack.down is not None
+        assert stack.up is not None
+        down_BMrI, up_BMOr = stack.down[rows.slots_BM], stack.up[rows.slots_BM]
+        up_BMOr = up_BMOr * rows.scales_BM.to(up_BMOr.dtype)[..., None, None]
+        return down_BMrI.flatten(1, 2), up_BMOr.transpose(1, 2).flatten(2)
 
 
 class _Hook:

@@ -18,6 +18,7 @@ from torch import nn
 
 from services.models.denoiser import StoryDenoiser
 from services.models.errors import PackManifestInvalid, PackWeightsMismatch
+from services.models.lora import AdapterSlots
 from services.models.pack import Manifest, Pack
 from services.models.samplers import SAMPLERS, Sampler
 from services.models.schedule import Schedule
@@ -43,6 +44,12 @@ class FrameModel:
     sampler: Sampler
     device: torch.device
     dtype: torch.dtype  # of the UNet's arithmetic; latents are always float32 between steps
+    slots: AdapterSlots | None = None  # where characters' weights lie; None: it draws nobody but its own
+
+    @property
+    def base_digest(self) -> str:
+        """The SHA-256 of the UNet's file: what a character's weights are a change of."""
+        return self.manifest.files[f"unet/{UNET_WEIGHTS}"].sha256
 
 
 def load_frame_model(pack: Pack, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FrameModel:

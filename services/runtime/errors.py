@@ -17,6 +17,7 @@ FabulaError
 │   ├── DescriptionEmpty          DESCRIPTION_EMPTY               400
 │   ├── DescriptionTooLong        DESCRIPTION_TOO_LONG            400
 │   ├── TooManyReferences         TOO_MANY_REFERENCES             400
+│   ├── CharacterWeightsUnusable  CHARACTER_WEIGHTS_UNUSABLE      400
 │   ├── ImageMissing              IMAGE_MISSING                   400
 │   ├── ImageUnreadable           IMAGE_UNREADABLE                400
 │   ├── ImageTooLarge             IMAGE_TOO_LARGE                 413
@@ -29,6 +30,7 @@ FabulaError
 ├── NotFound                      NOT_FOUND                       404
 │   ├── StoryNotFound             STORY_NOT_FOUND                 404
 │   ├── ImageNotFound             IMAGE_NOT_FOUND                 404
+│   ├── CharacterWeightsUnknown   CHARACTER_WEIGHTS_UNKNOWN       404
 │   └── ObjectNotFound            OBJECT_NOT_FOUND                404
 ├── AlreadyExists                 ALREADY_EXISTS                  409
 │   └── IdempotencyKeyReused      IDEMPOTENCY_KEY_REUSED          422
@@ -209,6 +211,12 @@ class TooManyReferences(InvalidArgument):
     reason = "TOO_MANY_REFERENCES"
 
 
+class CharacterWeightsUnusable(InvalidArgument):
+    """The character's weights do not fit this pack, or are damaged: the message says which. Train them on this pack."""
+
+    reason = "CHARACTER_WEIGHTS_UNUSABLE"
+
+
 class ImageMissing(InvalidArgument):
     """A picture is needed."""
 
@@ -286,6 +294,12 @@ class ImageNotFound(NotFound):
     """This story has no picture with this SHA-256."""
 
     reason = "IMAGE_NOT_FOUND"
+
+
+class CharacterWeightsUnknown(NotFound):
+    """No character's weights with this SHA-256 are stored here."""
+
+    reason = "CHARACTER_WEIGHTS_UNKNOWN"
 
 
 class ObjectNotFound(NotFound):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.models.errors import AdapterDamaged, AdapterWrongBase, AdapterWrongShape
-from services.models.lora import ALPHA, BASE_DIGEST, NOBODY, AdapterSlots, Worn, adapted_layers, read_adapter
+from services.models.lora import ALPHA, BASE_DIGEST, AdapterSlots, Worn, adapted_layers, read_adapter_file
 from services.models.storygen import References, StoryGenUNet, build_storygen
 from services.models.tiny import UNET
 
@@ -66,7 +66,7 @@ def slots(unet: StoryGenUNet, files: dict[str, Path]) -> tuple[StoryGenUNet, Ada
     own = copy.deepcopy(unet)
     held = AdapterSlots(own, count=4, rank_max=4)
     for slot, file in enumerate(files.values(), start=1):
-        held.put(slot, read_adapter(file, own))
+        held.put(slot, read_adapter_file(file, own))
     return own, held
 
 
@@ -85,7 +85,7 @@ def test_a_mixed_batch_is_what_peft_computes(slots: tuple[StoryGenUNet, AdapterS
     latents, timesteps, text = inputs(5)
     names = ["one", "three", "__base__", "two", "one"]
     theirs = adapted(latents, timesteps, text, return_dict=False, adapter_names=names)[0]
-    worn = [NOBODY if name == "__base__" else Worn(1 + list(RANKS).index(name), 1.0) for name in names]
+    worn = [() if name == "__base__" else (Worn(1 + list(RANKS).index(name), 1.0),) for name in names]
     with held.rows(worn):
         ours = own.predict(latents, timesteps, text)
     torch.testing.assert_close(ours, theirs, **CLOSE)
@@ -97,7 +97,7 @@ def test_a_mixed_batch_is_what_peft_computes(slots: tuple[StoryGenUNet, AdapterS
 def test_a_row_is_the_same_alone_and_among_others(slots: tuple[StoryGenUNet, AdapterSlots]) -> None:
     own, held = slots
     latents, timesteps, text = inputs(4)
-    worn = [Worn(3, 0.7), Worn(1, 1.0), NOBODY, Worn(2, 0.3)]
+    worn = [(Worn(3, 0.7),), (Worn(1, 1.0), Worn(2, 0.5)), (), (Worn(2, 0.3),)]
     with held.rows(worn):
         together = own.predict(latents, timesteps, text)
     for row, one in enumerate(worn):
@@ -111,7 +111,7 @@ def test_a_row_that_wears_nothing_is_bit_for_bit_the_networks_own(slots: tuple[S
     own, held = slots
     latents, timesteps, text = inputs(3)
     plain = own.predict(latents, timesteps, text)
-    with held.rows([NOBODY, Worn(2, 1.0), NOBODY]):
+    with held.rows([(), (Worn(2, 1.0),), ()]):
         mixed = own.predict(latents, timesteps, text)
     assert torch.equal(mixed[[0, 2]], plain[[0, 2]])
 
@@ -124,10 +124,11 @@ def test_the_attention_to_references_wears_what_the_references_wear(
     own, held = slots
     latents, timesteps, text = inputs(2)
     earlier, levels, told = (value.flip(0) for value in inputs(2))
-    with held.rows([Worn(1, 1.0), Worn(2, 1.0)]):
+    with held.rows([(Worn(1, 1.0),), (Worn(2, 1.0),)]):
         features = own.features(earlier, levels, told)
     seen = References(features, torch.tensor([[0], [1]]))
-    with held.rows([Worn(1, 1.0), Worn(2, 1.0)], references=[Worn(1, 1.0), Worn(2, 1.0)]):
+    worn = [(Worn(1, 1.0),), (Worn(2, 1.0),)]
+    with held.rows(worn, references=worn):
         together = own.predict(latents, timesteps, text, seen)
     for row, name in enumerate(("one", "two")):
         merged = copy.deepcopy(adapted)
@@ -140,23 +141,38 @@ def test_the_attention_to_references_wears_what_the_references_wear(
 
 
 @torch.no_grad()
+def test_two_adapters_on_a_row_add_up(slots: tuple[StoryGenUNet, AdapterSlots], adapted: Any) -> None:
+    own, held = slots
+    latents, timesteps, text = inputs(2)
+    with held.rows([(Worn(1, 0.5), Worn(2, 1.0)), (Worn(2, 1.0),)]):
+        ours = own.predict(latents, timesteps, text)
+    merged = copy.deepcopy(adapted)
+    merged.base_model.set_adapter(["one", "two"])
+    for layer in merged.modules():
+        if hasattr(layer, "scaling") and "one" in layer.scaling:
+            layer.scaling["one"] *= 0.5
+    merged = merged.merge_and_unload(adapter_names=["one", "two"])
+    torch.testing.assert_close(ours[:1], merged.predict(latents[:1], timesteps[:1], text[:1]), atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
 def test_a_slot_that_was_cleared_changes_nothing_and_can_be_filled_again(
     slots: tuple[StoryGenUNet, AdapterSlots], files: dict[str, Path]
 ) -> None:
     own, held = slots
     latents, timesteps, text = inputs(1)
-    with held.rows([Worn(3, 1.0)]):
+    with held.rows([(Worn(3, 1.0),)]):
         before = own.predict(latents, timesteps, text)
-    held.put(3, read_adapter(files["one"], own))
-    with held.rows([Worn(3, 1.0)]):
+    held.put(3, read_adapter_file(files["one"], own))
+    with held.rows([(Worn(3, 1.0),)]):
         other = own.predict(latents, timesteps, text)
-    with held.rows([Worn(1, 1.0)]):
+    with held.rows([(Worn(1, 1.0),)]):
         assert torch.equal(own.predict(latents, timesteps, text), other), "nothing of the larger one is left"
-    held.put(3, read_adapter(files["three"], own))
-    with held.rows([Worn(3, 1.0)]):
+    held.put(3, read_adapter_file(files["three"], own))
+    with held.rows([(Worn(3, 1.0),)]):
         assert torch.equal(own.predict(latents, timesteps, text), before)
     held.clear(3)
-    with pytest.raises(ValueError, match="slots \\[3\\]"), held.rows([Worn(3, 1.0)]):
+    with pytest.raises(ValueError, match="slots \\[3\\]"), held.rows([(Worn(3, 1.0),)]):
         pass
     assert set(held.held) == {1, 2}
 
@@ -168,9 +184,9 @@ def test_whole_differences_of_keys_and_values_are_added(unet: StoryGenUNet, tmp_
     deltas = {f"{name}.delta": torch.randn(layer.weight.shape) for name, layer in layers.items()}
     save_file(deltas, str(tmp_path / "k.safetensors"))
     held = AdapterSlots(own, count=1, rank_max=1)
-    held.put(1, read_adapter(tmp_path / "k.safetensors", own))
+    held.put(1, read_adapter_file(tmp_path / "k.safetensors", own))
     latents, timesteps, text = inputs(2)
-    with held.rows([Worn(1, 0.5), NOBODY]):
+    with held.rows([(Worn(1, 0.5),), ()]):
         ours = own.predict(latents, timesteps, text)
     changed = copy.deepcopy(unet)
     for name in layers:
@@ -188,7 +204,7 @@ def test_diffusers_names_and_alphas_are_read(unet: StoryGenUNet, tmp_path: Path)
         f"{name}.alpha": torch.tensor(1.0),
     }
     save_file(state, str(tmp_path / "d.safetensors"))
-    found = read_adapter(tmp_path / "d.safetensors", unet)
+    found = read_adapter_file(tmp_path / "d.safetensors", unet)
     assert found.rank == 2
     assert torch.equal(found.factors[name].up, torch.full((width, 2), 0.5))
     assert found.size_bytes == 2 * 2 * width * 4
@@ -196,14 +212,14 @@ def test_diffusers_names_and_alphas_are_read(unet: StoryGenUNet, tmp_path: Path)
 
 def test_pefts_alpha_is_found_in_the_file_beside(unet: StoryGenUNet, files: dict[str, Path], tmp_path: Path) -> None:
     save_file(load_file(str(files["one"])), str(tmp_path / "adapter_model.safetensors"))
-    plain = read_adapter(tmp_path / "adapter_model.safetensors", unet)
+    plain = read_adapter_file(tmp_path / "adapter_model.safetensors", unet)
     (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
-    scaled = read_adapter(tmp_path / "adapter_model.safetensors", unet)
+    scaled = read_adapter_file(tmp_path / "adapter_model.safetensors", unet)
     name = next(iter(plain.factors))
     assert torch.equal(scaled.factors[name].up, 2 * plain.factors[name].up)
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": "many"}')
     with pytest.raises(AdapterDamaged, match="number"):
-        read_adapter(tmp_path / "adapter_model.safetensors", unet)
+        read_adapter_file(tmp_path / "adapter_model.safetensors", unet)
 
 
 def test_what_does_not_fit_is_refused_by_name(unet: StoryGenUNet, files: dict[str, Path], tmp_path: Path) -> None:
@@ -214,7 +230,7 @@ def test_what_does_not_fit_is_refused_by_name(unet: StoryGenUNet, files: dict[st
     def refused(state: dict[str, Tensor], error: type[Exception], match: str, **metadata: str) -> None:
         save_file(state, str(path), metadata=metadata)
         with pytest.raises(error, match=match):
-            read_adapter(path, unet, base_digest="b" * 64, rank_max=8)
+            read_adapter_file(path, unet, base_digest="b" * 64, rank_max=8)
 
     refused({**good, first: torch.full_like(good[first], torch.nan)}, AdapterDamaged, "finite")
     refused({k: v for k, v in good.items() if k != first}, AdapterDamaged, "half")
@@ -228,12 +244,12 @@ def test_what_does_not_fit_is_refused_by_name(unet: StoryGenUNet, files: dict[st
     refused(wide, AdapterWrongShape, "rank 9")
     path.write_bytes(b"not a file of tensors")
     with pytest.raises(AdapterDamaged, match="cannot be read"):
-        read_adapter(path, unet)
+        read_adapter_file(path, unet)
     with pytest.raises(AdapterDamaged, match="cannot be read"):
-        read_adapter(tmp_path / "nowhere.safetensors", unet)
+        read_adapter_file(tmp_path / "nowhere.safetensors", unet)
 
 
 def test_announced_rows_must_be_the_rows_that_come(slots: tuple[StoryGenUNet, AdapterSlots]) -> None:
     own, held = slots
-    with torch.no_grad(), held.rows([Worn(1, 1.0)]), pytest.raises(ValueError, match="announced"):
+    with torch.no_grad(), held.rows([(Worn(1, 1.0),)]), pytest.raises(ValueError, match="announced"):
         own.predict(*inputs(2))

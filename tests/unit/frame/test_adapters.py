@@ -1,0 +1,132 @@
+"""The weights store: read once, kept within a budget, never taken from who wears it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.frame.adapters import AdapterStore, SlotTable
+from services.models.lora import Adapter
+
+
+def adapter(digest: str, size_bytes: int = 10) -> Adapter:
+    return Adapter(digest=digest, factors={}, deltas={"a": torch.zeros(1)}, size_bytes=size_bytes)
+
+
+def test_an_adapter_is_read_once_however_many_want_it() -> None:
+    store, started, release = AdapterStore(100), threading.Barrier(5), threading.Event()
+    reads: list[str] = []
+
+    def read() -> Adapter:
+        reads.append("a")
+        assert release.wait(10)
+        return adapter("a")
+
+    found: list[Adapter] = []
+
+    def want() -> None:
+        started.wait(10)
+        found.append(store.get("toon", "a", read))
+
+    threads = [threading.Thread(target=want) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    started.wait(10)
+    other = store.get("toon", "b", lambda: adapter("b"))  # nobody waits for another one's file
+    assert other.digest == "b"
+    release.set()
+    for thread in threads:
+        thread.join(10)
+    assert reads == ["a"]
+    assert len({id(one) for one in found}) == 1
+    assert store.loads_count == 2
+
+
+def test_a_failed_read_is_tried_again_by_the_next() -> None:
+    store = AdapterStore(100)
+
+    def fails() -> Adapter:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        store.get("toon", "a", fails)
+    assert store.get("toon", "a", lambda: adapter("a")).digest == "a"
+
+
+def test_the_least_recently_used_leave_first() -> None:
+    store = AdapterStore(25)
+    for digest in ("a", "b", "a", "c"):
+        store.get("toon", digest, lambda d=digest: adapter(d))  # type: ignore[misc]
+    assert store.kept_bytes == 20
+    assert store.loads_count == 3
+    store.get("toon", "a", lambda: pytest.fail("it was used last"))
+    store.get("toon", "b", lambda: adapter("b"))
+    assert store.loads_count == 4
+    huge = store.get("toon", "huge", lambda: adapter("huge", 99))
+    assert huge.size_bytes == 99, "what is wanted now is read, whatever it weighs"
+    store.drop("huge")
+    assert store.kept_bytes == 0
+
+
+def test_packs_do_not_share_what_was_checked_against_one_of_them() -> None:
+    store = AdapterStore(100)
+    store.get("toon", "a", lambda: adapter("a"))
+    with pytest.raises(ValueError, match="other"):
+        store.get("sd15", "a", lambda: (_ for _ in ()).throw(ValueError("other")))
+
+
+def test_a_slot_is_shared_and_freed_by_the_last_wearer() -> None:
+    table = SlotTable(2)
+    assert table.wear("a") == (1, True)
+    assert table.wear("a") == (1, False)
+    assert table.wear("b") == (2, True)
+    assert table.wear("c") is None, "both are worn"
+    table.take_off(["a"])
+    assert table.wear("c") is None, "one wearer is left"
+    table.take_off(["a"])
+    assert table.wear("c") == (1, True)
+    assert table.resident == ("b", "c")
+    with pytest.raises(ValueError, match="nobody"):
+        table.take_off(["a"])
+
+
+def test_the_one_worn_longest_ago_makes_room() -> None:
+    table = SlotTable(2)
+    for digest in ("a", "b", "a"):
+        table.wear(digest)
+        table.take_off([digest])
+    assert table.wear("c") == (2, True)
+    assert table.resident == ("a", "c")
+
+
+def test_a_slot_that_could_not_be_filled_is_free_again() -> None:
+    table = SlotTable(1)
+    table.wear("a")
+    table.forget("a")
+    assert table.wear("b") == (1, True)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from("abcdef")), max_size=80), st.integers(1, 4))
+def test_whatever_is_worn_keeps_its_slot(moves: list[tuple[bool, str]], count: int) -> None:
+    table, worn, places = SlotTable(count), Counter[str](), {}
+    for puts_on, digest in moves:
+        if puts_on:
+            place = table.wear(digest)
+            if place is None:
+                assert len(+worn) == count
+                continue
+            if worn[digest]:
+                assert place == (places[digest], False)
+            worn[digest] += 1
+            places[digest] = place[0]
+        elif worn[digest]:
+            table.take_off([digest])
+            worn[digest] -= 1
+        now = [places[name] for name in +worn]
+        assert len(set(now)) == len(now)
+        assert all(1 <= slot <= count for slot in now)

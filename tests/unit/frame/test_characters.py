@@ -1,0 +1,178 @@
+"""Characters with weights of their own, drawn together by one engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from services.frame.engine import EngineSettings, FrameEngine
+from services.frame.job import FrameJob
+from services.models.character import CharacterWeights
+from services.models.lora import ALPHA, BASE_DIGEST, adapted_layers
+from services.models.registry import FrameModel
+from services.runtime.errors import (
+    CharacterWeightsUnknown,
+    CharacterWeightsUnusable,
+    FabulaError,
+    InvalidArgument,
+    ValueOutOfRange,
+)
+
+from .test_engine import Gate, Inbox, gate, job, running  # noqa: F401 - a fixture
+
+
+def weights(model: FrameModel, seed: int, rank: int = 2, size: float = 0.5, base: str = "") -> bytes:
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, layer in adapted_layers(model.denoiser.unet).items():
+        if "attn" in name:
+            state[f"{name}.lora_A.weight"] = size * torch.randn(rank, layer.weight.shape[1], generator=generator)
+            state[f"{name}.lora_B.weight"] = size * torch.randn(layer.weight.shape[0], rank, generator=generator)
+    return save(state, metadata={ALPHA: str(rank), BASE_DIGEST: base or model.base_digest})
+
+
+class Files(dict[str, bytes]):
+    """Files by digest, and how often each was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def keep(self, payload: bytes) -> str:
+        digest = hashlib.sha256(payload).hexdigest()
+        self[digest] = payload
+        return digest
+
+    def fetch(self, digest: str) -> bytes:
+        self.asked.append(digest)
+        if digest not in self:
+            raise CharacterWeightsUnknown(metadata={"digest": digest})
+        return self[digest]
+
+
+@pytest.fixture
+def files() -> Files:
+    return Files()
+
+
+@pytest.fixture
+def started(tiny_model: FrameModel, files: Files) -> Any:
+    engines: list[FrameEngine] = []
+
+    def start(**settings: Any) -> FrameEngine:
+        engine = FrameEngine({"tiny": tiny_model}, "tiny", EngineSettings(**settings), fetch=files.fetch)
+        engine.start()
+        engines.append(engine)
+        return engine
+
+    yield start
+    for engine in engines:
+        engine.stop()
+
+
+def wearing(seed: int, *digests: str, scale: float = 1.0, **changes: Any) -> FrameJob:
+    return job(seed, characters=tuple(CharacterWeights(d, scale) for d in digests), **changes)
+
+
+def test_jobs_of_different_characters_are_drawn_together_as_each_alone(
+    tiny_model: FrameModel,
+    files: Files,
+    started: Callable[..., FrameEngine],
+    gate: Gate,  # noqa: F811
+) -> None:
+    digests = [files.keep(weights(tiny_model, seed)) for seed in range(3)]
+    jobs = [job(9, references=1), *(wearing(9, d, references=1) for d in digests), wearing(9, *digests[:2])]
+    gate.open()
+    engine = started(max_running=5)
+    alone = [Inbox(engine, one).frame().image for one in jobs]
+    assert len(set(alone)) == len(jobs), "each has its own look"
+    before = len(gate.turns)
+    together = [Inbox(engine, one) for one in jobs]
+    images = [inbox.frame().image for inbox in together]
+    assert max(len(turn) for turn in gate.turns[before:]) >= 4
+    assert [_differs(a, b) for a, b in zip(alone, images, strict=True)] == [False] * len(jobs)
+    assert sorted(files.asked) == sorted(digests), "each file was read once"
+
+
+def _differs(a: bytes, b: bytes) -> bool:
+    """By more than a level: a batch's last bits may round the other way."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    left, right = (np.asarray(Image.open(io.BytesIO(one))).astype(int) for one in (a, b))
+    return bool(np.abs(left - right).max() > 1)
+
+
+def test_more_characters_than_slots_come_and_go(
+    tiny_model: FrameModel, files: Files, started: Callable[..., FrameEngine]
+) -> None:
+    digests = [files.keep(weights(tiny_model, seed)) for seed in range(6)]
+    engine = started(max_running=1)
+    first = [Inbox(engine, wearing(1, d)).frame().sha256 for d in digests]
+    assert [Inbox(engine, wearing(1, d)).frame().sha256 for d in digests] == first
+    assert len(set(first)) == 6
+
+
+def test_a_scale_of_nothing_is_nobody(
+    tiny_model: FrameModel, files: Files, started: Callable[..., FrameEngine]
+) -> None:
+    digest = files.keep(weights(tiny_model, 1))
+    engine = started(max_running=1)
+    assert Inbox(engine, wearing(1, digest, scale=0.0)).frame().sha256 == Inbox(engine, job(1)).frame().sha256
+
+
+def test_unusable_weights_are_refused_before_they_touch_a_batch(
+    tiny_model: FrameModel, files: Files, started: Callable[..., FrameEngine]
+) -> None:
+    good = weights(tiny_model, 1)
+    bad = {
+        "ADAPTER_DAMAGED": files.keep(good[:-7]),
+        "ADAPTER_WRONG_BASE": files.keep(weights(tiny_model, 1, base="0" * 64)),
+        "ADAPTER_WRONG_SHAPE": files.keep(weights(tiny_model, 1, rank=17)),
+    }
+    engine = started(max_running=2)
+    for cause, digest in bad.items():
+        with pytest.raises(CharacterWeightsUnusable) as refused:
+            engine.submit(wearing(1, digest), lambda _: None)
+        assert refused.value.metadata["cause"] == cause
+    with pytest.raises(CharacterWeightsUnknown):
+        engine.submit(wearing(1, "f" * 64), lambda _: None)
+    assert not engine.tickets
+    assert Inbox(engine, wearing(1, files.keep(good))).frame().image
+
+
+def test_an_engine_without_a_store_knows_no_weights(tiny_model: FrameModel) -> None:
+    with running(tiny_model) as engine, pytest.raises(CharacterWeightsUnknown):
+        engine.submit(wearing(1, "a" * 64), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "characters",
+    [
+        (("A" * 64, 1.0),),
+        (("a" * 63, 1.0),),
+        (("a" * 64, float("nan")),),
+        (("a" * 64, 2.1),),
+        (("a" * 64, -0.1),),
+        (("a" * 64, 1.0), ("a" * 64, 1.0)),
+        (("a" * 64, 1.0), ("b" * 64, 1.0), ("c" * 64, 1.0)),
+    ],
+)
+def test_bad_characters_are_named(tiny_model: FrameModel, characters: tuple[tuple[str, float], ...]) -> None:
+    given = tuple(CharacterWeights(*one) for one in characters)
+    with running(tiny_model) as engine, pytest.raises(ValueOutOfRange, match=r"character|digest") as refused:
+        engine.submit(job(1, characters=given), lambda _: None)
+    assert isinstance(refused.value, InvalidArgument)
+    assert isinstance(refused.value, FabulaError)
+
+
+def test_too_few_slots_are_a_wrong_setting() -> None:
+    with pytest.raises(ValueError, match="slots"):
+        EngineSettings(max_running=4, adapter_slots=7)
