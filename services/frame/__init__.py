@@ -3,7 +3,8 @@
 job.py         the nouns: what is asked for, what is told on the way, what comes out
 sketch.py      checks a job and fills in what it leaves open
 engine.py      one thread that draws many jobs at once, step by step
-batching.py    who steps together (pure)
+scheduler.py   who is taken, who begins, who steps together (pure)
+adapters.py    characters' weights in memory, and which lie in the network
 picture.py     reads references, writes frames
 service.py     the RPCs and the Ray Serve application
 server.py      the same RPCs in a process of its own (`python -m services.frame`)

@@ -8,6 +8,8 @@ toon.py          the shapes of the toon pack
 drawing.py       sampling: begin, advance many drawings by one step, finish
 denoiser.py      StoryGen's rules (reference levels, guidance, dropout) and its training loss
 storygen.py      the UNet with reference attention, in the published layout
+lora.py          characters' weights, a different one for every row
+character.py     how such weights are named
 schedule.py      noise levels; what is trained and what is sampled
 samplers.py      DDIM, DPM-Solver++ 2M
 vae.py           pixels ↔ latents
@@ -18,7 +20,7 @@ llava.py         the captioner's shape and files
 prompts.py       what the captioner is asked, as token ids
 cast.py          the name lock: whom a description may name, and how its names are mended
 repetition.py    the repetition guard: captions that say again what was said
-cast.py          the named characters of a pack, and the name lock
+thread.py        the thread guard: captions that lose sight of the hero
 world.py         what a pack knows of the world, and what it says of the rest
 familiarity.py   how familiar a picture is to a pack
 errors.py        what can go wrong, by name
