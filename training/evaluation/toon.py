@@ -4,7 +4,8 @@ Prints a table and, as its last line, one JSON object with every figure, its int
 What each figure means stands in `frames`, `captions` and `stories` beside this file. Nothing here was seen in training;
 every seed has its own stories and its own noise, so `--seeds 2` measures other frames than `--seeds 1` does.
 
-    python -m training.evaluation.toon [--pack DIR] [--frames 400] [--stories 100] [--seeds 2] [--threads 2] [--card]
+    python -m training.evaluation.toon [--pack DIR] [--frames 400] [--stories 100] [--seeds 2] [--threads 2]
+        [--workers 2] [--sheets DIR] [--card]
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from training.evaluation.frames import (
     frame_figures,
     held_out_stories,
     reference_figures,
+    speed_figure,
     story_tasks,
     vae_figures,
 )
@@ -41,6 +46,7 @@ from training.toon.render import render
 
 DEFAULT_PACK = Path(__file__).resolve().parents[2] / "services" / "models" / "packs" / "toon"
 SHEET_ROWS = 8
+SPEED_FRAMES = 7  # drawn alone to see how long that takes, the first of them to warm up
 
 
 def pooled(parts: Sequence[Sequence[Figure]]) -> list[Figure]:
@@ -124,27 +130,74 @@ def report(pack: Pack, figures: Sequence[Figure], seeds: int, not_measured: Sequ
     }
 
 
-def evaluate(
-    pack: Pack, frames: int, stories: int, seeds: int, sheets: Path | None, say: Say
-) -> tuple[list[Figure], list[str]]:
-    """All figures, pooled over the seeds, and the names of what could not be measured."""
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One seed's share of an evaluation."""
+
+    folder: Path  # of the pack
+    frames: int
+    stories: int
+    seed: int
+    sheets: Path | None  # where to draw contact sheets; None: nowhere
+    threads: int
+
+
+def evaluate_part(part: Part) -> list[Figure]:
+    """All figures of one seed; those of texts are left out where the pack writes none or no stories are wanted."""
+    torch.set_num_threads(part.threads)
+
+    def say(line: str) -> None:
+        print(f"seed {part.seed}: {line}", flush=True)
+
+    pack = load_pack(part.folder)
     model, judge = load_frame_model(pack), load_judge()
-    captioner = Captioner(pack.folder) if stories and "llava/config.json" in pack.manifest.files else None
-    parts: list[list[Figure]] = []
-    for seed in range(seeds):
-        say(f"== seed {seed}")
-        part, tasks, drawn = picture_figures(pack, model, judge, -(-frames // seeds), seed, say)
-        if captioner is not None:
-            count = -(-stories // seeds)
-            part += caption_figures(captioner, held_out_stories(count, seed), seed, say)
-            told = tell(model, captioner, held_out_stories(count, seed), seed, say)
-            part += story_figures(told, judge)
-            if sheets is not None and seed == 0:
-                save_png(stories_sheet(told), sheets / "stories.png")
-        if sheets is not None and seed == 0:
-            save_png(frames_sheet(tasks, drawn, model.manifest.width_px), sheets / "frames.png")
-        parts.append(part)
-    return pooled(parts), [] if captioner is not None else ["texts", "stories"]
+    figures, tasks, drawn = picture_figures(pack, model, judge, part.frames, part.seed, say)
+    if part.sheets is not None:
+        save_png(frames_sheet(tasks, drawn, model.manifest.width_px), part.sheets / "frames.png")
+    if part.stories and writes(pack):
+        captioner = Captioner(pack.folder)
+        figures += caption_figures(captioner, held_out_stories(part.stories, part.seed), part.seed, say)
+        told = tell(model, captioner, held_out_stories(part.stories, part.seed), part.seed, say)
+        figures += story_figures(told, judge)
+        if part.sheets is not None:
+            save_png(stories_sheet(told), part.sheets / "stories.png")
+    return figures
+
+
+def writes(pack: Pack) -> bool:
+    """Whether a pack has a captioner."""
+    return "llava/config.json" in pack.manifest.files
+
+
+def evaluate(
+    pack: Pack, frames: int, stories: int, seeds: int, sheets: Path | None, workers: int = 1
+) -> tuple[list[Figure], list[str]]:
+    """All figures, pooled over the seeds, and the names of what could not be measured.
+
+    `workers` seeds at a time, each in a process of its own with its share of the threads. How long a frame takes is
+    measured afterwards, alone, with all of them.
+    """
+    threads = torch.get_num_threads()
+    parts = [
+        Part(
+            folder=pack.folder,
+            frames=-(-frames // seeds),
+            stories=-(-stories // seeds),
+            seed=seed,
+            sheets=sheets if seed == 0 else None,
+            threads=max(1, threads // workers),
+        )
+        for seed in range(seeds)
+    ]
+    if workers == 1:
+        found = [evaluate_part(part) for part in parts]
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            found = list(pool.map(evaluate_part, parts))
+    torch.set_num_threads(threads)
+    model = load_frame_model(pack)
+    speed = speed_figure(model, story_tasks(held_out_stories(2, 0), SPEED_FRAMES, model.manifest.width_px))
+    return [*pooled(found), speed], [] if stories and writes(pack) else ["texts", "stories"]
 
 
 def main() -> None:
@@ -155,6 +208,9 @@ def main() -> None:
     parser.add_argument("--stories", type=int, default=100, help="stories to tell, over all seeds; 0: no texts at all")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--workers", type=int, default=1, help="seeds measured at the same time; they share the threads"
+    )
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
     parser.add_argument("--card", action="store_true", help="write the figures into the pack's card and seal it again")
     arguments = parser.parse_args()
@@ -168,7 +224,7 @@ def main() -> None:
         arguments.stories,
         arguments.seeds,
         arguments.sheets,
-        lambda line: print(line, flush=True),
+        arguments.workers,
     )
     print(table(figures))
     said = report(pack, figures, arguments.seeds, missing)
