@@ -30,7 +30,7 @@ from services.frame.picture import png, webp
 from services.frame.scheduler import Job, Refusal, Scheduler, SchedulerSettings
 from services.frame.sketch import CHARACTERS_MAX, sketch_of
 from services.models.drawing import Drawing, Pixels, Sketch, advance, begin, finish, preview, row_count
-from services.models.errors import AdapterError
+from services.models.errors import AdapterDamaged, AdapterError
 from services.models.familiarity import gain_over_shrinking_db
 from services.models.lora import Adapter, AdapterSlots, Worn, read_adapter
 from services.models.registry import FrameModel
@@ -222,8 +222,9 @@ class FrameEngine:
         ShuttingDown, EngineDead, DeadlineExceeded, or what `sketch_of` raises; then nothing was started.
         """
         self._refuse_if_stopped()
-        if self._scheduler.is_full:  # before the work of reading pictures
-            self._refuse(self._scheduler.full())
+        with self._changed:
+            if self._scheduler.is_full:  # before the work of reading pictures
+                self._refuse(self._scheduler.full())
         model = self.models.get(job.pack or self.default_pack)
         if model is None:
             raise PackUnknown(f"no pack {job.pack!r} here; loaded: {', '.join(sorted(self.models))}", field="pack")
@@ -263,13 +264,16 @@ class FrameEngine:
             if self._fetch is None:
                 raise CharacterWeightsUnknown(metadata={"digest": digest})
             try:
-                return read_adapter(
+                adapter = read_adapter(
                     self._fetch(digest),
                     model.denoiser.unet,
                     name=digest[:12],
                     base_digest=model.base_digest,
                     rank_max=self.settings.adapter_rank_max,
                 )
+                if adapter.digest != digest:
+                    raise AdapterDamaged(f"{digest[:12]} is stored with the bytes of {adapter.digest[:12]}")
+                return adapter
             except AdapterError as error:
                 raise CharacterWeightsUnusable(
                     str(error), metadata={"digest": digest, "cause": error.reason}, field="characters"

@@ -137,8 +137,9 @@ def test_unusable_weights_are_refused_before_they_touch_a_batch(
         "ADAPTER_WRONG_BASE": files.keep(weights(tiny_model, 1, base="0" * 64)),
         "ADAPTER_WRONG_SHAPE": files.keep(weights(tiny_model, 1, rank=17)),
     }
+    files["e" * 64] = good
     engine = started(max_running=2)
-    for cause, digest in bad.items():
+    for cause, digest in (*bad.items(), ("ADAPTER_DAMAGED", "e" * 64)):
         with pytest.raises(CharacterWeightsUnusable) as refused:
             engine.submit(wearing(1, digest), lambda _: None)
         assert refused.value.metadata["cause"] == cause
