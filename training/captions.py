@@ -156,14 +156,14 @@ class CaptionsRecipe:
     )
     descriptive: Phase = Phase(
         name="descriptive",
-        steps=400,
+        steps=2000,
         rows_per_step=16,
         tasks=("descriptive",),
         rename_ratio=0.05,
         matrix_rate=0.0,
         name_weight=4.0,
         seed=2,
-        minutes=4.0,
+        minutes=15.0,
     )
     adapter_rank: int = 8
     adapter_alpha: float = 16.0

@@ -26,8 +26,10 @@ from services.models.tokenizer import StoryTokenizer
 from training.toon import world
 from training.toon.cast import MAIN
 from training.toon.grammar import describe_plainly, phrase
+from training.toon.lexicon import SETTING_CUES
 from training.toon.render import render
 from training.toon.scene import Scene
+from training.toon.stories import TOLD_TIME_CUES, told_value
 
 FRAMES_PER_STORY = 5
 IGNORED = -100  # label of a token that is read and not written
@@ -236,6 +238,8 @@ class RowRecipe:
     context_tokens: int = 512
     rename_ratio: float = 0.2  # rows whose named characters get invented names: a name must be copied, not recalled
     looks_ratio: float = 0.5  # how often somebody whom no pack knows is introduced, as a new character would be
+    # Descriptions over another story's picture, where the captions leave open where it is: the picture says so.
+    elsewhere_ratio: float = 0.25
     long_history_ratio: float = 0.1  # story questions that begin with another story's captions
     learn_captions_so_far: bool = False  # also learn to write the story question's captions: they are stories too
 
@@ -257,11 +261,17 @@ def story_row(
     names = sorted({name for frame in story for name in frame.names})
     renaming = {name: invented_name(rng) for name in names} if rng.random() < recipe.rename_ratio else {}
     captions = rename(captions, renaming)
+    scene, picture = following.scene, now.picture
+    if recipe.tasks == ("descriptive",) and rng.random() < recipe.elsewhere_ratio:
+        other = rng.choice(rng.choice(stories.stories))
+        moved = moved_to(other.scene, now, following)
+        if moved is not None:
+            scene, picture = moved, other.picture
     now_description, following_caption, following_description, *cast = rename(
         [
             now.description,
             following.caption,
-            describe_plainly(following.scene),
+            describe_plainly(scene),
             *_looks(story, index, recipe, rng),
         ],
         renaming,
@@ -279,7 +289,20 @@ def story_row(
                 questions.append((prompt, following_description))
             case _:
                 raise ValueError(f"unknown task {task!r}")
-    return _row(degrade(stories.images_NHWC[now.picture], rng), questions, recipe, tokenizer)
+    return _row(degrade(stories.images_NHWC[picture], rng), questions, recipe, tokenizer)
+
+
+def moved_to(other: Scene, now: Frame, following: Frame) -> Scene | None:
+    """The scene that follows when the picture before it was `other`; None where the captions say where it is.
+
+    What a caption tells stays; the time of day is the picture's only where it did not change.
+    """
+    texts = (now.caption, following.caption)
+    if now.scene.setting != following.scene.setting or any(told_value(SETTING_CUES, text) for text in texts):
+        return None
+    silent = now.scene.time == following.scene.time and not any(told_value(TOLD_TIME_CUES, text) for text in texts)
+    time = other.time if silent else following.scene.time
+    return replace(following.scene, setting=other.setting, time=time, side=other.side, weather=other.weather)
 
 
 def _looks(story: Sequence[Frame], index: int, recipe: RowRecipe, rng: random.Random) -> list[str]:

@@ -7,8 +7,8 @@ text: never empty, one line, no special tokens. Requests that are in flight toge
 has a seed of its own, so the same request alone gives the same text. Knows no transport: it runs in a notebook.
 
 Guards look at what was written (`Guards`): the name lock at a description's names, the repetition guard at a caption's
-likeness to the ones before, the thread guard at how long a story goes without its hero. A fault is answered by second
-choices, of which the best is taken, and by a repair where there is one.
+likeness to the ones before, the thread guard at how long a story goes without its hero and at who is there twice. A
+fault is answered by second choices, of which the best is taken, and by a repair where there is one.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class CaptionEngine:
         if self._guards.repetition:
             rules["repetition"] = lambda text: repetition.faults(text, job.captions)
         if self._guards.thread:
-            rules["thread"] = lambda text: int(thread.loses_thread(text, job.captions, self.model.cast))
+            rules["thread"] = lambda text: thread.faults(text, job.captions, self.model.cast)
 
         def repair(text: str) -> str:
             lost = thread.loses_thread(text, job.captions, self.model.cast)

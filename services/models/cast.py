@@ -62,6 +62,10 @@ class Cast:
         """The names that occur in a text as whole words."""
         return frozenset(self._pattern.findall(text))
 
+    def mentions(self, text: str) -> tuple[str, ...]:
+        """Every mention of a name in a text, in order."""
+        return tuple(found["name"] for found in self._pattern.finditer(text))
+
     def first_mentioned(self, text: str) -> str | None:
         """The name that a text mentions first; None when it mentions nobody."""
         found = self._pattern.search(text)

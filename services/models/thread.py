@@ -1,8 +1,8 @@
-"""The thread guard: tells a caption after which a story has lost sight of its hero.
+"""The thread guard: tells a caption after which a story has lost sight of its hero, or in which somebody is two.
 
 A small language model that may say "she" says "she" until nobody knows who she is. The hero is whom the first caption
-names first; a story may leave its hero's name out of `UNNAMED_MAX` captions in a row and no more. Pure: knows no model,
-no tokenizer and no service.
+names first; a story may leave its hero's name out of `UNNAMED_MAX` captions in a row and no more. And it forgets that a
+friend is somebody else: "Luna picked it up, and here came Luna". Pure: knows no model, no tokenizer and no service.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from services.models.cast import Cast
 UNNAMED_MAX = 2  # captions in a row that may go without the hero's name
 
 _INNER_NAME = re.compile(r"(?<=[\w,;] )[^\W\d_a-z]\w*[^\W\d_A-Z]\b")  # a capital where no sentence begins
+_SENTENCES = re.compile(r"[.!?…]+[\"'”’]*\s+")
 _SUBJECT = re.compile(r"\b(?:he|she)\b(?!['’])", re.IGNORECASE)
 
 
@@ -36,6 +37,20 @@ def loses_thread(text: str, earlier: Sequence[str], cast: Cast) -> bool:
     if hero is None or len(recent) <= UNNAMED_MAX:
         return False
     return not any(_names(one, hero) for one in recent)
+
+
+def doubles_somebody(text: str, cast: Cast) -> bool:
+    """Whether a caption names one person twice in a sentence, and nobody else. Two may well be named twice each."""
+    for sentence in _SENTENCES.split(text):
+        named = cast.mentions(sentence)
+        if len(named) > 1 and len(set(named)) == 1:
+            return True
+    return False
+
+
+def faults(text: str, earlier: Sequence[str], cast: Cast) -> int:
+    """How many of the two rules a caption breaks, `earlier` being those before it; 0 is what is wanted."""
+    return int(loses_thread(text, earlier, cast)) + int(doubles_somebody(text, cast))
 
 
 def with_hero(text: str, earlier: Sequence[str], cast: Cast) -> str:

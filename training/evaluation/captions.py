@@ -4,7 +4,8 @@
 * `description_names`           those that name whom the caption names, and nobody who is not in the story so far
 * `description_cast`            those whose characters are exactly the true ones, named or not
 * `description_agrees`          those that agree on who, where and when with what was told or was there before
-* `description_grounded`        of captions silent about the place: another story's picture takes its place along
+* `description_grounded`        where both captions of the question are silent about the place: another story's picture
+                                takes its place along
 * `caption_near_copies`         written captions that repeat an earlier one of their story
 * `caption_names`               written captions in which every name belongs to the story
 * `…_unguarded`                 the same without name lock and repetition guard
@@ -132,7 +133,7 @@ class Captioner:
         ]
 
     def _caption_faults(self, captions: Sequence[str], text: str) -> int:
-        return repetition.faults(text, captions) + int(thread.loses_thread(text, captions, self.cast))
+        return repetition.faults(text, captions) + thread.faults(text, captions, self.cast)
 
     def descriptions(
         self,
@@ -288,7 +289,7 @@ def caption_figures(captioner: Captioner, stories: Sequence[Story], seed: int, s
     grounded = [
         other.setting == case.now.scene.setting
         for other, case, asked in zip(elsewhere, swapped, found, strict=True)
-        if told_value(SETTING_CUES, asked.following.caption) is None
+        if not any(told_value(SETTING_CUES, text) for text in (asked.now.caption, asked.following.caption))
         and case.now.scene.setting != asked.now.scene.setting
     ]
     agrees = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,11 +21,14 @@ from training.captions_data import (
     Stories,
     _row,
     batch,
+    moved_to,
     rename,
     story_row,
     tale_row,
 )
-from training.toon.grammar import phrase
+from training.toon.grammar import describe_plainly, parse, phrase
+from training.toon.lexicon import SETTING_CUES
+from training.toon.stories import told_value
 from training.toon.world import sample_story
 
 TOKENIZER = StoryTokenizer.load(SHIPPED_PACKS / "toon" / "tokenizer")
@@ -146,3 +150,50 @@ def test_an_invented_name_has_the_look_of_whom_it_stands_for() -> None:
     question = TOKENIZER.decode([i for i in row.ids if i != TOKENIZER.image_id])
     assert "Cast:" in question
     assert not any(name in question for frame in drawn for name in frame.names)
+
+
+def test_the_picture_says_where_it_is_when_the_captions_do_not() -> None:
+    frames = [
+        Frame(number, f.scene, f.caption, f.description)
+        for seed in range(40)
+        for number, f in enumerate(sample_story(seed).frames)
+    ]
+    pairs = [(a, b) for a, b in pairwise(frames) if b.picture > 0]
+    other = replace(frames[0].scene, setting="kitchen", time="night", side="left", weather="clear")
+    moved = [(moved_to(other, now, following), now, following) for now, following in pairs]
+    open_ones = [(scene, now, following) for scene, now, following in moved if scene is not None]
+    assert 0.1 < len(open_ones) / len(moved) < 0.95
+    for scene, now, following in open_ones:
+        assert (scene.setting, scene.side) == ("kitchen", "left")
+        assert scene.actors == following.scene.actors
+        assert parse(describe_plainly(scene)).setting == "kitchen"
+        assert scene.time in ("night", following.scene.time)
+        assert told_value(SETTING_CUES, f"{now.caption} {following.caption}") is None
+    told = [following for scene, _, following in moved if told_value(SETTING_CUES, following.caption)]
+    assert told
+    assert all(scene is None for scene, _, following in moved if following in told)
+
+
+def test_a_row_over_another_picture_is_described_as_being_there() -> None:
+    stories_ = [
+        tuple(
+            Frame(number * 5 + n, f.scene, f.caption, f.description) for n, f in enumerate(sample_story(number).frames)
+        )
+        for number in range(30)
+    ]
+    images = np.zeros((150, 32, 32, 3), np.uint8)
+    images[:] = np.arange(150, dtype=np.uint8)[:, None, None, None]
+    stories = Stories(images, tuple(stories_))
+    recipe = replace(RECIPE, tasks=("descriptive",), rename_ratio=0.0, elsewhere_ratio=1.0)
+    places = {frame.picture: frame.scene.setting for story in stories_ for frame in story}
+    seen = 0
+    for number, story in enumerate(stories_):
+        rng = random.Random(number)
+        row = story_row(stories, story, 1, recipe, TOKENIZER, rng)
+        answer = TOKENIZER.decode([index for index in row.labels if index not in (IGNORED, TOKENIZER.eos_id)])
+        assert row.image_HWC is not None
+        picture = int(np.median(row.image_HWC))
+        if picture in places and abs(picture - story[1].picture) > 20 and row.image_HWC.std() == 0:
+            seen += 1
+            assert parse(answer).setting == places[picture]
+    assert seen >= 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.models.cast import Cast
-from services.models.thread import UNNAMED_MAX, hero_of, loses_thread, with_hero
+from services.models.thread import UNNAMED_MAX, doubles_somebody, faults, hero_of, loses_thread, with_hero
 
 CAST = Cast(("Mina", "Pip"))
 
@@ -38,6 +38,15 @@ def test_a_hero_may_go_unnamed_for_a_while_and_no_longer() -> None:
 def test_a_story_without_a_hero_has_no_thread_to_lose() -> None:
     assert not loses_thread("She ran.", ["A girl.", "She sat.", "She ran."], CAST)
     assert not loses_thread("She ran.", [], CAST)
+
+
+def test_nobody_is_two() -> None:
+    assert doubles_somebody("Mina picked it up, and here came Mina.", CAST)
+    assert not doubles_somebody("Mina was cross with Pip, and Pip was cross with Mina.", CAST)
+    assert not doubles_somebody('"Mina!" called Pip. "Where is Mina?"', CAST)
+    assert not doubles_somebody("Mina ran. Mina fell.", CAST), "two sentences may well begin alike"
+    assert faults("Mina and Mina ran.", ["Pip slept.", "He woke.", "He ran."], CAST) == 2
+    assert faults("Pip ran.", ["Pip slept."], CAST) == 0
 
 
 def test_she_is_the_hero_where_she_can_be_nobody_else() -> None:
