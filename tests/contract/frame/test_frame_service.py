@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from services.frame import engine as engine_module
 from services.frame.engine import EngineSettings, FrameEngine
 from services.frame.metrics import MeteredObserver, PrometheusMeters
+from services.frame.scheduler import StepTimes
 from services.frame.server import start_server
 from services.frame.service import FrameServicer
 from services.models.drawing import Drawing, advance
@@ -348,3 +349,27 @@ async def test_health_is_served_for_probes(service: Service) -> None:
     for name in ("", "fabula.frame.v1.FrameService"):
         answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_unknown_weights_and_long_tenants_are_refused_by_name(service: Service, steps: Steps) -> None:
+    unknown = request(characters=[pb.CharacterWeights(digest="a" * 64)])
+    code, info, _ = await service.refusal(service.call(unknown))
+    assert (code, info.reason) == (grpc.StatusCode.NOT_FOUND, "CHARACTER_WEIGHTS_UNKNOWN")
+    crooked = request(characters=[pb.CharacterWeights(digest="a" * 64, scale=-1.0)])
+    code, info, _ = await service.refusal(service.call(crooked))
+    assert (code, info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "VALUE_OUT_OF_RANGE")
+    code, info, _ = await service.refusal(service.call(request(tenant="t" * 256)))
+    assert (code, info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "VALUE_OUT_OF_RANGE")
+    assert not steps.count
+
+
+async def test_a_frame_that_would_be_late_is_refused_at_once_with_advice(
+    service: Service, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepTimes, "predict", lambda *_: 10.0)
+    code, info, _ = await service.refusal(service.call(request(seed=2, steps=4), ("fabula-timeout-ms", "20000")))
+    assert (code, info.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE")
+    assert info.metadata["predicted_s"] == "40.0"
+    page = generate_latest(service.registry).decode()
+    assert 'frame_refused_jobs_total{reason="deadline"} 1.0' in page
+    assert not steps.count
