@@ -10,6 +10,7 @@ from typing import Any
 
 from services.models.pack import Pack, PackSettings, write_pack
 from services.models.toon import LATENT_CHANNELS
+from training.captions import FOLDER as CAPTIONS
 from training.clip import CHECKPOINT as CLIP
 from training.evaluation.judge import CHECKPOINT as JUDGE
 from training.frame import CHECKPOINT as FRAME
@@ -27,6 +28,10 @@ _RUNS = {
     "its decoder alone": DECODER,
     "text encoder": TEXT,
     "frame model": FRAME,
+    "captioner, tales": f"{CAPTIONS}/tales.safetensors",
+    "captioner, told": f"{CAPTIONS}/told.safetensors",
+    "LoRA `story`": f"{CAPTIONS}/story.safetensors",
+    "LoRA `descriptive`": f"{CAPTIONS}/descriptive.safetensors",
     "CLIP": CLIP,
     "judge": JUDGE,
 }
@@ -119,7 +124,7 @@ from the pack before as it was.
 
 Rows a step: autoencoder {vae.batch} frames (as many pixels in crops at first), frame model
 {rows}, CLIP {clip.batch}, judge {judge.batch}. Muon for matrices, AdamW for the rest; the learning rate goes linearly
-to zero at the end of each run, which a cap on minutes may bring forward. The captioner's runs are described in
+to zero at the end of each run, which a cap on minutes may bring forward. The captioner's phases are described in
 `training/captions.py`. Machine: {_processor()}.
 Made {day}, stage by stage with the stages' own commands and caps on their minutes (`training/LOG.md`); `make toon-pack`
 runs the same recipes in one go, from nothing.
@@ -141,8 +146,8 @@ others are the pack's own, from captions and descriptions of its own).
 
 ## Limits
 
-- Looks of characters outside the main cast come out blended; small things are often missing; three in a frame melt.
-- A caption that names nobody ("She ran.") may be described with somebody else of the cast.
+- Looks of characters outside the main cast often come out blended; three in a frame melt.
+- "He" and "she" do not always agree with whom a caption names.
 - Knows only its own world: other pictures and words give guesses, and new characters need training.{limits}
 """
 
