@@ -44,7 +44,7 @@ from training.toon.reading import parse
 from training.toon.render import render
 from training.toon.stories import STORY_LENGTH, Story
 
-QUESTIONS = ("characters", "action", "prop", "setting", "time")
+QUESTIONS = ("characters", "look", "mood", "action", "prop", "setting", "time")
 STEPS = (4, 6, 8, 10, 15, 20)
 TEXT_GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 IMAGE_GUIDANCE = (1.0, 1.5, 2.0)
