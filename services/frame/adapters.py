@@ -67,12 +67,6 @@ class AdapterStore:
             self._trim(key)
         return adapter
 
-    def drop(self, digest: str) -> None:
-        """Keep an adapter no longer. Who wears it goes on wearing it."""
-        with self._lock:
-            for key in [key for key in self._shelves if key[1] == digest]:
-                del self._shelves[key]
-
     def _trim(self, newest: tuple[str, str]) -> None:
         for key in [key for key, shelf in self._shelves.items() if shelf.adapter is not None and key != newest]:
             if self._size_bytes() <= self._budget_bytes:

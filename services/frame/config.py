@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from services.frame.scheduler import SchedulerSettings
 from services.runtime.config import Settings
 
 
@@ -23,11 +24,16 @@ class FrameSettings(Settings):
     # two thirds of the time and moves pixels by a few levels.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = Field(default=0, ge=0, le=256)  # CPU threads of the networks; 0: every core this process may use
-    max_running: int = Field(default=8, ge=1, le=256)  # frames denoised together
-    max_queued: int = Field(default=32, ge=1, le=10_000)  # frames that wait; one more is refused at once
-    max_rows: int = Field(default=64, ge=1, le=4096)  # network rows in one step; memory grows with it
-    tenant_queue_share: float = Field(default=0.75, gt=0.0, le=1.0)  # of the waiting frames that one tenant may have
-    aging_s: float = Field(default=20.0, gt=0.0)  # waiting that lifts a frame by one priority
+    max_running: int = Field(default=SchedulerSettings.max_running, ge=1, le=256)  # frames denoised together
+    max_queued: int = Field(
+        default=SchedulerSettings.max_queued, ge=1, le=10_000
+    )  # frames that wait; one more is refused at once
+    max_rows: int = Field(
+        default=SchedulerSettings.max_rows, ge=1, le=4096
+    )  # network rows in one step; memory grows with it
+    # Of the waiting frames, what one tenant may have.
+    tenant_queue_share: float = Field(default=SchedulerSettings.tenant_queue_share, gt=0.0, le=1.0)
+    aging_s: float = Field(default=SchedulerSettings.aging_s, gt=0.0)  # waiting that lifts a frame by one priority
     characters_url: str = ""  # object store of characters' weights (file, s3, gs, az); empty: home/characters
     adapter_slots: int = Field(default=0, ge=0, le=1024)  # weights in the network; 0: two for each running frame
     adapter_rank_max: int = Field(default=16, ge=1, le=256)  # of characters' weights; memory grows with it

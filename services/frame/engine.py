@@ -68,11 +68,11 @@ first one, Queued, which comes from the thread that submits. Must not block."""
 class EngineSettings:
     """How much the engine takes on."""
 
-    max_running: int = 8  # jobs denoised in turns; more means fuller batches and a longer wait for each
-    max_queued: int = 32  # jobs that wait for room; one more is refused at once
-    max_rows: int = 64  # network rows in one step; memory grows with it
-    tenant_queue_share: float = 0.75  # of the waiting jobs that one named tenant may have
-    aging_s: float = 20.0  # waiting that lifts a job by one priority
+    max_running: int = SchedulerSettings.max_running  # denoised in turns; more means fuller batches and longer waits
+    max_queued: int = SchedulerSettings.max_queued  # jobs that wait for room; one more is refused at once
+    max_rows: int = SchedulerSettings.max_rows  # network rows in one step; memory grows with it
+    tenant_queue_share: float = SchedulerSettings.tenant_queue_share  # of the waiting jobs that a named tenant may have
+    aging_s: float = SchedulerSettings.aging_s  # waiting that lifts a job by one priority
     adapter_slots: int = 0  # characters whose weights lie in the network at the same time; 0: as few as do
     adapter_rank_max: int = 16  # of their weights
     adapters_bytes: int = 256 << 20  # of weights that are kept in memory for later
@@ -405,9 +405,13 @@ class FrameEngine:
             assert place is not None, "there are as many slots as those who are drawn can need"
             assert slots is not None
             slot, is_new = place
-            ticket.worn = (*ticket.worn, adapter.digest)
             if is_new:
-                slots.put(slot, adapter)
+                try:
+                    slots.put(slot, adapter)
+                except BaseException:
+                    table.forget(adapter.digest)  # else the next one would find it in a slot that holds nothing
+                    raise
+            ticket.worn = (*ticket.worn, adapter.digest)
             outfit.append(Worn(slot, character.scale))
         return outfit
 
@@ -463,11 +467,11 @@ class FrameEngine:
     def _step(self, batch: Sequence[Ticket]) -> None:
         """One denoising step of `batch`, then tell, preview, finish or fail each of them."""
         began_s = self._clock()
-        stepped = self._advance(batch)
+        stepped, together = self._advance(batch)
         seconds = self._clock() - began_s
         with self._changed:
-            whole = len(stepped) == len(batch)  # the time of a step that failed says nothing of the next one
-            self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if whole else None)
+            # The time of a step that was taken again, one by one, says nothing of the next one.
+            self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if together else None)
         rows = sum(ticket.job.rows for ticket in stepped)
         self._observer.step_done(jobs=len(stepped), rows=rows, seconds=seconds)
         for ticket in stepped:
@@ -479,19 +483,19 @@ class FrameEngine:
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(ticket, error)
 
-    def _advance(self, batch: Sequence[Ticket]) -> list[Ticket]:
-        """Those of `batch` that took their step. When the batch as a whole fails, each tries alone, so that one bad
-        job costs its neighbours a moment and not their pictures."""
+    def _advance(self, batch: Sequence[Ticket]) -> tuple[list[Ticket], bool]:
+        """Those of `batch` that took their step, and whether all did at once. When the batch as a whole fails, each
+        tries alone, so that one bad job costs its neighbours a moment and not their pictures."""
         model = batch[0].model
         try:
             advance(model, [_drawing(ticket) for ticket in batch])
-            return list(batch)
+            return list(batch), True
         except Exception as error:  # noqa: BLE001 - as above
             if len(batch) == 1:
                 self._fail(batch[0], error)
-                return []
+                return [], False
             log.warning("batched_step_failed", jobs=len(batch), error=type(error).__name__)
-        return [ticket for single in batch for ticket in self._advance([single])]
+        return [ticket for single in batch for ticket in self._advance([single])[0]], False
 
     def _tell(self, ticket: Ticket) -> None:
         drawing = _drawing(ticket)

@@ -13,13 +13,14 @@ from safetensors.torch import save
 from services.frame.engine import EngineSettings, FrameEngine
 from services.frame.job import FrameJob
 from services.models.character import CharacterWeights
-from services.models.lora import ALPHA, BASE_DIGEST, adapted_layers
+from services.models.lora import ALPHA, BASE_DIGEST, AdapterSlots, adapted_layers
 from services.models.registry import FrameModel
 from services.runtime.errors import (
     CharacterWeightsUnknown,
     CharacterWeightsUnusable,
     FabulaError,
     InvalidArgument,
+    RenderFailed,
     ValueOutOfRange,
 )
 
@@ -147,6 +148,18 @@ def test_unusable_weights_are_refused_before_they_touch_a_batch(
         engine.submit(wearing(1, "f" * 64), lambda _: None)
     assert not engine.tickets
     assert Inbox(engine, wearing(1, files.keep(good))).frame().image
+
+
+def test_weights_that_could_not_be_laid_out_once_can_be_the_next_time(
+    tiny_model: FrameModel, files: Files, started: Callable[..., FrameEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = files.keep(weights(tiny_model, 1))
+    engine = started(max_running=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterSlots, "put", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        assert isinstance(Inbox(engine, wearing(1, digest)).last(), RenderFailed)
+    assert Inbox(engine, job(1)).frame().image, "the engine lives on"
+    assert Inbox(engine, wearing(1, digest)).frame().sha256 != Inbox(engine, job(1)).frame().sha256
 
 
 def test_an_engine_without_a_store_knows_no_weights(tiny_model: FrameModel) -> None:
