@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from services.models import llava
 from services.models.cast import Cast, name_tokens
 from services.models.tokenizer import StoryTokenizer
-from training import loop
+from training import loop, questions
 from training.captions_data import (
     FRAMES_PER_STORY,
     IGNORED,
@@ -51,19 +51,24 @@ from training.captions_data import (
     draw_stories,
     frame_row,
     renamed,
+    shelf_frames,
+    shelf_stories,
     story_names,
     story_row,
     tale_row,
 )
-from training.captions_sight import Sight, accuracy, targets
+from training.captions_sight import Sight
 from training.optimizer import OptimizerRecipe, Pace
+from training.pictures import ShelfRecipe
 from training.precision import autocast, device_of, fast_dtype
 from training.storage import training_dir
 from training.toon.cast import MAIN, SIDE_NAMES
+from training.toon.scene import Scene
 from training.toon.world import sample_story
 
 FOLDER = "captions"  # of its checkpoints, in the training folder
 TALES_FIRST_SEED = 2_000_000  # of the stories that are read and never drawn
+_SIGHT_HELD_OUT = 128  # pictures of each kind
 _HELD_OUT_STEPS = 4  # validation batches a look at the held-out loss takes
 
 
@@ -80,6 +85,8 @@ class Phase:
     rate: float = 2e-3
     learn_captions_so_far: bool = False  # see `RowRecipe`
     rename_ratio: float = 0.2  # see `RowRecipe`
+    strangers_ratio: float = 0.0  # share of the steps with pictures that show characters of any look
+    first_picture_ratio: float = 0.25  # of the steps with stories, those whose picture is a story's first: a user's
     tales_ratio: float = 0.0  # share of the steps that read tales, so that they are not forgotten
     first_tale: int = TALES_FIRST_SEED  # seed of the first of them
     story_ratio: float = 0.0  # of the others, the share that asks for the next caption only, which keeps its picture
@@ -106,8 +113,12 @@ class CaptionsRecipe:
     held_out: CacheRecipe = field(
         default_factory=lambda: CacheRecipe(stories_count=40, frames_count=128, split="validation")
     )
+    # Characters of any look but the cast's: what they look like has to be seen, it cannot be known.
+    strangers: ShelfRecipe = ShelfRecipe(split="train", breadth="looks", count=6000)
+    strangers_stories: ShelfRecipe = ShelfRecipe(split="train", breadth="strangers", count=1500)
+    held_out_strangers: ShelfRecipe = ShelfRecipe(split="test", breadth="looks", count=400)
     shape: llava.LlavaShape = field(default_factory=llava.LlavaShape)
-    sight: Phase = Phase(name="sight", steps=500, rows_per_step=48)
+    sight: Phase = Phase(name="sight", steps=6000, rows_per_step=48, strangers_ratio=0.6, minutes=30.0)
     words: Phase = Phase(name="words", steps=260, rows_per_step=32, tasks=("describe",), frames_ratio=1.0)
     base: Phase = Phase(
         name="base",
@@ -132,14 +143,17 @@ class CaptionsRecipe:
         steps=2000,
         rows_per_step=24,
         tasks=("descriptive",),
+        frames_ratio=0.25,
         rename_ratio=0.05,
+        strangers_ratio=0.5,
+        first_picture_ratio=0.5,
         matrix_rate=0.012,
         rate=1.2e-3,
         tales_ratio=0.45,
         first_tale=TALES_FIRST_SEED + 500_000,
         story_ratio=0.15,
         name_weight=4.0,
-        minutes=38.0,
+        minutes=74.0,
     )
     story: Phase = Phase(
         name="story",
@@ -160,6 +174,8 @@ class CaptionsRecipe:
         rows_per_step=16,
         tasks=("descriptive",),
         rename_ratio=0.05,
+        strangers_ratio=0.4,
+        first_picture_ratio=0.5,
         matrix_rate=0.0,
         name_weight=4.0,
         seed=2,
@@ -208,9 +224,10 @@ def _additive(visible_B1NN: npt.NDArray[np.bool_], device: torch.device) -> Tens
 
 
 def draw_rows(
-    frames: Frames, stories: Stories | None, phase: Phase, recipe: RowRecipe, tokenizer: StoryTokenizer, step: int
+    pool: Pool, phase: Phase, recipe: RowRecipe, tokenizer: StoryTokenizer, step: int
 ) -> Iterator[Row]:
     """The rows of one step, from the phase's seed and the step alone."""
+    frames, stories = pool.frames, pool.stories
     rng = random.Random(f"{phase.name} {phase.seed} {step}")
     if stories is None or rng.random() < phase.frames_ratio:
         count = phase.rows_per_step if stories is None else 3 * phase.rows_per_step  # these rows are much shorter
@@ -220,7 +237,8 @@ def draw_rows(
         if rng.random() < phase.story_ratio:
             recipe = replace(recipe, tasks=("story",))
         # One place in the story per step keeps the rows of a batch about equally long.
-        index = rng.randrange(FRAMES_PER_STORY - 1)
+        first = rng.random() < phase.first_picture_ratio
+        index = 0 if first else rng.randrange(1, FRAMES_PER_STORY - 1)
         for _ in range(phase.rows_per_step):
             yield story_row(stories, rng.choice(stories.stories), index, recipe, tokenizer, rng)
 
@@ -278,35 +296,60 @@ def tales_loss(model: Any, tales: Tales) -> float:
     return sum(float(answer_loss(model, one)) for one in batches) / len(batches)
 
 
+@dataclass(frozen=True)
+class Pool:
+    """What a step draws from: single frames, and stories where there are any."""
+
+    frames: Frames
+    stories: Stories | None = None
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The world's own pictures and those of strangers."""
+
+    known: Pool
+    strangers: Pool
+
+    def of(self, phase: Phase, step: int) -> Pool:
+        """The pool of a step: strangers in `strangers_ratio` of them."""
+        chance = random.Random(f"strangers {phase.name} {phase.seed} {step}").random()
+        return self.strangers if chance < phase.strangers_ratio else self.known
+
+
 class SightTrainee:
     """The sight phase."""
 
-    def __init__(self, model: Any, phase: Phase, frames: Frames, held_out: Frames) -> None:
-        self.phase, self.frames, self.held_out = phase, frames, held_out
+    def __init__(self, model: Any, phase: Phase, drawn: Pools, held_out: Pools) -> None:
+        self.phase, self.drawn, self.held_out = phase, drawn, held_out
         tower = model.model.vision_tower
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(phase.seed)
             self.sight = Sight(tower, tower.config.hidden_size)
         self.networks = nn.ModuleDict({"sight": self.sight})
 
-    def _batch(self, frames: Frames, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _batch(self, frames: Frames, step: int, count: int) -> tuple[Tensor, list[Scene]]:
         rng = random.Random(f"{self.phase.name} {self.phase.seed} {step}")
-        chosen = [rng.choice(frames.frames) for _ in range(self.phase.rows_per_step)]
+        chosen = [rng.choice(frames.frames) for _ in range(count)]
         images_BHWC = np.stack([degrade(frames.images_NHWC[frame.picture], rng) for frame in chosen])
-        device = device_of(self.networks)
-        truth = targets([frame.scene for frame in chosen])
-        return llava.pixels(images_BHWC).to(device), {name: wanted.to(device) for name, wanted in truth.items()}
+        return llava.pixels(images_BHWC).to(device_of(self.networks)), [frame.scene for frame in chosen]
 
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
-        """Mean cross entropy over all labels."""
-        pixels_BCHW, truth = self._batch(self.frames, step)
+        """Sum of the questions' cross entropies."""
+        frames = self.drawn.of(self.phase, step).frames
+        pixels_BCHW, scenes = self._batch(frames, step, self.phase.rows_per_step)
         with autocast(device_of(self.networks)):
-            return self.sight.loss(pixels_BCHW, truth)
+            return questions.answer_loss(self.sight(pixels_BCHW), questions.answers(scenes))
 
     def measure(self) -> dict[str, float]:
-        """Accuracy of each label on held-out frames."""
-        pixels_BCHW, truth = self._batch(self.held_out, 0)
-        return accuracy(self.sight(pixels_BCHW), truth)
+        """Share of right answers about held-out frames, known characters and strangers."""
+        figures: dict[str, float] = {}
+        for prefix, pool in (("", self.held_out.known), ("strangers_", self.held_out.strangers)):
+            pixels_BCHW, scenes = self._batch(pool.frames, 0, _SIGHT_HELD_OUT)
+            hits, whole = questions.right(self.sight(pixels_BCHW), questions.answers(scenes))
+            figures |= {prefix + name: float(hit.mean()) for name, hit in hits.items()}
+            figures[prefix + "whole"] = float(whole.float().mean())
+        return figures
 
 
 class SpeechTrainee:
@@ -318,8 +361,8 @@ class SpeechTrainee:
         phase: Phase,
         shape: llava.LlavaShape,
         tokenizer: StoryTokenizer,
-        drawn: tuple[Frames, Stories | None],
-        held_out: tuple[Frames, Stories | None],
+        drawn: Pools,
+        held_out: Pools,
     ) -> None:
         self.model, self.phase, self.tokenizer = model, phase, tokenizer
         self.drawn, self.held_out = drawn, held_out
@@ -333,7 +376,7 @@ class SpeechTrainee:
         if random.Random(f"tales {self.phase.name} {self.phase.seed} {step}").random() < self.phase.tales_ratio:
             given = self.tales.batch(step)
         else:
-            rows = list(draw_rows(*self.drawn, self.phase, self.rows, self.tokenizer, step))
+            rows = list(draw_rows(self.drawn.of(self.phase, step), self.phase, self.rows, self.tokenizer, step))
             given = batch(rows, self.tokenizer.pad_id)
         return answer_loss(self.model, given, self.heavy, self.phase.name_weight)
 
@@ -341,7 +384,7 @@ class SpeechTrainee:
         """The same loss on the validation split, a name counting as any other token."""
         losses = []
         for step in range(_HELD_OUT_STEPS):
-            rows = list(draw_rows(*self.held_out, self.phase, self.rows, self.tokenizer, step))
+            rows = list(draw_rows(self.held_out.known, self.phase, self.rows, self.tokenizer, step))
             losses.append(answer_loss(self.model, batch(rows, self.tokenizer.pad_id)).item())
         tales = {"tales": tales_loss(self.model, self.tales)} if self.phase.tales_ratio else {}
         return {"loss": sum(losses) / len(losses), **tales}
@@ -349,22 +392,28 @@ class SpeechTrainee:
 
 def stays_with_adam(name: str) -> bool:
     """Parameters that Muon is not made for: token and position tables, the first convolution, LoRA factors."""
-    return "embed" in name or "lora_" in name or "lm_head" in name or "queries" in name or ".heads." in name
+    return any(part in name for part in ("embed", "lora_", "lm_head", "query", "_heads."))
+
+
+def pools(recipe: CaptionsRecipe, work: Path, *, with_stories: bool) -> tuple[Pools, Pools]:
+    """What is trained on and what is held out, drawn now or found in `work`."""
+
+    def known(folder: str, cache: CacheRecipe) -> Pool:
+        frames = draw_frames(work / folder, cache)
+        return Pool(frames, draw_stories(work / folder, cache) if with_stories else None)
+
+    drawn = Pool(shelf_frames(recipe.strangers), shelf_stories(recipe.strangers_stories) if with_stories else None)
+    return (
+        Pools(known("train", recipe.cache), drawn),
+        Pools(known("validation", recipe.held_out), Pool(shelf_frames(recipe.held_out_strangers))),
+    )
 
 
 def train(recipe: CaptionsRecipe, tokenizer: StoryTokenizer, work: Path, out: Path) -> None:
     """Run every phase and write `llava/` and `adapters/` under `out`. Goes on where an earlier run stopped."""
 
     def speak(model: Any, phase: Phase) -> None:
-        with_stories = phase.frames_ratio < 1.0
-        drawn = (
-            draw_frames(work / "train", recipe.cache),
-            draw_stories(work / "train", recipe.cache) if with_stories else None,
-        )
-        held_out = (
-            draw_frames(work / "validation", recipe.held_out),
-            draw_stories(work / "validation", recipe.held_out) if with_stories else None,
-        )
+        drawn, held_out = pools(recipe, work, with_stories=phase.frames_ratio < 1.0)
         trainee = SpeechTrainee(model, phase, recipe.shape, tokenizer, drawn, held_out)
         print(f"phase {phase.name}", flush=True)
         loop.train(trainee, phase.loop, work / f"{phase.name}.safetensors", adam_only=stays_with_adam)
@@ -372,8 +421,7 @@ def train(recipe: CaptionsRecipe, tokenizer: StoryTokenizer, work: Path, out: Pa
     base = llava.build(recipe.shape, tokenizer, recipe.seed)
     tales_file = work / f"{recipe.tales.name}.safetensors"
     if not tales_file.is_file():  # it may have been started from a pack, with all that comes before learned already
-        frames, held_out = draw_frames(work / "train", recipe.cache), draw_frames(work / "validation", recipe.held_out)
-        sight = SightTrainee(base, recipe.sight, frames, held_out)
+        sight = SightTrainee(base, recipe.sight, *pools(recipe, work, with_stories=False))
         print("phase sight", flush=True)
         loop.train(sight, recipe.sight.loop, work / "sight.safetensors", adam_only=stays_with_adam)
         speak(base, recipe.words)

@@ -23,6 +23,7 @@ from PIL import Image, ImageFilter
 
 from services.models import prompts
 from services.models.tokenizer import StoryTokenizer
+from training.pictures import STORY_BREADTHS, ShelfRecipe, shelf
 from training.toon import world
 from training.toon.cast import MAIN
 from training.toon.grammar import describe_plainly, phrase
@@ -86,11 +87,7 @@ def draw_frames(folder: Path, recipe: CacheRecipe) -> Frames:
             yield frame.scene, [frame.scene.to_json(), frame.wording_seed]
 
     images, raws = _draw(folder, recipe, "frames", recipe.frames_count, sampled)
-    frames = []
-    for picture, (text, wording_seed) in enumerate(raws):
-        drawn = world.Frame(Scene.from_json(str(text)), int(str(wording_seed)))
-        frames.append(Frame(picture, drawn.scene, "", drawn.description))
-    return Frames(images, tuple(frames))
+    return Frames(images, tuple(_single(n, Scene.from_json(str(text))) for n, (text, *_) in enumerate(raws)))
 
 
 def draw_stories(folder: Path, recipe: CacheRecipe) -> Stories:
@@ -108,6 +105,27 @@ def draw_stories(folder: Path, recipe: CacheRecipe) -> Stories:
     ]
     starts = range(0, len(frames), FRAMES_PER_STORY)
     return Stories(images, tuple(tuple(frames[start : start + FRAMES_PER_STORY]) for start in starts))
+
+
+def shelf_frames(recipe: ShelfRecipe) -> Frames:
+    """The frames of a shelf of single pictures."""
+    frames = recipe.frames(recipe.seeds)
+    return Frames(shelf(recipe), tuple(_single(n, frame.scene) for n, frame in enumerate(frames)))
+
+
+def _single(picture: int, scene: Scene) -> Frame:
+    return Frame(picture, scene, "", describe_plainly(scene))
+
+
+def shelf_stories(recipe: ShelfRecipe) -> Stories:
+    """The stories of a shelf."""
+    stories = [world.sample_story(seed, recipe.split, STORY_BREADTHS[recipe.breadth]) for seed in recipe.seeds]
+    frames = [
+        Frame(picture, frame.scene, frame.caption, frame.description)
+        for picture, frame in enumerate(frame for story in stories for frame in story.frames)
+    ]
+    starts = range(0, len(frames), FRAMES_PER_STORY)
+    return Stories(shelf(recipe), tuple(tuple(frames[start : start + FRAMES_PER_STORY]) for start in starts))
 
 
 def _draw(
@@ -269,7 +287,7 @@ def story_row(
             scene, picture = moved, other.picture
     now_description, following_caption, following_description, *cast = rename(
         [
-            now.description,
+            describe_plainly(now.scene),
             following.caption,
             describe_plainly(scene),
             *_looks(story, index, recipe, rng),

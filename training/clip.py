@@ -21,7 +21,6 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from services.models.tokenizer import StoryTokenizer
 from training.command import run_arguments, run_parser
 from training.evaluation.judge import as_input
-from training.frame import descriptions
 from training.loop import LoopRecipe, RunResult, train
 from training.pictures import ShelfRecipe, shelf
 from training.precision import autocast, device_of, on_gpu
@@ -82,7 +81,7 @@ class ClipTrainee:
 
     @staticmethod
     def _tokens(tokenizer: StoryTokenizer, recipe: ShelfRecipe) -> tuple[Tensor, Tensor]:
-        padded = tokenizer.pad(descriptions(recipe), TEXT_POSITIONS)
+        padded = tokenizer.pad([frame.description for frame in recipe.frames(recipe.seeds)], TEXT_POSITIONS)
         return torch.from_numpy(padded.ids_BN), torch.from_numpy(padded.mask_BN).long()
 
     def _logits(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

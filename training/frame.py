@@ -10,6 +10,7 @@ them is another function, and a network that learned it first has to unlearn it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,8 @@ from training.pictures import STORY_FRAMES, ShelfRecipe, shelf
 from training.precision import autocast, device_of, on_gpu
 from training.storage import load_checkpoint, training_dir
 from training.text import trained_text
-from training.toon.world import sample_frame
+from training.toon.grammar import describe_plainly
+from training.toon.world import Frame, StoryFrame
 from training.vae import encoding_vae
 
 CHECKPOINT = "frame.safetensors"
@@ -47,25 +49,35 @@ class FrameRecipe:
     """What the frame model is trained on and how."""
 
     loop: LoopRecipe
-    singles: ShelfRecipe
-    stories: ShelfRecipe
+    singles: tuple[ShelfRecipe, ...]
+    stories: tuple[ShelfRecipe, ...]
     held_out: ShelfRecipe
     single_rows: int = 2  # of a step, without references; frames of stories are among them too
     story_rows: int = 30  # of a step, with references
     # How many references the rows of a step see, as far as their stories have them. The newest one says most.
     references_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    unrelated_share: float = 0.10  # of the rows with references: any frame, which sees any other one
+    unrelated_share: float = 0.35  # of the rows with references: single frames, which see any other one
+    plain_share: float = 0.4  # of the descriptions: in the one wording in which the captioner writes
+    caption_share: float = 0.5  # of a story's first frames as references: with their caption, as a user gives them
     text_dropped: float = 0.10
     references_dropped: float = 0.10
-    singles_pictures: int = 1024  # the first pictures of `singles`, from which the latents' scaling is measured
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of frames, row for row."""
+
+    told: Tokens  # descriptions in every wording the world has
+    plain: Tokens  # the same in the captioner's
+    captions: Tokens  # of a story's frames; descriptions for single ones
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Latents and token ids of frames, row for row; `stories_from` is the row where stories start, five rows each."""
+    """Latents and texts of frames, row for row; `stories_from` is the row where stories start, five rows each."""
 
     latents: Latents
-    tokens: Tokens
+    texts: Texts
     stories_from: int
 
     @property
@@ -73,19 +85,20 @@ class Corpus:
         return (len(self.latents) - self.stories_from) // STORY_FRAMES
 
 
-def descriptions(recipe: ShelfRecipe) -> list[str]:
-    """The descriptions of a shelf's pictures, in their order."""
-    if recipe.breadth == "story":
-        from training.toon.world import sample_story
-
-        return [f.description for seed in recipe.seeds for f in sample_story(seed, split=recipe.split).frames]
-    return [sample_frame(seed, split=recipe.split, breadth=recipe.breadth).description for seed in recipe.seeds]
-
-
 def token_rows(text: TextEncoder, texts: list[str]) -> Tokens:
     """`[N, S]` token ids. Raises TextTooLong when a description does not fit the window."""
     rows: Tokens = text.token_ids(texts).numpy().astype(np.int16)
     return rows
+
+
+def texts_of(text: TextEncoder, shelves: Sequence[ShelfRecipe]) -> Texts:
+    """The texts of the pictures of some shelves, in their order. Raises TextTooLong."""
+    frames: list[Frame | StoryFrame] = [frame for recipe in shelves for frame in recipe.frames(recipe.seeds)]
+    return Texts(
+        token_rows(text, [frame.description for frame in frames]),
+        token_rows(text, [describe_plainly(frame.scene) for frame in frames]),
+        token_rows(text, [frame.caption if isinstance(frame, StoryFrame) else frame.description for frame in frames]),
+    )
 
 
 class FrameTrainee:
@@ -112,7 +125,7 @@ class FrameTrainee:
         recipe = self.recipe
         singles = torch.randint(len(self.corpus.latents), (recipe.single_rows,), generator=generator)
         with autocast(self.device):
-            total = self._single_loss(self.corpus, singles, generator, recipe.text_dropped) * recipe.single_rows
+            total = self._single_loss(self.corpus, singles, generator) * recipe.single_rows
             if recipe.story_rows > 0:
                 total = total + self._story_loss(self.corpus, recipe.story_rows, generator) * recipe.story_rows
         return total / (recipe.single_rows + recipe.story_rows)
@@ -127,9 +140,13 @@ class FrameTrainee:
         self.text.model.to(self.device)
         return self.text.states(ids_BS)
 
-    def _take(self, corpus: Corpus, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _take(
+        self, corpus: Corpus, rows: Tensor, plain_share: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         picks = rows.numpy()
-        return torch.from_numpy(corpus.latents[picks]).float(), torch.from_numpy(corpus.tokens[picks]).long()
+        plainly = torch.rand(len(rows), 1, generator=generator) < plain_share
+        told, plain = (torch.from_numpy(t[picks]).long() for t in (corpus.texts.told, corpus.texts.plain))
+        return torch.from_numpy(corpus.latents[picks]).float(), torch.where(plainly, plain, told)
 
     def _noise(self, generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         steps = SCHEDULE.train_steps
@@ -142,9 +159,9 @@ class FrameTrainee:
         timesteps = (spread * steps).long().clamp_max(steps - 1)
         return timesteps.to(self.device), noise.to(self.device), other.to(self.device)
 
-    def _single_loss(self, corpus: Corpus, rows: Tensor, generator: torch.Generator, dropped: float) -> Tensor:
-        latents, ids = self._take(corpus, rows)
-        hidden = torch.rand(len(rows), generator=generator) < dropped
+    def _single_loss(self, corpus: Corpus, rows: Tensor, generator: torch.Generator) -> Tensor:
+        latents, ids = self._take(corpus, rows, self.recipe.plain_share, generator)
+        hidden = torch.rand(len(rows), generator=generator) < self.recipe.text_dropped
         ids = torch.where(hidden[:, None], self.nothing_ids_S, ids)
         timesteps, noise, other = self._noise(generator, latents)
         latents = latents.to(self.device)
@@ -162,24 +179,30 @@ class FrameTrainee:
         return self.text.window, int(self.text.model.config.hidden_size)
 
     def _story_loss(self, corpus: Corpus, rows: int, generator: torch.Generator, drops: bool = True) -> Tensor:
-        """Frames 2 to 5 of stories with earlier ones, and any frames with an unrelated one."""
+        """Frames 2 to 5 of stories with earlier ones, and single frames with an unrelated one."""
         recipe = self.recipe
         story = torch.randint(corpus.stories_count, (rows,), generator=generator)
         beat = torch.randint(1, STORY_FRAMES, (rows,), generator=generator)
         one, two, _ = recipe.references_shares
         chosen = float(torch.rand(1, generator=generator))
         wish = torch.tensor(1 + (chosen > one) + (chosen > one + two))  # one number a step: empty slots cost time
-        unrelated = torch.rand(rows, generator=generator) < recipe.unrelated_share
-        anything = torch.randint(len(corpus.latents), (2, rows), generator=generator)
+        unrelated = torch.rand(rows, generator=generator) < (recipe.unrelated_share if corpus.stories_from else 0.0)
+        single = torch.randint(max(corpus.stories_from, 1), (rows,), generator=generator)
+        anything = torch.randint(len(corpus.latents), (rows,), generator=generator)
         seen = torch.where(unrelated, 1, torch.minimum(wish, beat))
-        target = torch.where(unrelated, anything[0], corpus.stories_from + story * STORY_FRAMES + beat)
+        target = torch.where(unrelated, single, corpus.stories_from + story * STORY_FRAMES + beat)
         slots = int(seen.max())
         distance = torch.arange(slots, 0, -1)
         present = distance[None] <= seen[:, None]
-        earlier = torch.where(unrelated[:, None], anything[1][:, None], target[:, None] - distance[None])
-        earlier = torch.where(present, earlier, 0)  # row 0 stands in slots that are not looked at
-        latents, ids = self._take(corpus, target)
-        reference_latents, reference_ids = self._take(corpus, earlier.flatten())
+        earlier = torch.where(unrelated[:, None], anything[:, None], target[:, None] - distance[None])
+        earlier = torch.where(present, earlier, 0).flatten()  # row 0 stands in slots that are not looked at
+        plain_share, caption_share = (recipe.plain_share, recipe.caption_share) if drops else (0.0, 0.0)
+        latents, ids = self._take(corpus, target, plain_share, generator)
+        reference_latents, reference_ids = self._take(corpus, earlier, plain_share, generator)
+        given = (earlier >= corpus.stories_from) & ((earlier - corpus.stories_from) % STORY_FRAMES == 0)
+        given &= torch.rand(len(earlier), generator=generator) < caption_share
+        captions = torch.from_numpy(corpus.texts.captions[earlier.numpy()]).long()
+        reference_ids = torch.where(given[:, None], captions, reference_ids)
         reference_text = torch.zeros(rows * slots, *self.text_shape, device=self.device)
         filled = present.flatten()
         reference_text[filled.to(self.device)] = self._states(reference_ids[filled]).float()
@@ -218,18 +241,18 @@ def frame_trainee(recipe: FrameRecipe) -> FrameTrainee:
     """Everything ready to train; latents are made or read. Needs the trained autoencoder and text encoder."""
     vae = encoding_vae()
     vae.requires_grad_(False)
-    scaling = scaling_of(vae, shelf(recipe.singles))
+    scaling = scaling_of(vae, shelf(recipe.singles[0]))
     codec = Codec(vae, scaling)
     text = trained_text()
     text.model.requires_grad_(False)
-    parts = [
-        (s, latents_of(s, vae, codec), token_rows(text, descriptions(s))) for s in (recipe.singles, recipe.stories)
-    ]
+    shelves = (*recipe.singles, *recipe.stories)
     corpus = Corpus(
-        np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts]), stories_from=len(parts[0][1])
+        np.concatenate([latents_of(s, vae, codec) for s in shelves]),
+        texts_of(text, shelves),
+        stories_from=sum(s.pictures_count for s in recipe.singles),
     )
     held = recipe.held_out
-    held_out = Corpus(latents_of(held, vae, codec), token_rows(text, descriptions(held)), stories_from=0)
+    held_out = Corpus(latents_of(held, vae, codec), texts_of(text, [held]), stories_from=0)
     with torch.no_grad():
         blank = codec.encode_blank(held.size_px, held.size_px)[0]
     return FrameTrainee(recipe, codec, corpus, held_out, text, blank)

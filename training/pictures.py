@@ -18,9 +18,10 @@ import numpy.typing as npt
 from training.storage import training_dir
 from training.toon.render import render
 from training.toon.scene import Scene
-from training.toon.world import sample_frame
+from training.toon.world import Frame, StoryFrame, sample_frame, sample_story
 
 STORY_FRAMES = 5
+STORY_BREADTHS = {"story": "scene", "strangers": "looks"}  # of a shelf: the world's breadth of its stories
 _CHUNK = 250  # pictures one worker draws at a time
 
 Pixels = npt.NDArray[np.uint8]
@@ -28,7 +29,10 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class ShelfRecipe:
-    """Which frames: `count` seeds from `first_seed` on. `breadth` is the world's, or "story" (five frames a seed)."""
+    """Which frames: `count` seeds from `first_seed` on.
+
+    `breadth` is the world's, or one of `STORY_BREADTHS` (five frames a seed).
+    """
 
     split: str
     breadth: str
@@ -46,15 +50,18 @@ class ShelfRecipe:
 
     @property
     def pictures_count(self) -> int:
-        return self.count * (STORY_FRAMES if self.breadth == "story" else 1)
+        return self.count * (STORY_FRAMES if self.breadth in STORY_BREADTHS else 1)
+
+    def frames(self, seeds: Iterable[int]) -> list[Frame] | list[StoryFrame]:
+        """The frames of some of its seeds, in the order of the pictures."""
+        if self.breadth in STORY_BREADTHS:
+            breadth = STORY_BREADTHS[self.breadth]
+            return [frame for seed in seeds for frame in sample_story(seed, self.split, breadth).frames]
+        return [sample_frame(seed, self.split, self.breadth) for seed in seeds]
 
     def scenes(self, seeds: Iterable[int]) -> list[Scene]:
         """The scenes of some of its seeds, in the order of the pictures."""
-        if self.breadth == "story":
-            from training.toon.world import sample_story
-
-            return [frame.scene for seed in seeds for frame in sample_story(seed, split=self.split).frames]
-        return [sample_frame(seed, split=self.split, breadth=self.breadth).scene for seed in seeds]
+        return [frame.scene for frame in self.frames(seeds)]
 
 
 def _draw(job: tuple[ShelfRecipe, int, int, str]) -> int:
@@ -99,7 +106,7 @@ def main() -> None:
     """Draw one shelf ahead of time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", default="train")
-    parser.add_argument("--breadth", default="scene", choices=("scene", "looks", "wide", "story"))
+    parser.add_argument("--breadth", default="scene", choices=("scene", "looks", "wide", *STORY_BREADTHS))
     parser.add_argument("--count", type=int, required=True, help="seeds")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)

@@ -113,6 +113,28 @@ class Answers(nn.Module):
         return said | {name: head(scene_BW) for name, head in self.scene_heads.items()}
 
 
+class Reader(nn.Module):
+    """Asks states: a learned query per slot and one for the scene, then a linear answer per question."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(MAX_ACTORS + 1, width) * 0.1)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.answers = Answers(width, present=True)
+
+    def forward(self, states_BSD: Tensor, padding_BS: Tensor | None = None) -> dict[str, Tensor]:
+        """Logits: `[B, slots, words]` per slot question, `[B, words]` per scene question.
+
+        `states_BSD` are a description's positions or a picture's patches; where `padding_BS` is true there is nothing.
+        """
+        query = self.query[None].expand(len(states_BSD), -1, -1)
+        read, _ = self.attention(query, states_BSD, states_BSD, key_padding_mask=padding_BS, need_weights=False)
+        read = self.norm(read)
+        said: dict[str, Tensor] = self.answers(read[:, :MAX_ACTORS], read[:, MAX_ACTORS])
+        return said
+
+
 def answer_loss(logits: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
     """Sum over the questions of the mean cross-entropy."""
     total = torch.zeros(())

@@ -84,8 +84,14 @@ def toon_frame(minutes: float | None = None, *, gpu: bool = False) -> FrameRecip
         ),
         single_rows=16 if gpu else 2,
         story_rows=240 if gpu else 30,
-        singles=ShelfRecipe(split="train", breadth="scene", count=3_000),
-        stories=ShelfRecipe(split="train", breadth="story", count=12_000 if gpu else 4_000),
+        singles=(
+            ShelfRecipe(split="train", breadth="scene", count=3_000),
+            ShelfRecipe(split="train", breadth="looks", count=6_000),
+        ),
+        stories=(
+            ShelfRecipe(split="train", breadth="story", count=12_000 if gpu else 4_000),
+            ShelfRecipe(split="train", breadth="strangers", count=4_000 if gpu else 1_500),
+        ),
         held_out=ShelfRecipe(split="validation", breadth="story", count=60),
     )
 

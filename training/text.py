@@ -13,6 +13,7 @@ Shapes: B descriptions, S positions, D width; slots are the actors from left to 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,12 @@ from services.models.toon import TEXT, toon_text_encoder
 from training.command import run_arguments, run_parser
 from training.loop import LoopRecipe, RunResult, train
 from training.precision import autocast, device_of, on_gpu
-from training.questions import Answers, answer_loss, answers, right
+from training.questions import Reader, answer_loss, answers, right
 from training.storage import load_checkpoint, training_dir
 from training.tokenizer import TOKENIZER_FOLDER
-from training.toon.grammar import describe
-from training.toon.scene import MAX_ACTORS
-from training.toon.world import sample_frame
+from training.toon.grammar import describe, describe_plainly
+from training.toon.scene import Scene
+from training.toon.world import Frame, sample_frame
 
 CHECKPOINT = "text.safetensors"
 
@@ -42,26 +43,10 @@ class TextRecipe:
     loop: LoopRecipe
     batch: int = 48
     first_seed: int = 1_000_000  # of the frames whose descriptions are read; no other stage draws these
+    strangers_share: float = 0.5  # of a batch: looks that the cast does not have, which must be read, not remembered
+    crowd_pool: float = 1.5  # frames drawn per frame read; those with the fewest figures are left out
+    plain_share: float = 0.4  # of a batch: in the one wording in which the captioner writes
     held_out_count: int = 400
-
-
-class Reader(nn.Module):
-    """Asks the states: a learned query per slot and one for the scene, then a linear answer per question."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.randn(MAX_ACTORS + 1, width) * 0.1)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.norm = nn.LayerNorm(width)
-        self.answers = Answers(width, present=True)
-
-    def forward(self, states_BSD: Tensor, padding_BS: Tensor) -> dict[str, Tensor]:
-        """Logits: `[B, slots, words]` per slot question, `[B, words]` per scene question."""
-        query = self.query[None].expand(len(states_BSD), -1, -1)
-        read, _ = self.attention(query, states_BSD, states_BSD, key_padding_mask=padding_BS, need_weights=False)
-        read = self.norm(read)
-        said: dict[str, Tensor] = self.answers(read[:, :MAX_ACTORS], read[:, MAX_ACTORS])
-        return said
 
 
 class TextTrainee:
@@ -74,8 +59,10 @@ class TextTrainee:
         model.set_attn_implementation("eager")  # torch's fused attention is slow backwards on a CPU
         self.reader = Reader(TEXT.width, TEXT.heads)
         self.networks = nn.ModuleDict({"text": text.model, "reader": self.reader})
-        frames = [sample_frame(seed, split="test") for seed in range(recipe.held_out_count)]
-        self.held_out = [(f.scene, f.description) for f in frames]
+        seeds = range(recipe.held_out_count)
+        known = [sample_frame(seed, split="test") for seed in seeds]
+        strangers = [sample_frame(seed, split="test", breadth="looks") for seed in seeds]
+        self.held_out = {"": known, "strangers_": strangers}
 
     def _logits(self, texts: list[str]) -> dict[str, Tensor]:
         ids = self.text.token_ids(texts)
@@ -87,22 +74,46 @@ class TextTrainee:
             logits: dict[str, Tensor] = self.reader(self.text.states(ids), padding.to(device))
         return logits
 
+    def _scenes(self, step: int) -> list[Scene]:
+        """What step `step` reads about: frames that no other step has."""
+        recipe = self.recipe
+        strangers = round(recipe.batch * recipe.strangers_share)
+        scenes: list[Scene] = []
+        for breadth, count in (("looks", strangers), ("scene", recipe.batch - strangers)):
+            pool = round(count * recipe.crowd_pool)
+            first = recipe.first_seed + step * pool
+            drawn = [sample_frame(seed, breadth=breadth).scene for seed in range(first, first + pool)]
+            scenes += sorted(drawn, key=lambda scene: -len(scene.actors))[:count]
+        return scenes
+
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
-        first = self.recipe.first_seed + step * self.recipe.batch
-        scenes = [sample_frame(seed).scene for seed in range(first, first + self.recipe.batch)]
-        logits = self._logits([describe(s, random.Random(first + row)) for row, s in enumerate(scenes)])
-        return answer_loss(logits, answers(scenes))
+        scenes = self._scenes(step)
+        rng = random.Random(f"text {self.recipe.first_seed} {step}")
+        texts = [describe_plainly(s) if rng.random() < self.recipe.plain_share else describe(s, rng) for s in scenes]
+        return answer_loss(self._logits(texts), answers(scenes))
 
     def measure(self) -> dict[str, float]:
-        """Share of right answers on held-out combinations; `whole`: of descriptions read without any mistake."""
+        """Share of right answers on held-out combinations; `whole`: of descriptions read without any mistake.
+
+        `crowd_whole` are those of two or three figures; `strangers_…` the same of looks that the cast does not have.
+        """
+        figures: dict[str, float] = {}
+        for prefix, frames in self.held_out.items():
+            figures |= {prefix + name: value for name, value in self._read(frames).items()}
+        return figures
+
+    def _read(self, frames: Sequence[Frame]) -> dict[str, float]:
         hits: dict[str, list[Tensor]] = {"whole": []}
-        for first in range(0, len(self.held_out), 100):
-            part = self.held_out[first : first + 100]
-            told, faultless = right(self._logits([text for _, text in part]), answers([scene for scene, _ in part]))
+        for first in range(0, len(frames), 100):
+            part = frames[first : first + 100]
+            told, faultless = right(self._logits([f.description for f in part]), answers([f.scene for f in part]))
             hits["whole"].append(faultless.float())
             for name, hit in told.items():
                 hits.setdefault(name, []).append(hit)
-        return {name: float(torch.cat(values).mean()) for name, values in hits.items()}
+        crowd = torch.tensor([len(frame.scene.actors) > 1 for frame in frames])
+        return {name: float(torch.cat(values).mean()) for name, values in hits.items()} | {
+            "crowd_whole": float(torch.cat(hits["whole"])[crowd].mean())
+        }
 
 
 def fresh_text() -> TextEncoder:

@@ -64,7 +64,7 @@ def write_networks(folder: Path) -> PackSettings:
         max_references=MAX_REFERENCES,
         reference_range="signed",
         sample_latents=False,  # trained on posterior means
-        latents=scaling_of(encoding_vae(), shelf(toon_frame(gpu=on_gpu()).singles)),
+        latents=scaling_of(encoding_vae(), shelf(toon_frame(gpu=on_gpu()).singles[0])),
         schedule=SCHEDULE,
         sampling=SAMPLING,
     )

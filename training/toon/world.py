@@ -24,6 +24,7 @@ from training.toon.scene import (
     Actor,
     Character,
     Grade,
+    Look,
     Scene,
 )
 from training.toon.seeding import generator, stable_number
@@ -124,11 +125,16 @@ def _redressed(scene: Scene, rng: random.Random) -> Scene:
     """Give every actor some look that words describe, of all there are but those of the cast."""
     actors: list[Actor] = []
     for index, actor in enumerate(scene.actors):
-        look = random_look("looks", rng.random())
-        while combination(look) in _CAST_LOOKS:
-            look = random_look("looks", rng.random())
+        look = _stranger_look(rng)
         actors.append(replace(actor, character=Character(id=f"looks-{index}", name=None, pronoun="he", look=look)))
     return replace(scene, actors=tuple(actors))
+
+
+def _stranger_look(rng: random.Random) -> Look:
+    look = random_look("looks", rng.random())
+    while combination(look) in _CAST_LOOKS:
+        look = random_look("looks", rng.random())
+    return look
 
 
 def sample_frame(seed: int, split: str = "train", breadth: str = "scene") -> Frame:
@@ -154,17 +160,22 @@ def sample_frame(seed: int, split: str = "train", breadth: str = "scene") -> Fra
     return Frame(scene=scene, wording_seed=stable_number("words", split, breadth, seed))
 
 
-def sample_story(seed: int, split: str = "train") -> Story:
+def sample_story(seed: int, split: str = "train", breadth: str = "scene") -> Story:
     """Return the five-frame story of `seed` in `split`; in "new" its hero is a new character.
 
-    Raises `ValueError` for an unknown split.
+    With `breadth` "looks" the hero is somebody with a name and any look but the cast's: whom a user's own picture may
+    show. Raises `ValueError` for an unknown split or breadth.
     """
     checked(split)
-    rng = generator("story", split, seed)
+    if breadth not in ("scene", "looks"):
+        raise ValueError(f"breadth is {breadth!r}, not scene or looks")
+    rng = generator("story", split, *(() if breadth == "scene" else (breadth,)), seed)
     heroes = NEW if split == "new" else MAIN
     while True:
         hero = rng.choice(heroes)
-        if split != "new" and rng.random() < SIDE_HERO_SHARE:
+        if breadth == "looks":
+            hero = replace(rng.choice(_NAMED_SIDE), id="looks-hero", look=_stranger_look(rng))
+        elif split != "new" and rng.random() < SIDE_HERO_SHARE:
             hero = rng.choice(_NAMED_SIDE)
         story = draw_story(rng, hero, _company(rng, hero))
         if belongs(tuple(frame.scene for frame in story.frames), split):

@@ -13,7 +13,7 @@ from services.models.text_encoder import TextEncoder
 from services.models.tiny import byte_tokenizer
 from services.models.toon import LATENT_CHANNELS, MAX_REFERENCES, toon_text_encoder
 from training import frame
-from training.frame import Corpus, FrameTrainee
+from training.frame import Corpus, FrameTrainee, Texts
 from training.loop import step_generator
 from training.recipes import toon_frame
 
@@ -38,8 +38,10 @@ def trainee() -> FrameTrainee:
     latents = (
         np.arange(rows, dtype=np.float16)[:, None, None, None] * np.ones((1, LATENT_CHANNELS, 16, 16), np.float16) / 10
     )
-    tokens = frame.token_rows(text, [f"frame {row}" for row in range(rows)])
-    corpus = Corpus(latents, tokens, stories_from=4)
+    texts = Texts(
+        *(frame.token_rows(text, [f"{kind} {row}" for row in range(rows)]) for kind in ("told", "plain", "caption"))
+    )
+    corpus = Corpus(latents, texts, stories_from=4)
     recipe = replace(toon_frame(), single_rows=1, story_rows=3)
     codec = None  # the blank picture's latent is given
     return FrameTrainee(recipe, codec, corpus, corpus, text, torch.zeros(LATENT_CHANNELS, 16, 16))  # type: ignore[arg-type]
