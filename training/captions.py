@@ -105,6 +105,11 @@ class Phase:
         )
 
 
+_STRANGERS = ShelfRecipe(split="train", breadth="looks", count=6000)
+_STRANGERS_STORIES = ShelfRecipe(split="train", breadth="strangers", count=1500)
+_HELD_OUT_STRANGERS = ShelfRecipe(split="test", breadth="looks", count=400)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaptionsRecipe:
     """The whole recipe of the shipped captioner."""
@@ -114,11 +119,11 @@ class CaptionsRecipe:
         default_factory=lambda: CacheRecipe(stories_count=40, frames_count=128, split="validation")
     )
     # Characters of any look but the cast's: what they look like has to be seen, it cannot be known.
-    strangers: ShelfRecipe = ShelfRecipe(split="train", breadth="looks", count=6000)
-    strangers_stories: ShelfRecipe = ShelfRecipe(split="train", breadth="strangers", count=1500)
-    held_out_strangers: ShelfRecipe = ShelfRecipe(split="test", breadth="looks", count=400)
+    strangers: ShelfRecipe = _STRANGERS
+    strangers_stories: ShelfRecipe = _STRANGERS_STORIES
+    held_out_strangers: ShelfRecipe = _HELD_OUT_STRANGERS
     shape: llava.LlavaShape = field(default_factory=llava.LlavaShape)
-    sight: Phase = Phase(name="sight", steps=6000, rows_per_step=48, strangers_ratio=0.6, minutes=30.0)
+    sight: Phase = Phase(name="sight", steps=6000, rows_per_step=48, strangers_ratio=0.6, minutes=47.0)
     words: Phase = Phase(name="words", steps=260, rows_per_step=32, tasks=("describe",), frames_ratio=1.0)
     base: Phase = Phase(
         name="base",
@@ -223,9 +228,7 @@ def _additive(visible_B1NN: npt.NDArray[np.bool_], device: torch.device) -> Tens
     return torch.zeros(visible.shape, dtype=fast_dtype(device), device=device).masked_fill_(~visible, -1e4)
 
 
-def draw_rows(
-    pool: Pool, phase: Phase, recipe: RowRecipe, tokenizer: StoryTokenizer, step: int
-) -> Iterator[Row]:
+def draw_rows(pool: Pool, phase: Phase, recipe: RowRecipe, tokenizer: StoryTokenizer, step: int) -> Iterator[Row]:
     """The rows of one step, from the phase's seed and the step alone."""
     frames, stories = pool.frames, pool.stories
     rng = random.Random(f"{phase.name} {phase.seed} {step}")

@@ -12,7 +12,9 @@ Knows no transport: it runs in a notebook. Knows no metrics library either: it t
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
+import platform
 import queue
 import threading
 import time
@@ -29,11 +31,13 @@ from services.frame.job import Event, FrameJob, Preview, Progress, Queued, Refer
 from services.frame.picture import png, webp
 from services.frame.scheduler import Job, Refusal, Scheduler, SchedulerSettings
 from services.frame.sketch import CHARACTERS_MAX, sketch_of
-from services.models.drawing import Drawing, Pixels, Sketch, advance, begin, finish, preview, row_count
+from services.models.drawing import Drawing, Pixels, Sketch, begin, finish, preview, rows_of_a_frame
 from services.models.errors import AdapterDamaged, AdapterError
 from services.models.familiarity import gain_over_shrinking_db
 from services.models.lora import Adapter, AdapterSlots, Worn, read_adapter
+from services.models.references import EXACT, ReferenceCache, ReferencePolicy
 from services.models.registry import FrameModel
+from services.models.step import advance, forget
 from services.models.world import Unfamiliar, World
 from services.runtime.errors import (
     Cancelled,
@@ -76,10 +80,17 @@ class EngineSettings:
     adapter_slots: int = 0  # characters whose weights lie in the network at the same time; 0: as few as do
     adapter_rank_max: int = 16  # of their weights
     adapters_bytes: int = 256 << 20  # of weights that are kept in memory for later
+    references: ReferencePolicy = EXACT  # how earlier frames are noised
+    references_bytes: int = 256 << 20  # of what their passes left, for each of two picture sizes
+    prefill_rows: int = 24  # rows of a reference pass that takes later steps' along; 0: a step's own only
+    # Every job steps in forwards of its own, so that its picture is bit for bit the same whoever is drawn beside it.
+    strict: bool = False
     stall_s: float = 60.0  # a step that takes longer means the thread hangs
 
     def __post_init__(self) -> None:
-        if self.stall_s <= 0 or self.adapter_rank_max < 1 or self.adapters_bytes < 0:
+        if self.stall_s <= 0 or self.adapter_rank_max < 1:
+            raise ValueError("every limit of the frame engine must be positive")
+        if min(self.adapters_bytes, self.references_bytes, self.prefill_rows) < 0:
             raise ValueError("every limit of the frame engine must be positive")
         if 0 < self.adapter_slots < self.max_running * CHARACTERS_MAX:
             raise ValueError(
@@ -141,6 +152,7 @@ class Ticket:
     started_s: float = 0.0
     warnings: tuple[Unfamiliar, ...] = ()
     worn: tuple[str, ...] = ()  # digests of the adapters that lie in slots for it
+    cache: ReferenceCache | None = None  # what its references left
 
     def cancel(self) -> None:
         """Give the job up. It takes part in at most the step that is running."""
@@ -177,6 +189,7 @@ class FrameEngine:
         self._fetch = fetch
         self._adapters = AdapterStore(self.settings.adapters_bytes)
         self._tables = {name: SlotTable(slots) for name in models}
+        self._caches = {name: ReferenceCache(self.settings.references_bytes) for name in models}
         self._observer: Observer = observer or _Silence()
         self._clock = clock
         self._worlds = dict(worlds or {})
@@ -228,7 +241,7 @@ class FrameEngine:
         model = self.models.get(job.pack or self.default_pack)
         if model is None:
             raise PackUnknown(f"no pack {job.pack!r} here; loaded: {', '.join(sorted(self.models))}", field="pack")
-        sketch = sketch_of(job, model)
+        sketch = sketch_of(job, model, self.settings.references)
         adapters = tuple(self._adapter(model, one.digest) for one in sketch.characters)
         if job.deadline_s is not None and self._clock() >= job.deadline_s:
             raise DeadlineExceeded()
@@ -238,8 +251,8 @@ class FrameEngine:
             offered = Job(
                 number=self._arrivals,
                 kind=(manifest.name, sketch.height_px, sketch.width_px),
-                rows=row_count(sketch),
-                steps=len(model.denoiser.schedule.sampling_steps(sketch.steps)),
+                rows=-(-rows_of_a_frame(sketch) // sketch.steps),
+                steps=sketch.steps,
                 arrived_s=self._clock(),
                 tenant=job.tenant,
                 priority=job.priority,
@@ -256,6 +269,25 @@ class FrameEngine:
             deliver(Queued(ahead_count=ahead))
             self._changed.notify()
         return ticket
+
+    def fingerprint(self, model: FrameModel) -> str:
+        """16 hex digits of all that a picture depends on besides its sketch: weights, arithmetic, machine, mode.
+
+        Under `strict`, equal sketches and equal fingerprints give equal bytes; otherwise, and between unlike
+        fingerprints, pictures may differ by a level of 255 here and there, or by more where the mode is another.
+        """
+        settings = self.settings
+        device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else cpu_name()
+        parts = (
+            model.manifest.digest,
+            str(model.dtype),
+            device,
+            str(torch.get_num_threads()),
+            torch.__version__,
+            repr(settings.references),
+            f"strict={settings.strict}",
+        )
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def _adapter(self, model: FrameModel, digest: str) -> Adapter:
         """Checked weights of a character. Raises CharacterWeightsUnusable, or what fetching raises."""
@@ -391,7 +423,9 @@ class FrameEngine:
                 if (reason := self._lost(ticket)) is not None:
                     self._end(ticket, reason)
                     continue
-                ticket.drawing = begin(ticket.model, ticket.sketch, self._dress(ticket))
+                ticket.drawing = begin(ticket.model, ticket.sketch, self._dress(ticket), ticket.job.tenant)
+                # Strictly: what others left, or did not, would decide which rows share a pass.
+                ticket.cache = ReferenceCache() if self.settings.strict else self._caches[ticket.model.manifest.name]
                 ticket.warnings = self._warnings(ticket)
             except Exception as error:  # noqa: BLE001 - whatever a network raises, it is this job's and no other's
                 self._fail(ticket, error)
@@ -467,15 +501,15 @@ class FrameEngine:
     def _step(self, batch: Sequence[Ticket]) -> None:
         """One denoising step of `batch`, then tell, preview, finish or fail each of them."""
         began_s = self._clock()
-        stepped, together = self._advance(batch)
+        stepped, rows = self._advance(batch)
         seconds = self._clock() - began_s
         with self._changed:
             # The time of a step that was taken again, one by one, says nothing of the next one.
-            self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if together else None)
-        rows = sum(ticket.job.rows for ticket in stepped)
+            self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if rows else None)
         self._observer.step_done(jobs=len(stepped), rows=rows, seconds=seconds)
         for ticket in stepped:
             if not _drawing(ticket).is_sound:
+                forget(_drawing(ticket), _cache(ticket), everything=True)
                 self._end(ticket, RenderFailed("the picture's numbers are not finite; try another seed or guidance"))
                 continue
             try:
@@ -483,19 +517,25 @@ class FrameEngine:
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(ticket, error)
 
-    def _advance(self, batch: Sequence[Ticket]) -> tuple[list[Ticket], bool]:
-        """Those of `batch` that took their step, and whether all did at once. When the batch as a whole fails, each
-        tries alone, so that one bad job costs its neighbours a moment and not their pictures."""
-        model = batch[0].model
+    def _advance(self, batch: Sequence[Ticket]) -> tuple[list[Ticket], int]:
+        """Those of `batch` that took their step, and how many rows that was; 0 when it did not go as it should.
+
+        When the batch as a whole fails, each tries alone, so that one bad job costs its neighbours a moment and not
+        their pictures.
+        """
+        if self.settings.strict and len(batch) > 1:
+            alone = [self._advance([ticket]) for ticket in batch]
+            return [ticket for stepped, _ in alone for ticket in stepped], sum(rows for _, rows in alone)
+        prefill_rows = 0 if self.settings.strict else self.settings.prefill_rows
+        drawings = [_drawing(ticket) for ticket in batch]
         try:
-            advance(model, [_drawing(ticket) for ticket in batch])
-            return list(batch), True
+            return list(batch), advance(batch[0].model, drawings, _cache(batch[0]), prefill_rows=prefill_rows)
         except Exception as error:  # noqa: BLE001 - as above
             if len(batch) == 1:
                 self._fail(batch[0], error)
-                return [], False
+                return [], 0
             log.warning("batched_step_failed", jobs=len(batch), error=type(error).__name__)
-        return [ticket for single in batch for ticket in self._advance([single])[0]], False
+        return [ticket for single in batch for ticket in self._advance([single])[0]], 0
 
     def _tell(self, ticket: Ticket) -> None:
         drawing = _drawing(ticket)
@@ -511,6 +551,7 @@ class FrameEngine:
                 sha256=hashlib.sha256(image).hexdigest(),
                 sketch=ticket.sketch,
                 pack_digest=ticket.model.manifest.digest,
+                fingerprint=self.fingerprint(ticket.model),
                 queue_s=ticket.started_s - ticket.job.arrived_s,
                 render_s=ended_s - ticket.started_s,
                 warnings=ticket.warnings,
@@ -536,7 +577,9 @@ class FrameEngine:
         with self._changed:
             self._scheduler.remove(ticket.job.number)
             self._tickets.pop(ticket.job.number, None)
-        ticket.drawing = None
+        if ticket.drawing is not None and ticket.cache is not None:
+            forget(ticket.drawing, ticket.cache)
+        ticket.drawing = ticket.cache = None
         self._tables[ticket.model.manifest.name].take_off(ticket.worn)
         ticket.worn = ()
         now_s = self._clock()
@@ -549,9 +592,20 @@ class FrameEngine:
         ticket.deliver(last)
 
 
+@functools.cache
+def cpu_name() -> str:
+    """What the processor can do, which is what its kernels are chosen by."""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _drawing(ticket: Ticket) -> Drawing:
     assert ticket.drawing is not None
     return ticket.drawing
+
+
+def _cache(ticket: Ticket) -> ReferenceCache:
+    assert ticket.cache is not None
+    return ticket.cache
 
 
 def _cancel_submitted(submission: asyncio.Future[Ticket]) -> None:

@@ -38,6 +38,7 @@ class FrameJob:
     steps: int = 0
     text_guidance: float | None = None
     image_guidance: float | None = None
+    sampler: str = ""  # one of `services.models.samplers.SAMPLERS`
     preview_every_steps: int = 0
     characters: tuple[CharacterWeights, ...] = ()  # those with weights of their own
     tenant: str = ""  # who shares the engine with others; they take turns
@@ -77,6 +78,7 @@ class RenderedFrame:
     sha256: str
     sketch: Sketch
     pack_digest: str
+    fingerprint: str  # of all that pixels depend on besides the sketch: see `FrameEngine.fingerprint`
     queue_s: float
     render_s: float
     warnings: tuple[Unfamiliar, ...] = ()  # of what was given, what the pack does not know

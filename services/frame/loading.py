@@ -10,6 +10,7 @@ import torch
 from services.frame.config import FrameSettings
 from services.frame.engine import EngineSettings, Fetch, FrameEngine, Observer
 from services.models.pack import find_pack, load_pack
+from services.models.references import ReferencePolicy
 from services.models.registry import load_frame_model
 from services.models.world import World
 from services.runtime.config import Installation
@@ -47,6 +48,12 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
             adapter_slots=settings.adapter_slots,
             adapter_rank_max=settings.adapter_rank_max,
             adapters_bytes=settings.adapters_bytes,
+            references=ReferencePolicy(
+                shared_noise=settings.references == "shared-noise", levels_count=settings.reference_levels
+            ),
+            references_bytes=settings.references_bytes,
+            prefill_rows=settings.prefill_rows,
+            strict=settings.strict,
             stall_s=settings.stall_s,
         ),
         observer=observer,

@@ -71,6 +71,7 @@ def job_from_pb(request: pb.RenderFrameRequest) -> FrameJob:
         steps=request.steps,
         text_guidance=request.text_guidance if request.HasField("text_guidance") else None,
         image_guidance=request.image_guidance if request.HasField("image_guidance") else None,
+        sampler=request.sampler,
         preview_every_steps=request.preview_every_steps,
         characters=tuple(
             CharacterWeights(c.digest, c.scale if c.HasField("scale") else 1.0) for c in request.characters
@@ -114,6 +115,8 @@ def event_to_pb(event: Event) -> pb.RenderFrameResponse:
                 text_guidance=sketch.text_guidance,
                 image_guidance=sketch.image_guidance,
                 pack_digest=event.pack_digest,
+                fingerprint=event.fingerprint,
+                sampler=sketch.sampler,
                 queue_s=event.queue_s,
                 render_s=event.render_s,
                 warnings=[warning_to_pb(each) for each in event.warnings],

@@ -12,7 +12,9 @@ from services.frame.picture import read_reference
 from services.models.character import CharacterWeights
 from services.models.drawing import Seen, Sketch
 from services.models.errors import TextTooLong
+from services.models.references import EXACT, ReferencePolicy
 from services.models.registry import FrameModel
+from services.models.samplers import SAMPLERS
 from services.runtime.errors import DescriptionEmpty, DescriptionTooLong, TooManyReferences, ValueOutOfRange
 from services.runtime.store import SHA256
 
@@ -25,8 +27,8 @@ MAX_CHARACTER_SCALE = 2.0
 DESCRIPTION_CHARACTERS = 10_000  # more than any window holds; keeps the tokenizer from reading megabytes
 
 
-def sketch_of(job: FrameJob, model: FrameModel) -> Sketch:
-    """What `model` is to draw for `job`, with every default filled in.
+def sketch_of(job: FrameJob, model: FrameModel, policy: ReferencePolicy = EXACT) -> Sketch:
+    """What `model` is to draw for `job`, with every default filled in. `policy` is the engine's.
 
     Raises InvalidArgument or one of its kin, naming the field, when it cannot be drawn.
     """
@@ -43,6 +45,8 @@ def sketch_of(job: FrameJob, model: FrameModel) -> Sketch:
     limit = min(MAX_STEPS, manifest.schedule.train_steps)
     if not 1 <= steps <= limit:
         raise ValueOutOfRange(f"steps is {steps}; it must be between 1 and {limit}", field="steps")
+    if job.sampler and job.sampler not in SAMPLERS:
+        raise ValueOutOfRange(f"no sampler {job.sampler[:40]!r}; known: {', '.join(sorted(SAMPLERS))}", field="sampler")
     if not 0 <= job.seed < 2**64:
         raise ValueOutOfRange("seed must be between 0 and 2^64 - 1", field="seed")
     return Sketch(
@@ -63,6 +67,8 @@ def sketch_of(job: FrameJob, model: FrameModel) -> Sketch:
             for index, reference in enumerate(job.references)
         ),
         characters=_characters(job),
+        sampler=job.sampler or manifest.sampling.sampler,
+        policy=policy,
     )
 
 

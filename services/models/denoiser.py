@@ -145,9 +145,8 @@ class StoryDenoiser:
         answer = self.unet.predict(noisy, timesteps_B, example.text_BSD, references)
         return F.mse_loss(answer.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
-    @torch.no_grad()
     def _training_references(self, example: Example, timesteps_B: Tensor, noise_BCHW: Tensor) -> References | None:
-        """Features of the slots that are filled; empty ones cost nothing."""
+        """What the slots that are filled leave; empty ones cost nothing."""
         present_BN = example.present_BN
         if not bool(present_BN.any()):
             return None
@@ -157,11 +156,12 @@ class StoryDenoiser:
         noise = noise_BCHW[filled // slots]
         levels_R = levels_BN.reshape(-1)[filled]
         noisy = self.schedule.add_noise(example.reference_latents_BNCHW.flatten(0, 1)[filled], noise, levels_R)
-        features = self.unet.features(noisy, levels_R, example.reference_text_BNSD.flatten(0, 1)[filled])
+        with torch.no_grad():
+            features = self.unet.features(noisy, levels_R, example.reference_text_BNSD.flatten(0, 1)[filled])
         rows = torch.zeros(batch * slots, dtype=torch.long, device=filled.device)
         rows[filled] = torch.arange(len(filled), device=filled.device)
         full = len(filled) == batch * slots
-        return References(features, rows.view(batch, slots), None if full else present_BN)
+        return References(self.unet.project(features), rows.view(batch, slots), None if full else present_BN)
 
 
 def apply_dropout(example: Example, dropped: Dropped, unconditional: Unconditional) -> Example:

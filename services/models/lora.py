@@ -43,7 +43,6 @@ _PART = re.compile(
     r"^(?P<module>.+?)\.(?:(?P<down>lora_A|lora\.down|lora_down)|(?P<up>lora_B|lora\.up|lora_up))(?:\.\w+)?\.weight$"
     r"|^(?P<whole>.+?)\.delta$|^(?P<scaled>.+?)\.alpha$"
 )
-_READS_REFERENCES = re.compile(r"\.attn3\.to_[kv]$")  # layers whose rows are the reference pass's
 
 
 @dataclass(frozen=True)
@@ -248,8 +247,7 @@ class AdapterSlots:
         self._layers = adapted_layers(unet)
         self._stacks: dict[str, _Stack] = {}
         self._held: dict[int, str] = {}  # digests by slot
-        self._own: _Rows | None = None
-        self._references: _Rows | None = None
+        self._rows: _Rows | None = None
 
     @property
     def held(self) -> Mapping[int, str]:
@@ -285,13 +283,13 @@ class AdapterSlots:
                         part[slot] = 0.0
 
     @contextmanager
-    def rows(self, worn: Sequence[Outfit], references: Sequence[Outfit] = ()) -> Iterator[None]:
-        """What the rows of the forwards in this block wear, and those of the reference pass that they look at."""
+    def rows(self, worn: Sequence[Outfit]) -> Iterator[None]:
+        """What the rows of the forwards in this block wear."""
         try:
-            self._own, self._references = self._prepared(worn), self._prepared(references)
+            self._rows = self._prepared(worn)
             yield
         finally:
-            self._own = self._references = None
+            self._rows = None
 
     def _prepared(self, outfits: Sequence[Outfit]) -> _Rows | None:
         most = max(map(len, outfits), default=0)
@@ -328,8 +326,7 @@ class AdapterSlots:
 
     def changed(self, name: str, layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
         """A layer's answer with what its rows wear added."""
-        rows = self._references if _READS_REFERENCES.search(name) else self._own
-        stack = self._stacks[name]
+        rows, stack = self._rows, self._stacks[name]
         if rows is None or not stack.used:
             return answer
         if len(given) != len(rows.slots_BM):

@@ -1,7 +1,7 @@
 """Samplers: from the network's answer at one noise level to the latents of the next.
 
-Plain functions over one job's latents (any shape); both are deterministic, so the only randomness of a frame is the
-noise it starts from. Knows no network, guidance or batch.
+Plain functions over one job's latents (any shape). All but `lcm` are deterministic, so that the only randomness of a
+frame is the noise it starts from; `lcm` asks for more. Knows no network, guidance or batch.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ class History:
     t: int
 
 
-Sampler = Callable[[Schedule, Tensor, Tensor, int, int, History | None], tuple[Tensor, History]]
-"""(schedule, output, latents, t, next t, history) → (latents at next t, history for the next call)."""
+Noise = Callable[[], Tensor]
+"""Fresh standard normal noise in the latents' shape, from the job's own seed."""
+
+Sampler = Callable[[Schedule, Tensor, Tensor, int, int, History | None, Noise], tuple[Tensor, History]]
+"""(schedule, output, latents, t, next t, history, noise) → (latents at next t, history for the next call)."""
 
 
 def ddim(
-    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None
+    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None, fresh: Noise
 ) -> tuple[Tensor, History]:
     """One DDIM step with η = 0 (Song et al., arXiv 2010.02502, eq. 12)."""
     clean, noise = schedule.split(output, latents, torch.tensor(t))
@@ -37,8 +40,42 @@ def ddim(
     return signal * clean + sigma * noise, History(clean, t)
 
 
+def euler(
+    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None, fresh: Noise
+) -> tuple[Tensor, History]:
+    """One Euler step of the probability-flow ODE in x/signal over σ = noise/signal (Karras et al., arXiv 2206.00364).
+
+    In these variables the ODE's slope is the predicted noise. The same line as DDIM's, walked in another form: the two
+    agree but for rounding. From pure noise (signal zero), where σ is infinite, the first step is DDIM's.
+    """
+    clean, noise = schedule.split(output, latents, torch.tensor(t))
+    (signal, sigma), (signal_next, sigma_next) = schedule.levels(t), schedule.levels(t_next)
+    if signal < _PURE_NOISE:
+        return signal_next * clean + sigma_next * noise, History(clean, t)
+    moved = latents / signal + (sigma_next / signal_next - sigma / signal) * noise
+    return signal_next * moved, History(clean, t)
+
+
+def lcm(
+    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None, fresh: Noise
+) -> tuple[Tensor, History]:
+    """One step of multistep consistency sampling (Luo et al., arXiv 2310.04378, algorithm 3): believe, then noise anew.
+
+    The boundary weights are the published ones (σ_data 0.5, ten times the timestep).
+    """
+    clean, _ = schedule.split(output, latents, torch.tensor(t))
+    scaled = 10.0 * t
+    skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
+    out = scaled / math.sqrt(scaled**2 + _SIGMA_DATA**2)
+    believed = skip * latents + out * clean
+    if t_next < 0:
+        return believed, History(clean, t)
+    signal_next, sigma_next = schedule.levels(t_next)
+    return signal_next * believed + sigma_next * fresh().to(believed), History(clean, t)
+
+
 def dpm_solver_pp_2m(
-    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None
+    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None, fresh: Noise
 ) -> tuple[Tensor, History]:
     """One step of DPM-Solver++ 2M (Lu et al., arXiv 2211.01095, algorithm 2). First and last steps are first order.
 
@@ -59,8 +96,12 @@ def dpm_solver_pp_2m(
     return (sigma_next / sigma) * latents - signal_next * math.expm1(-step) * guess, History(clean, t)
 
 
+_PURE_NOISE = 1e-6  # a signal below this is none
+_SIGMA_DATA = 0.5
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
     "dpm_solver_pp_2m": dpm_solver_pp_2m,
+    "euler": euler,
+    "lcm": lcm,
 }
-"""Every sampler a pack may name."""
+"""Every sampler that a pack or a job may name."""

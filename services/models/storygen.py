@@ -1,7 +1,8 @@
 """StoryGen's UNet: Stable Diffusion's UNet whose transformer blocks also look at earlier frames.
 
 Each transformer block gains `attn3` and `norm4`. A reference pass (`features`) runs the same network over a noised
-earlier frame and keeps each block's hidden states; a main pass (`predict`) hands them back to the block they came from.
+earlier frame and keeps each block's hidden states; `project` makes them `attn3`'s keys and values, once however many
+frames look at them; a main pass (`predict`) hands these back to the block they came from.
 Source: Liu et al., "Intelligent Grimm" (StoryGen); the layout of the published checkpoint is kept: 798 keys for the
 Stable Diffusion 1.5 configuration.
 
@@ -14,10 +15,11 @@ S text positions.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -70,17 +72,28 @@ class StoryGenConfig:
         return asdict(self)
 
 
+class KeyValue(NamedTuple):
+    """One block's features as its `attn3` reads them, `[R, L, C]` each."""
+
+    key: Tensor
+    value: Tensor
+
+
 @dataclass(frozen=True)
 class References:
-    """Features of reference passes, and which main row looks at which of them.
+    """What reference passes left, and which main row looks at which of them.
 
-    `features` maps a block's key to `[R, L, D]`. `rows_BN` gives, per main row, the reference rows it sees;
+    `projected` is `project`'s, by block. `rows_BN` gives, per main row, the reference rows it sees;
     `present_BN` is False where a slot is empty (its row number is then ignored). None means all slots are filled.
     """
 
-    features: Mapping[str, Tensor]
+    projected: Mapping[str, KeyValue]
     rows_BN: Tensor
     present_BN: Tensor | None = None
+
+
+class _Enough(Exception):
+    """The last block has left its features: what comes after it would only make a picture that nobody looks at."""
 
 
 @dataclass
@@ -88,6 +101,7 @@ class _Pass:
     """What the blocks of one forward need: where to put features, or which to look at."""
 
     collected: dict[str, Tensor] | None = None
+    blocks_count: int = 0  # that are to leave features
     references: References | None = None
     # The same for all blocks of a main pass, so computed once.
     any_present_B: Tensor | None = field(init=False, default=None)
@@ -100,8 +114,8 @@ class _Pass:
 class ReferenceAttention(nn.Module):
     """Attention from a frame to the features of earlier frames, with diffusers' parameter names.
 
-    Keys and values are projected once per reference row and shared by all main rows that look at it: the guidance
-    branches of one story see the same pictures.
+    Keys and values are projected once per reference row and shared by all main rows that look at it, the guidance
+    branches of one frame and, where the row is the same, other frames.
     """
 
     def __init__(self, dim: int, heads: int, dim_head: int) -> None:
@@ -113,15 +127,16 @@ class ReferenceAttention(nn.Module):
         self.to_v = nn.Linear(dim, inner, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(0.0)])
 
-    def forward(
-        self, query_BLD: Tensor, features_RLD: Tensor, rows_BN: Tensor, mask_BN: Tensor | None = None
-    ) -> Tensor:
+    def project(self, features_RLD: Tensor) -> KeyValue:
+        """Keys and values of a reference pass."""
+        return KeyValue(self.to_k(features_RLD), self.to_v(features_RLD))
+
+    def forward(self, query_BLD: Tensor, seen: KeyValue, rows_BN: Tensor, mask_BN: Tensor | None = None) -> Tensor:
         """`[B, L, D]`. Rows of `mask_BN` must hold at least one True."""
         batch, length, _ = query_BLD.shape
-        tokens, slots = features_RLD.shape[1], rows_BN.shape[1]
+        tokens, slots = seen.key.shape[1], rows_BN.shape[1]
         query = self.to_q(query_BLD).view(batch, length, self.heads, -1).transpose(1, 2)
-        key = self._gather(self.to_k(features_RLD), rows_BN)
-        value = self._gather(self.to_v(features_RLD), rows_BN)
+        key, value = self._gather(seen.key, rows_BN), self._gather(seen.value, rows_BN)
         mask = None
         if mask_BN is not None:
             mask = mask_BN[:, :, None].expand(batch, slots, tokens).reshape(batch, 1, 1, slots * tokens)
@@ -167,6 +182,8 @@ class StoryGenBlock(nn.Module):
         h: Tensor = hidden_states + self.attn1(self.norm1(hidden_states), attention_mask=attention_mask)
         if current.collected is not None:
             current.collected[self.key] = h
+            if len(current.collected) == current.blocks_count:
+                raise _Enough
         text = self.attn2(
             self.norm2(h), encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
         )
@@ -182,7 +199,7 @@ class StoryGenBlock(nn.Module):
             # A row without any reference still goes through the arithmetic of its batch; letting it attend to
             # something keeps its softmax defined, and its result is thrown away below.
             mask_BN = mask_BN | ~any_present_B[:, None]
-        image: Tensor = self.attn3(self.norm4(h), references.features[self.key], references.rows_BN, mask_BN) + h
+        image: Tensor = self.attn3(self.norm4(h), references.projected[self.key], references.rows_BN, mask_BN) + h
         if any_present_B is None:
             return image
         kept: Tensor = torch.where(any_present_B[:, None, None], image, torch.zeros_like(image))
@@ -207,14 +224,23 @@ class StoryGenUNet(_Base):
     @property
     def block_keys(self) -> tuple[str, ...]:
         """The keys of `features`: each block's place in the network."""
-        return tuple(m.key for m in self.modules() if isinstance(m, StoryGenBlock))
+        return tuple(block.key for block in self._blocks)
+
+    @functools.cached_property
+    def _blocks(self) -> tuple[StoryGenBlock, ...]:
+        return tuple(module for module in self.modules() if isinstance(module, StoryGenBlock))
 
     def features(self, latents_RCHW: Tensor, timesteps_R: Tensor, text_RSD: Tensor) -> dict[str, Tensor]:
         """Reference pass: per block `[R, L, D]`, the states after self-attention and before the text, un-normalised."""
-        current = _Pass(collected={})
-        self(latents_RCHW, timesteps_R, text_RSD, cross_attention_kwargs={_ARGUMENT: current}, return_dict=False)
-        assert current.collected is not None
-        return current.collected
+        collected: dict[str, Tensor] = {}
+        current = _Pass(collected=collected, blocks_count=len(self._blocks))
+        with contextlib.suppress(_Enough):
+            self(latents_RCHW, timesteps_R, text_RSD, cross_attention_kwargs={_ARGUMENT: current}, return_dict=False)
+        return collected
+
+    def project(self, features: Mapping[str, Tensor]) -> dict[str, KeyValue]:
+        """What `References` hold: each block's keys and values, with its own `attn3`."""
+        return {block.key: block.attn3.project(features[block.key]) for block in self._blocks}
 
     def predict(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSD: Tensor, references: References | None = None

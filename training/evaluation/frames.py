@@ -20,9 +20,11 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from services.models.drawing import Drawing, Pixels, Seen, Sketch, advance, begin, finish
+from services.models.drawing import Drawing, Pixels, Seen, Sketch, begin, finish
 from services.models.pack import Pack
+from services.models.references import ReferenceCache
 from services.models.registry import FrameModel
+from services.models.step import advance
 from training.evaluation.figures import Figure, difference, gap, mean, share
 from training.evaluation.judge import Judge, Verdict, as_input, outcomes, truth
 from training.toon.reading import parse
@@ -141,8 +143,9 @@ def draw_all(model: FrameModel, tasks: Sequence[Task], dials: Dials | None = Non
             )
             for task in tasks[first : first + _TOGETHER]
         ]
+        cache = ReferenceCache()
         while not drawings[0].finished:
-            advance(model, drawings)
+            advance(model, drawings, cache)
         pictures += [finish(model, drawing) for drawing in drawings]
     return pictures
 

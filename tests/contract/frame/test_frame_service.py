@@ -27,8 +27,9 @@ from services.frame.metrics import MeteredObserver, PrometheusMeters
 from services.frame.scheduler import StepTimes
 from services.frame.server import start_server
 from services.frame.service import FrameServicer
-from services.models.drawing import Drawing, advance
+from services.models.drawing import Drawing
 from services.models.registry import FrameModel, load_frame_model
+from services.models.step import advance
 from services.models.tiny import build_tiny_pack
 from services.models.world import World
 
@@ -111,12 +112,12 @@ class Steps:
         """Hold nothing any more."""
         self._released.set()
 
-    def __call__(self, model: FrameModel, drawings: Sequence[Drawing]) -> None:
+    def __call__(self, model: FrameModel, drawings: Sequence[Drawing], *rest: Any, **more: Any) -> int:
         if self.hold_after is not None and max(self.count.values(), default=0) >= self.hold_after:
             assert self._released.wait(WAIT_S)
         for drawing in drawings:
             self.count[drawing.sketch.seed] = self.count.get(drawing.sketch.seed, 0) + 1
-        advance(model, drawings)
+        return advance(model, drawings, *rest, **more)
 
 
 @pytest.fixture
@@ -326,7 +327,7 @@ async def test_a_bug_is_told_as_an_id_and_never_with_its_insides(
 
 
 async def test_a_frame_that_cannot_be_drawn_fails_by_name(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> Any:
+    def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory at 0x7f")
 
     monkeypatch.setattr(engine_module, "advance", fails)

@@ -23,8 +23,10 @@ from services.frame.engine import EngineSettings, FrameEngine, Ticket
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.scheduler import Scheduler
 from services.frame.sketch import sketch_of
-from services.models.drawing import Drawing, advance, draw
+from services.models.drawing import Drawing
+from services.models.references import ReferencePolicy
 from services.models.registry import FrameModel
+from services.models.step import advance, draw
 from services.runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -103,12 +105,12 @@ class Gate:
         self._open = False
         monkeypatch.setattr(engine_module, "advance", self._advance)
 
-    def _advance(self, model: FrameModel, drawings: Sequence[Drawing]) -> None:
+    def _advance(self, model: FrameModel, drawings: Sequence[Drawing], *rest: Any, **more: Any) -> int:
         self._arrived.put(None)
         if not self._open:
             assert self._permits.acquire(timeout=WAIT_S)
         self.turns.append([d.sketch.seed for d in drawings])
-        advance(model, drawings)
+        return advance(model, drawings, *rest, **more)
 
     def wait(self) -> None:
         """Until the engine stands before a step."""
@@ -252,9 +254,9 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(tiny_model: FrameModel
     now = [100.0]
 
     class Slow(Gate):
-        def _advance(self, model: FrameModel, drawings: Sequence[Drawing]) -> None:
+        def _advance(self, model: FrameModel, drawings: Sequence[Drawing], *rest: Any, **more: Any) -> int:
             now[0] += 1.0
-            advance(model, drawings)
+            return advance(model, drawings, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         Slow(patch)
@@ -291,10 +293,10 @@ def test_a_deadline_ends_a_job_that_is_being_drawn(tiny_model: FrameModel, gate:
 
 
 def test_one_bad_job_fails_alone(tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails_for_seven(model: FrameModel, drawings: Sequence[Drawing]) -> None:
+    def fails_for_seven(model: FrameModel, drawings: Sequence[Drawing], *rest: Any, **more: Any) -> int:
         if any(d.sketch.seed == 7 and d.done == 2 for d in drawings):
             raise RuntimeError("CUDA error: secret path /home/me")
-        advance(model, drawings)
+        return advance(model, drawings, *rest, **more)
 
     monkeypatch.setattr(engine_module, "advance", fails_for_seven)
     with running(tiny_model) as engine:
@@ -313,11 +315,12 @@ def test_one_bad_job_fails_alone(tiny_model: FrameModel, monkeypatch: pytest.Mon
 def test_numbers_that_are_not_finite_are_an_error_and_no_black_frame(
     tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poisons_seven(model: FrameModel, drawings: Sequence[Drawing]) -> None:
-        advance(model, drawings)
+    def poisons_seven(model: FrameModel, drawings: Sequence[Drawing], *rest: Any, **more: Any) -> int:
+        rows = advance(model, drawings, *rest, **more)
         for drawing in drawings:
             if drawing.sketch.seed == 7:
                 drawing.latents_CHW = torch.full_like(drawing.latents_CHW, float("nan"))
+        return rows
 
     monkeypatch.setattr(engine_module, "advance", poisons_seven)
     with running(tiny_model) as engine:
@@ -494,7 +497,7 @@ def test_an_unknown_default_pack_is_refused(tiny_model: FrameModel) -> None:
 def test_a_broken_gpu_ends_the_engine_and_not_only_the_job(
     tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(model: FrameModel, drawings: Sequence[Drawing]) -> None:
+    def broken(model: FrameModel, drawings: Sequence[Drawing], *rest: Any, **more: Any) -> int:
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
     monkeypatch.setattr(engine_module, "advance", broken)
@@ -516,3 +519,74 @@ def test_a_burst_on_an_idle_engine_is_refused_only_beyond_places_and_queue(tiny_
         gate.open()
         for inbox in inboxes:
             inbox.frame()
+
+
+class TestStrict:
+    """Bit for bit the same, whoever else is drawn."""
+
+    SETTINGS = EngineSettings(strict=True, max_running=6)
+
+    def jobs(self) -> list[FrameJob]:
+        samplers = ("ddim", "dpm_solver_pp_2m", "euler", "lcm")
+        return [job(seed, references=seed % 4, sampler=samplers[seed % 4], steps=3 + seed % 3) for seed in range(6)]
+
+    def test_alone_batched_permuted_and_after_a_restart(self, tiny_model: FrameModel) -> None:
+        alone = {}
+        for one in self.jobs():
+            with running(tiny_model, self.SETTINGS) as engine:
+                alone[one.seed] = Inbox(engine, one).frame()
+        for order in (self.jobs(), self.jobs()[::-1]):
+            with running(tiny_model, self.SETTINGS) as engine:
+                inboxes = {one.seed: Inbox(engine, one) for one in order}
+                together = {seed: inbox.frame() for seed, inbox in inboxes.items()}
+            assert {s: f.sha256 for s, f in together.items()} == {s: f.sha256 for s, f in alone.items()}
+            assert {f.fingerprint for f in together.values()} == {f.fingerprint for f in alone.values()}
+
+    def test_joined_late(self, tiny_model: FrameModel, gate: Gate) -> None:
+        with running(tiny_model, self.SETTINGS) as engine:
+            first = Inbox(engine, job(1, references=2))
+            gate.wait()
+            gate.step()
+            late = Inbox(engine, job(2, references=3))
+            gate.open()
+            told = first.frame().sha256, late.frame().sha256
+        with running(tiny_model, self.SETTINGS) as engine:
+            assert told == (
+                Inbox(engine, job(1, references=2)).frame().sha256,
+                Inbox(engine, job(2, references=3)).frame().sha256,
+            )
+
+    def test_what_others_left_does_not_count(self, tiny_model: FrameModel) -> None:
+        settings = replace(self.SETTINGS, references=ReferencePolicy(shared_noise=True, levels_count=2))
+        with running(tiny_model, settings) as engine:
+            first = Inbox(engine, job(3, references=3)).frame()
+        with running(tiny_model, settings) as engine:
+            Inbox(engine, job(4, references=2)).frame()  # has seen the same pictures
+            assert Inbox(engine, job(3, references=3)).frame().sha256 == first.sha256
+
+    def test_the_fingerprint_tells_modes_apart(self, tiny_model: FrameModel) -> None:
+        told = set()
+        for settings in (
+            EngineSettings(),
+            EngineSettings(strict=True),
+            EngineSettings(references=ReferencePolicy(shared_noise=True)),
+            EngineSettings(references=ReferencePolicy(levels_count=2)),
+        ):
+            engine = FrameEngine({"tiny": tiny_model}, "tiny", settings)
+            told.add(engine.fingerprint(tiny_model))
+        assert len(told) == 4
+
+
+def test_a_story_finds_what_its_last_frame_left(tiny_model: FrameModel) -> None:
+    settings = EngineSettings(references=ReferencePolicy(shared_noise=True, levels_count=1))
+    with running(tiny_model, settings) as engine:
+        Inbox(engine, job(1, references=2)).frame()
+        cache = engine._caches["tiny"]
+        missed = cache.misses_count
+        Inbox(engine, job(2, references=3)).frame()
+        assert cache.misses_count - missed == 1, "only the new picture"
+
+
+def test_an_unknown_sampler_is_refused(tiny_model: FrameModel) -> None:
+    with running(tiny_model) as engine, pytest.raises(ValueOutOfRange, match="no sampler 'magic'; known: ddim"):
+        engine.submit(job(sampler="magic"), lambda _: None)

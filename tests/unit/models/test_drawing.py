@@ -24,10 +24,11 @@ from services.models.denoiser import (
     reference_level,
     reference_levels,
 )
-from services.models.drawing import Randomness, Seen, Sketch, advance, begin, draw, finish, preview
+from services.models.drawing import Randomness, Seen, Sketch, begin, finish, preview
 from services.models.registry import FrameModel
 from services.models.samplers import SAMPLERS
 from services.models.schedule import Schedule, ScheduleConfig
+from services.models.step import advance, draw
 from services.models.storygen import References
 
 SIZE_PX = 32  # 4×4 latents
@@ -371,7 +372,7 @@ def test_training_loss_is_the_sampling_formula(tiny_model: FrameModel) -> None:
                     batch.reference_latents_BNCHW[row, 3 - count :], reference_noise[row].expand(count, *LATENT), levels
                 )
                 features = denoiser.unet.features(noisy, levels, batch.reference_text_BNSD[row, 3 - count :])
-                references = References(features, torch.arange(count)[None])
+                references = References(denoiser.unet.project(features), torch.arange(count)[None])
             noisy = denoiser.schedule.add_noise(batch.latents_BCHW[row], noise[row], t[row])
             answer = denoiser.unet.predict(noisy[None], t[row : row + 1], batch.text_BSD[row : row + 1], references)[0]
             target = denoiser.schedule.target(batch.latents_BCHW[row], noise[row], t[row])

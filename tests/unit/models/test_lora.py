@@ -125,17 +125,16 @@ def test_the_attention_to_references_wears_what_the_references_wear(
     latents, timesteps, text = inputs(2)
     earlier, levels, told = (value.flip(0) for value in inputs(2))
     with held.rows([(Worn(1, 1.0),), (Worn(2, 1.0),)]):
-        features = own.features(earlier, levels, told)
-    seen = References(features, torch.tensor([[0], [1]]))
-    worn = [(Worn(1, 1.0),), (Worn(2, 1.0),)]
-    with held.rows(worn, references=worn):
+        projected = own.project(own.features(earlier, levels, told))
+    seen = References(projected, torch.tensor([[0], [1]]))
+    with held.rows([(Worn(1, 1.0),), (Worn(2, 1.0),)]):
         together = own.predict(latents, timesteps, text, seen)
     for row, name in enumerate(("one", "two")):
         merged = copy.deepcopy(adapted)
         merged.set_adapter(name)
         merged = merged.merge_and_unload(adapter_names=[name])
         at = slice(row, row + 1)
-        looked = References(merged.features(earlier[at], levels[at], told[at]), torch.tensor([[0]]))
+        looked = References(merged.project(merged.features(earlier[at], levels[at], told[at])), torch.tensor([[0]]))
         alone = merged.predict(latents[at], timesteps[at], text[at], looked)
         torch.testing.assert_close(together[at], alone, atol=1e-4, rtol=1e-3)
 

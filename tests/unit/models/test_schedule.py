@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from torch import Tensor
 
 from services.models import toon
 from services.models.samplers import SAMPLERS, History
 from services.models.schedule import CLEAN, Schedule, ScheduleConfig
 
+CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 STABLE_DIFFUSION = ScheduleConfig()
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -34,12 +36,17 @@ def answer(latents: Tensor, t: int) -> Tensor:
     return torch.tanh(latents) * (0.5 + t / 2000)
 
 
+def seeded(t: int) -> Callable[[], Tensor]:
+    """Noise that a sampler may ask for at a step."""
+    return lambda: torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(t))
+
+
 def sample(name: str, config: ScheduleConfig, start: Tensor, count: int) -> Tensor:
     schedule, latents = Schedule(config), start
     history: History | None = None
     for t in schedule.sampling_steps(count):
         t_next = schedule.step_after(t, count)
-        latents, history = SAMPLERS[name](schedule, answer(latents, t), latents, t, t_next, history)
+        latents, history = SAMPLERS[name](schedule, answer(latents, t), latents, t, t_next, history, seeded(t))
     return latents
 
 
@@ -71,6 +78,26 @@ def test_dpm_solver_gives_the_numbers_of_diffusers(count: int) -> None:
     torch.testing.assert_close(sample("dpm_solver_pp_2m", config, start, count), expected, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("config", [STABLE_DIFFUSION, toon.SCHEDULE], ids=["stable-diffusion", "toon"])
+def test_euler_walks_the_line_of_ddim(config: ScheduleConfig) -> None:
+    start = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sample("euler", config, start, 10), sample("ddim", config, start, 10), **CLOSE)
+
+
+def test_lcm_gives_the_numbers_of_diffusers() -> None:
+    config = ScheduleConfig(final_step_is_clean=True)
+    schedule, latents = Schedule(config), torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = LCMScheduler(**BETAS, set_alpha_to_one=True)
+    steps = [999, 759, 499, 259]
+    theirs.set_timesteps(timesteps=steps)
+    expected = latents
+    for t, t_next in zip(steps, [*steps[1:], CLEAN], strict=True):
+        generator = torch.Generator().manual_seed(t)
+        expected = theirs.step(answer(expected, t), t, expected, generator=generator).prev_sample
+        latents, _ = SAMPLERS["lcm"](schedule, answer(latents, t), latents, t, t_next, None, seeded(t))
+    torch.testing.assert_close(latents, expected, **CLOSE)
+
+
 def test_the_reference_takes_forty_steps_from_976_to_1() -> None:
     schedule = Schedule(STABLE_DIFFUSION)
     steps = schedule.sampling_steps(40)
@@ -84,13 +111,14 @@ def test_the_reference_takes_forty_steps_from_976_to_1() -> None:
 def test_samplers_find_the_picture_when_the_network_knows_it(name: str, config: ScheduleConfig) -> None:
     schedule = Schedule(config)
     generator = torch.Generator().manual_seed(0)
-    picture, latents = torch.randn(4, 4, 4, generator=generator), torch.randn(4, 4, 4, generator=generator)
+    picture, latents = torch.randn(4, 8, 8, generator=generator), torch.randn(4, 8, 8, generator=generator)
     history: History | None = None
     for t in schedule.sampling_steps(12):
         signal, sigma = schedule.levels(t)
         noise = (latents - signal * picture) / sigma
         output = schedule.target(picture, noise, torch.tensor(t))
-        latents, history = SAMPLERS[name](schedule, output, latents, t, schedule.step_after(t, 12), history)
+        t_next = schedule.step_after(t, 12)
+        latents, history = SAMPLERS[name](schedule, output, latents, t, t_next, history, seeded(t))
     assert history is not None
     torch.testing.assert_close(history.clean, picture, atol=1e-3, rtol=1e-3)
     if config.final_step_is_clean:

@@ -98,7 +98,7 @@ def test_residual_counts_twice_only_with_references(unet: StoryGenUNet, count: i
     arguments = {}
     if count:
         numbers = torch.arange(2 * count).view(2, count)
-        arguments = {"storygen": storygen_pass(References({block.key: seen}, numbers))}
+        arguments = {"storygen": storygen_pass(References({block.key: block.attn3.project(seen)}, numbers))}
     with torch.no_grad():
         out = block(h, encoder_hidden_states=text, cross_attention_kwargs=arguments)
         by_hand = block_by_hand(block, h, text, seen.view(2, 16 * count, dim) if count else None)
@@ -115,8 +115,21 @@ def test_blank_references_are_not_the_same_as_none(unet: StoryGenUNet) -> None:
     latents, t, text = rows(1)
     with torch.no_grad():
         features = unet.features(torch.zeros_like(latents), t // 10, text)
-        blank = unet.predict(latents, t, text, References(features, torch.zeros(1, 1, dtype=torch.long)))
+        blank = unet.predict(latents, t, text, References(unet.project(features), torch.zeros(1, 1, dtype=torch.long)))
         assert (blank - unet.predict(latents, t, text)).abs().max() > 1e-2
+
+
+def test_the_reference_pass_ends_where_the_last_feature_was_taken(unet: StoryGenUNet) -> None:
+    calls: list[str] = []
+    handle = unet.conv_out.register_forward_hook(lambda *_: calls.append("conv_out"))
+    latents, t, text = rows(1)
+    with torch.no_grad():
+        features = unet.features(latents, t, text)
+        assert calls == []
+        unet.predict(latents, t, text)
+    handle.remove()
+    assert calls == ["conv_out"]
+    assert features.keys() == set(unet.block_keys)
 
 
 def test_feature_is_taken_after_self_attention_and_before_the_text(unet: StoryGenUNet) -> None:
@@ -135,7 +148,7 @@ def test_blocks_are_matched_by_place_at_any_picture_size(unet: StoryGenUNet, h: 
     latents, t, text = rows(2, h=h, w=w)
     with torch.no_grad():
         features = unet.features(latents, t // 10, text)
-        out = unet.predict(latents, t, text, References(features, torch.tensor([[0, 1], [1, 0]])))
+        out = unet.predict(latents, t, text, References(unet.project(features), torch.tensor([[0, 1], [1, 0]])))
     assert set(features) == set(unet.block_keys)
     assert len(features) == 7
     assert features[unet.block_keys[0]].shape[1] == h * w
@@ -146,8 +159,8 @@ def test_reference_order_does_not_matter_to_attention(unet: StoryGenUNet) -> Non
     latents, t, text = rows(3)
     with torch.no_grad():
         features = unet.features(latents, t // 10, text)
-        one = unet.predict(latents[:1], t[:1], text[:1], References(features, torch.tensor([[0, 1, 2]])))
-        two = unet.predict(latents[:1], t[:1], text[:1], References(features, torch.tensor([[2, 0, 1]])))
+        one = unet.predict(latents[:1], t[:1], text[:1], References(unet.project(features), torch.tensor([[0, 1, 2]])))
+        two = unet.predict(latents[:1], t[:1], text[:1], References(unet.project(features), torch.tensor([[2, 0, 1]])))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
@@ -158,9 +171,9 @@ def test_rows_with_different_numbers_of_references_share_a_batch(unet: StoryGenU
         sees = [[], [0], [1, 2], [0, 1, 3]]
         numbers = torch.tensor([row + [0] * (3 - len(row)) for row in sees])
         present = torch.tensor([[slot < len(row) for slot in range(3)] for row in sees])
-        together = unet.predict(latents, t, text, References(features, numbers, present))
+        together = unet.predict(latents, t, text, References(unet.project(features), numbers, present))
         for i, row in enumerate(sees):
-            references = References(features, torch.tensor([row])) if row else None
+            references = References(unet.project(features), torch.tensor([row])) if row else None
             alone = unet.predict(latents[i : i + 1], t[i : i + 1], text[i : i + 1], references)
             torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
 
@@ -181,7 +194,7 @@ def test_nothing_is_remembered_between_calls(unet: StoryGenUNet) -> None:
     with torch.no_grad():
         before = unet.predict(latents, t, text)
         features = unet.features(latents, t, text)
-        unet.predict(latents, t, text, References(features, torch.tensor([[0], [1]])))
+        unet.predict(latents, t, text, References(unet.project(features), torch.tensor([[0], [1]])))
         after = unet.predict(latents, t, text)
     assert torch.equal(before, after)
 

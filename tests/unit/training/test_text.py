@@ -110,5 +110,4 @@ def test_held_out_descriptions_are_of_held_out_combinations(trainee: TextTrainee
     figures = trainee.measure()
     assert {"whole", "action", "mood", "setting", "present"} <= figures.keys()
     assert all(0.0 <= value <= 1.0 for value in figures.values())
-    scene = sample_frame(0, split="test").scene
     assert trainee.held_out[""][0].description == sample_frame(0, split="test").description

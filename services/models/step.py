@@ -1,0 +1,244 @@
+"""One denoising step of many drawings at a time.
+
+    advance(model, drawings, cache)
+
+A step is at most two forwards: the reference pass over those earlier frames that the cache does not hold, and the main
+pass over every guidance branch. Each row has its own timestep, text, references and characters; a drawing's numbers do
+not depend on which others share its batch, but for the last bits (matrix kernels sum in an order that depends on the
+batch). When a reference pass is needed anyway it takes rows of later steps along, `prefill_rows` in all: wide passes
+cost less a row, and one a step never holds the others up for long.
+
+Against the published implementation: rows that it computes twice are computed once, guidance branches that count
+nothing are left out, and the pass ends where the last features were taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from services.models.drawing import Drawing, Pixels, Randomness, Sketch, begin, finish
+from services.models.lora import Outfit
+from services.models.references import Pages, ReferenceCache, ReferenceKey, ReferenceRow
+from services.models.registry import FrameModel
+from services.models.samplers import SAMPLERS, History
+from services.models.storygen import References
+
+
+class _Row(NamedTuple):
+    """One row of the main pass: whose it is, how much it counts, what it looks at."""
+
+    owner: int
+    weight: float
+    drawing: Drawing
+    text_SD: Tensor
+    sees: tuple[ReferenceRow, ...]
+
+
+@torch.inference_mode()
+def advance(
+    model: FrameModel, drawings: Sequence[Drawing], cache: ReferenceCache | None = None, *, prefill_rows: int = 0
+) -> int:
+    """One denoising step of every drawing; how many rows were computed. They must have the same latent size.
+
+    None of them may be finished. When it raises, no drawing has changed.
+    """
+    cache = ReferenceCache() if cache is None else cache
+    rows = [row for owner, drawing in enumerate(drawings) for row in _rows(owner, drawing)]
+    pages = cache.of(_size(drawings[0]))
+    computed = _look(model, rows, drawings, pages, cache, prefill_rows)
+    answers = _predict(model, rows, pages)
+    stepped = [
+        _sample(model, drawing, output)
+        for drawing, output in zip(drawings, _combine(rows, answers, len(drawings)), strict=True)
+    ]
+    for drawing, (latents, history) in zip(drawings, stepped, strict=True):
+        pages.discard(seen.key for seen in references_of(drawing, drawing.done) if not seen.is_shared)
+        drawing.latents_CHW, drawing.history = latents, history
+        drawing.done += 1
+    return computed + len(rows)
+
+
+def forget(drawing: Drawing, cache: ReferenceCache, *, everything: bool = False) -> None:
+    """Free what only this drawing would have looked at in its later steps; `everything`: what others may want too.
+
+    A drawing whose numbers went wrong may have been shown something that is: then nobody should see it again.
+    """
+    later = [row for done in range(len(drawing.steps)) for row in references_of(drawing, done)]
+    cache.discard(row.key for row in later if everything or not row.is_shared)
+
+
+def draw(model: FrameModel, sketch: Sketch) -> Pixels:
+    """A whole picture, alone: the trivial use of the above."""
+    drawing, cache = begin(model, sketch), ReferenceCache()
+    while not drawing.finished:
+        advance(model, [drawing], cache)
+    return finish(model, drawing)
+
+
+def references_of(drawing: Drawing, done: int) -> list[ReferenceRow]:
+    """The reference rows that step number `done` of a drawing looks at."""
+    return [row for _, _, sees in _branches(drawing, done) for row in sees]
+
+
+def _size(drawing: Drawing) -> tuple[int, int]:
+    return int(drawing.latents_CHW.shape[1]), int(drawing.latents_CHW.shape[2])
+
+
+def _branches(drawing: Drawing, done: int) -> Iterator[tuple[float, Tensor, tuple[ReferenceRow, ...]]]:
+    """Weight, text and references of each branch that counts in a step."""
+    sketch = drawing.sketch
+    branches = drawing.branches_at(done)
+    count = len(sketch.references)
+    levels = [sketch.policy.level(drawing.steps, done, count - index) for index in range(count)]
+    blanks = tuple(_blank(drawing, level) for level in levels) if branches.nothing != 0.0 else ()
+    seen = tuple(_earlier(drawing, index, level) for index, level in enumerate(levels))
+    for weight, text, sees in (
+        (branches.nothing, drawing.nothing_SD, blanks),
+        (branches.images, drawing.nothing_SD, seen),
+        (branches.everything, drawing.description_SD, seen),
+    ):
+        if weight != 0.0:
+            yield weight, text, sees
+
+
+def _key(drawing: Drawing, picture: str, text: str, level: int, noise: tuple[int, ...], tenant: str) -> ReferenceKey:
+    wearing = tuple((one.digest, one.scale) for one in drawing.sketch.characters)
+    own = () if drawing.sketch.policy.shared_noise else (drawing.sketch.seed, *noise)
+    return ReferenceKey(picture, text, level, own, _size(drawing), wearing, tenant)
+
+
+def _blank(drawing: Drawing, level: int) -> ReferenceRow:
+    return ReferenceRow(
+        _key(drawing, "", "", level, (), ""),
+        drawing.blank_CHW,
+        drawing.reference_noise_CHW,
+        drawing.nothing_SD,
+        drawing.outfit,
+    )
+
+
+def _earlier(drawing: Drawing, index: int, level: int) -> ReferenceRow:
+    text, count = drawing.sketch.references[index].description, len(drawing.sketch.references)
+    # The noise of a picture's latents depends on its place among the references, too.
+    return ReferenceRow(
+        _key(drawing, drawing.pictures[index], text, level, (index, count), drawing.tenant),
+        drawing.reference_latents_NCHW[index],
+        drawing.reference_noise_CHW,
+        drawing.reference_text_NSD[index],
+        drawing.outfit,
+    )
+
+
+def _rows(owner: int, drawing: Drawing) -> list[_Row]:
+    """The main rows of one drawing's next step."""
+    return [_Row(owner, weight, drawing, text, sees) for weight, text, sees in _branches(drawing, drawing.done)]
+
+
+def _look(
+    model: FrameModel,
+    rows: Sequence[_Row],
+    drawings: Sequence[Drawing],
+    pages: Pages,
+    cache: ReferenceCache,
+    prefill_rows: int,
+) -> int:
+    """The reference pass over what the pages do not hold; how many rows it took."""
+    now = {seen.key: seen for row in rows for seen in row.sees}
+    missing = {key: seen for key, seen in now.items() if key not in pages}
+    cache.hits_count += len(now) - len(missing)
+    cache.misses_count += len(missing)
+    if not missing:
+        return 0
+    room = prefill_rows if pages.count == 0 else min(prefill_rows, pages.count - len(now) + len(missing))
+    batch = dict(missing)
+    for seen in _ahead(drawings) if len(batch) < room else ():
+        if seen.key not in pages and seen.key not in now:
+            batch[seen.key] = seen
+            if len(batch) >= room:
+                break
+    taken = list(batch.values())
+    schedule, unet = model.denoiser.schedule, model.denoiser.unet
+    levels = torch.tensor([seen.key.level for seen in taken])
+    noisy = schedule.add_noise(
+        torch.stack([seen.clean_CHW for seen in taken]), torch.stack([seen.noise_CHW for seen in taken]), levels
+    )
+    with _wearing(model, [seen.outfit for seen in taken]):
+        projected = unet.project(
+            unet.features(
+                noisy.to(model.dtype),
+                levels.to(model.device),
+                torch.stack([seen.text_SD for seen in taken]).to(model.dtype),
+            )
+        )
+    pages.store(list(batch), projected, now.keys())
+    cache.computed_count += len(taken)
+    return len(taken)
+
+
+def _ahead(drawings: Sequence[Drawing]) -> Iterator[ReferenceRow]:
+    """What later steps will look at, the nearest first."""
+    per_drawing = [[references_of(d, done) for done in range(d.done + 1, len(d.steps))] for d in drawings]
+    for steps in zip_longest(*per_drawing, fillvalue=()):
+        for rows in steps:
+            yield from rows
+
+
+def _predict(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> Tensor:
+    """The network's answer for every row of the main pass, float32."""
+    device, dtype = model.device, model.dtype
+    looked_at: References | None = None
+    slots = max(len(row.sees) for row in rows)
+    if slots:
+        numbers = [pages.slots(seen.key for seen in row.sees) for row in rows]
+        anything = next(row[0] for row in numbers if row)
+        present = [[slot < len(row) for slot in range(slots)] for row in numbers]
+        complete = all(all(slots_of_row) for slots_of_row in present)
+        looked_at = References(
+            pages.blocks,
+            torch.tensor([row + [anything] * (slots - len(row)) for row in numbers], device=device),
+            # A mask costs the attention kernel its fast path, so only where rows differ.
+            None if complete else torch.tensor(present, device=device),
+        )
+    with _wearing(model, [row.drawing.outfit for row in rows]):
+        return model.denoiser.unet.predict(
+            torch.stack([row.drawing.latents_CHW for row in rows]).to(dtype),
+            torch.tensor([row.drawing.steps[row.drawing.done] for row in rows], device=device),
+            torch.stack([row.text_SD for row in rows]).to(dtype),
+            looked_at,
+        ).float()
+
+
+def _wearing(model: FrameModel, outfits: Sequence[Outfit]) -> AbstractContextManager[None]:
+    """The rows of a forward wear what they wear."""
+    if not any(outfits):
+        return nullcontext()
+    if model.slots is None:
+        raise ValueError("a drawing wears something, and the model has no slots")
+    return model.slots.rows(outfits)
+
+
+def _sample(model: FrameModel, drawing: Drawing, output_CHW: Tensor) -> tuple[Tensor, History]:
+    schedule, latents = model.denoiser.schedule, drawing.latents_CHW
+    t = drawing.steps[drawing.done]
+    t_next = schedule.step_after(t, len(drawing.steps))
+    sampler = SAMPLERS[drawing.sketch.sampler] if drawing.sketch.sampler else model.sampler
+
+    def fresh() -> Tensor:
+        # Of the step, not of a stream: a step that is taken again gets the same noise again.
+        return Randomness(drawing.sketch.seed, drawing.done).normal(*latents.shape)
+
+    return sampler(schedule, output_CHW, latents, t, t_next, drawing.history, fresh)
+
+
+def _combine(rows: Sequence[_Row], answers_BCHW: Tensor, drawing_count: int) -> list[Tensor]:
+    """Guidance: each drawing's weighted sum of its branches."""
+    combined = [torch.zeros_like(answers_BCHW[0]) for _ in range(drawing_count)]
+    for row, answer in zip(rows, answers_BCHW, strict=True):
+        combined[row.owner] = combined[row.owner] + row.weight * answer
+    return combined
