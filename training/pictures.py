@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class ShelfRecipe:
     def pictures_count(self) -> int:
         return self.count * (STORY_FRAMES if self.breadth in STORY_BREADTHS else 1)
 
-    def frames(self, seeds: Iterable[int]) -> list[Frame] | list[StoryFrame]:
+    def frames(self, seeds: Iterable[int]) -> Sequence[Frame | StoryFrame]:
         """The frames of some of its seeds, in the order of the pictures."""
         if self.breadth in STORY_BREADTHS:
             breadth = STORY_BREADTHS[self.breadth]

@@ -67,6 +67,14 @@ class AdapterStore:
             self._trim(key)
         return adapter
 
+    def drop(self, digest: str) -> bool:
+        """Keep an adapter no longer, of whatever pack; was it kept? Those who have it go on having it."""
+        with self._lock:
+            keys = [key for key in self._shelves if key[1] == digest]
+            for key in keys:
+                del self._shelves[key]
+        return bool(keys)
+
     def _trim(self, newest: tuple[str, str]) -> None:
         for key in [key for key, shelf in self._shelves.items() if shelf.adapter is not None and key != newest]:
             if self._size_bytes() <= self._budget_bytes:
@@ -89,6 +97,14 @@ class SlotTable:
     def resident(self) -> tuple[str, ...]:
         """Digests that lie in slots, worn longest ago first."""
         return tuple(self._slots)
+
+    def slot_of(self, digest: str) -> int | None:
+        """Where an adapter lies."""
+        return self._slots.get(digest)
+
+    def is_worn(self, digest: str) -> bool:
+        """Whether anybody wears it."""
+        return self._wearers.get(digest, 0) > 0
 
     def wear(self, digest: str) -> tuple[int, bool] | None:
         """A slot for one more wearer, and whether it has to be filled first; None when every slot is worn."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import operator
 import platform
 import queue
 import threading
@@ -31,13 +32,14 @@ from services.frame.job import Event, FrameJob, Preview, Progress, Queued, Refer
 from services.frame.picture import png, webp
 from services.frame.scheduler import Job, Refusal, Scheduler, SchedulerSettings
 from services.frame.sketch import CHARACTERS_MAX, sketch_of
+from services.models.cost import flops_of_a_row, peak_flops
 from services.models.drawing import Drawing, Pixels, Sketch, begin, finish, preview, rows_of_a_frame
 from services.models.errors import AdapterDamaged, AdapterError
 from services.models.familiarity import gain_over_shrinking_db
 from services.models.lora import Adapter, AdapterSlots, Worn, read_adapter
 from services.models.references import EXACT, ReferenceCache, ReferencePolicy
 from services.models.registry import FrameModel
-from services.models.step import advance, forget
+from services.models.step import StepRows, advance, forget
 from services.models.world import Unfamiliar, World
 from services.runtime.errors import (
     Cancelled,
@@ -59,6 +61,8 @@ log = structlog.get_logger("fabula.frame")
 GAINS_REMEMBERED = (
     256  # given pictures whose familiarity is known: a story gives the same one to its first three frames
 )
+
+_NO_ROWS = StepRows(0, 0, 0)
 
 Fetch = Callable[[str], bytes]
 """The file of a character's weights, by its SHA-256. Slow; raises FabulaError."""
@@ -113,8 +117,8 @@ class EngineSettings:
 class Observer(Protocol):
     """Who is told what the engine does, in its thread."""
 
-    def step_done(self, *, jobs: int, rows: int, seconds: float) -> None:
-        """A denoising step of `jobs` jobs took so long."""
+    def step_done(self, *, jobs: int, rows: StepRows, seconds: float, flops: float) -> None:
+        """A denoising step of `jobs` jobs took so long and about so many operations (0: nobody counted a row's)."""
 
     def job_done(self, *, outcome: str, queue_s: float, render_s: float) -> None:
         """A job left; `outcome` is "rendered" or an error's reason."""
@@ -125,14 +129,22 @@ class Observer(Protocol):
     def load_changed(self, *, queued: int, running: int) -> None:
         """So many jobs wait and are drawn."""
 
+    def adapters_changed(self, *, resident: int, kept_bytes: int, loads: int) -> None:
+        """So many adapters lie in slots, so much of them is in memory; `loads` more were read from the store."""
+
+    def peak_measured(self, *, flops_per_s: float) -> None:
+        """What the machine does at best."""
+
 
 class _Silence:
     """The observer of an engine that nobody watches."""
 
-    def step_done(self, *, jobs: int, rows: int, seconds: float) -> None: ...
+    def step_done(self, *, jobs: int, rows: StepRows, seconds: float, flops: float) -> None: ...
     def job_done(self, *, outcome: str, queue_s: float, render_s: float) -> None: ...
     def job_refused(self, *, reason: str) -> None: ...
     def load_changed(self, *, queued: int, running: int) -> None: ...
+    def adapters_changed(self, *, resident: int, kept_bytes: int, loads: int) -> None: ...
+    def peak_measured(self, *, flops_per_s: float) -> None: ...
 
 
 @dataclass(eq=False)
@@ -200,6 +212,9 @@ class FrameEngine:
         self._arrivals = 0
         self._dead = False
         self._stopping = False
+        self._unwanted: set[str] = set()  # digests of adapters that are to leave when nobody wears them
+        self._told_adapters = (0, 0, 0)
+        self._row_flops: dict[str, float] = {}  # by pack, once warmed up
         self._busy_since_s: float | None = None  # start of the unit of work in hand; None while idle
         self._thread = threading.Thread(target=self._run, name="frame-engine", daemon=True)
 
@@ -313,12 +328,25 @@ class FrameEngine:
 
         return self._adapters.get(model.manifest.name, digest, read)
 
+    def unload(self, digest: str) -> bool:
+        """Put an adapter out of memory, and out of the networks as soon as no running job wears it; was it there?
+
+        Whoever asks for it later loads it again.
+        """
+        with self._changed:
+            worn = any(digest in table.resident for table in self._tables.values())
+            self._unwanted.add(digest)
+            self._changed.notify()
+        return self._adapters.drop(digest) or worn
+
     def warm_up(self, timeout_s: float = 120.0) -> None:
         """Draw one step of as many frames as may run at once, with every pack, so that the first caller does not pay.
 
         Raises RenderFailed when that does not work: a service that cannot draw must not call itself ready.
         """
         for name, model in self.models.items():
+            self._row_flops[name] = flops_of_a_row(model)
+            self._observer.peak_measured(flops_per_s=peak_flops(model.device, model.dtype))
             manifest = model.manifest
             grey = png(np.full((manifest.height_px, manifest.width_px, 3), 127, dtype=np.uint8))
             references = (ReferenceImage(image=grey, description="warm-up"),) * manifest.max_references
@@ -390,6 +418,7 @@ class FrameEngine:
         try:
             while self._wait_for_work():
                 self._busy_since_s = self._clock()
+                self._drop_unwanted()
                 self._admit()
                 self._drop_lost()
                 batch = self._choose()
@@ -412,7 +441,7 @@ class FrameEngine:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not self._stopping and not self._tickets:
+            while not self._stopping and not self._tickets and not self._unwanted:
                 self._changed.wait()
             return not self._stopping
 
@@ -427,6 +456,7 @@ class FrameEngine:
                 # Strictly: what others left, or did not, would decide which rows share a pass.
                 ticket.cache = ReferenceCache() if self.settings.strict else self._caches[ticket.model.manifest.name]
                 ticket.warnings = self._warnings(ticket)
+                self._tell_adapters()
             except Exception as error:  # noqa: BLE001 - whatever a network raises, it is this job's and no other's
                 self._fail(ticket, error)
 
@@ -448,6 +478,36 @@ class FrameEngine:
             ticket.worn = (*ticket.worn, adapter.digest)
             outfit.append(Worn(slot, character.scale))
         return outfit
+
+    def _drop_unwanted(self) -> None:
+        """Clear the slots of adapters that are to leave and that nobody wears."""
+        with self._changed:
+            unwanted, self._unwanted = self._unwanted, set()
+        later = set()
+        for digest in unwanted:
+            for name, table in self._tables.items():
+                slot = table.slot_of(digest)
+                if slot is None:
+                    continue
+                if table.is_worn(digest):
+                    later.add(digest)
+                    continue
+                slots = self.models[name].slots
+                assert slots is not None
+                slots.clear(slot)
+                table.forget(digest)
+        self._tell_adapters()
+        if later:
+            with self._changed:
+                self._unwanted |= later
+
+    def _tell_adapters(self) -> None:
+        resident = sum(len(table.resident) for table in self._tables.values())
+        told = (resident, self._adapters.kept_bytes, self._adapters.loads_count)
+        if told != self._told_adapters:
+            loads = told[2] - self._told_adapters[2]
+            self._told_adapters = told
+            self._observer.adapters_changed(resident=told[0], kept_bytes=told[1], loads=loads)
 
     def _next_in(self) -> Ticket | None:
         with self._changed:
@@ -505,8 +565,9 @@ class FrameEngine:
         seconds = self._clock() - began_s
         with self._changed:
             # The time of a step that was taken again, one by one, says nothing of the next one.
-            self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if rows else None)
-        self._observer.step_done(jobs=len(stepped), rows=rows, seconds=seconds)
+            self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if rows.total else None)
+        flops = rows.total * self._row_flops.get(batch[0].model.manifest.name, 0.0)
+        self._observer.step_done(jobs=len(stepped), rows=rows, seconds=seconds, flops=flops)
         for ticket in stepped:
             if not _drawing(ticket).is_sound:
                 forget(_drawing(ticket), _cache(ticket), everything=True)
@@ -517,15 +578,17 @@ class FrameEngine:
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(ticket, error)
 
-    def _advance(self, batch: Sequence[Ticket]) -> tuple[list[Ticket], int]:
-        """Those of `batch` that took their step, and how many rows that was; 0 when it did not go as it should.
+    def _advance(self, batch: Sequence[Ticket]) -> tuple[list[Ticket], StepRows]:
+        """Those of `batch` that took their step, and what that took; nothing when it did not go as it should.
 
         When the batch as a whole fails, each tries alone, so that one bad job costs its neighbours a moment and not
         their pictures.
         """
         if self.settings.strict and len(batch) > 1:
             alone = [self._advance([ticket]) for ticket in batch]
-            return [ticket for stepped, _ in alone for ticket in stepped], sum(rows for _, rows in alone)
+            return [ticket for stepped, _ in alone for ticket in stepped], functools.reduce(
+                operator.add, (rows for _, rows in alone)
+            )
         prefill_rows = 0 if self.settings.strict else self.settings.prefill_rows
         drawings = [_drawing(ticket) for ticket in batch]
         try:
@@ -533,9 +596,9 @@ class FrameEngine:
         except Exception as error:  # noqa: BLE001 - as above
             if len(batch) == 1:
                 self._fail(batch[0], error)
-                return [], 0
+                return [], _NO_ROWS
             log.warning("batched_step_failed", jobs=len(batch), error=type(error).__name__)
-        return [ticket for single in batch for ticket in self._advance([single])[0]], 0
+        return [ticket for single in batch for ticket in self._advance([single])[0]], _NO_ROWS
 
     def _tell(self, ticket: Ticket) -> None:
         drawing = _drawing(ticket)

@@ -6,19 +6,29 @@ The names are the same in both (Ray adds its own prefix). Labels have few values
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from services.runtime.telemetry import DURATION_BUCKETS
+
+if TYPE_CHECKING:  # torch comes with it
+    from services.models.step import StepRows
 
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "frame_jobs_total": ("Jobs that left the engine, by outcome.", ("outcome",)),
     "frame_refused_jobs_total": ("Jobs that were not taken, by reason.", ("reason",)),
     "frame_steps_total": ("Denoising steps of the engine.", ()),
-    "frame_rows_total": ("Network rows computed in denoising steps.", ()),
+    "frame_job_steps_total": ("Steps of jobs: divided by frame_steps_total, how many jobs share a step.", ()),
+    "frame_rows_total": ("Network rows computed in denoising steps, by kind.", ("kind",)),
+    "frame_reference_rows_found_total": ("Reference rows that a step needed and the cache held.", ()),
+    "frame_flops_total": ("Floating-point operations of denoising steps, from rows; two a multiply-add.", ()),
+    "frame_adapter_loads_total": ("Characters' weights that were read from the store.", ()),
 }
 GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "frame_queued_jobs": ("Jobs that wait for room.", ()),
     "frame_running_jobs": ("Jobs being denoised.", ()),
+    "frame_adapters_resident": ("Characters' weights that lie in the networks.", ()),
+    "frame_adapters_kept_bytes": ("Characters' weights that are kept in memory.", ()),
+    "frame_peak_flops": ("Operations a second that this machine does at best, measured at start.", ()),
 }
 HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "frame_step_seconds": ("Time of one denoising step.", ()),
@@ -90,9 +100,13 @@ class MeteredObserver:
         self._meters = meters
         self._load = (-1, -1)
 
-    def step_done(self, *, jobs: int, rows: int, seconds: float) -> None:
+    def step_done(self, *, jobs: int, rows: StepRows, seconds: float, flops: float) -> None:
         self._meters.add("frame_steps_total", 1.0, {})
-        self._meters.add("frame_rows_total", float(rows), {})
+        self._meters.add("frame_job_steps_total", float(jobs), {})
+        self._meters.add("frame_rows_total", float(rows.main), {"kind": "frame"})
+        self._meters.add("frame_rows_total", float(rows.computed), {"kind": "reference"})
+        self._meters.add("frame_reference_rows_found_total", float(rows.found), {})
+        self._meters.add("frame_flops_total", flops, {})
         self._meters.observe("frame_step_seconds", seconds)
 
     def job_done(self, *, outcome: str, queue_s: float, render_s: float) -> None:
@@ -109,3 +123,11 @@ class MeteredObserver:
             self._load = (queued, running)
             self._meters.put("frame_queued_jobs", float(queued))
             self._meters.put("frame_running_jobs", float(running))
+
+    def adapters_changed(self, *, resident: int, kept_bytes: int, loads: int) -> None:
+        self._meters.put("frame_adapters_resident", float(resident))
+        self._meters.put("frame_adapters_kept_bytes", float(kept_bytes))
+        self._meters.add("frame_adapter_loads_total", float(loads), {})
+
+    def peak_measured(self, *, flops_per_s: float) -> None:
+        self._meters.put("frame_peak_flops", flops_per_s)

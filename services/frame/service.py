@@ -28,6 +28,7 @@ from services.runtime.call import current_call
 from services.runtime.config import Installation
 from services.runtime.errors import ValueOutOfRange
 from services.runtime.rpc import stream_method, unary_method
+from services.runtime.store import SHA256
 from services.runtime.telemetry import configure_logging
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ class FrameServicer(pb_grpc.FrameServiceServicer):  # type: ignore[misc]
     async def ListPacks(self, request: pb.ListPacksRequest, context: Any) -> pb.ListPacksResponse:
         """The loaded packs, the default first."""
         return packs_to_pb(self.engine)
+
+    @unary_method(pb.UnloadCharacterResponse)
+    async def UnloadCharacter(self, request: pb.UnloadCharacterRequest, context: Any) -> pb.UnloadCharacterResponse:
+        """Puts a character's weights out of memory."""
+        if not SHA256.fullmatch(request.digest):
+            raise ValueOutOfRange("a digest is 64 lower-case hex digits", field="digest")
+        return pb.UnloadCharacterResponse(was_loaded=self.engine.unload(request.digest))
 
 
 def job_from_pb(request: pb.RenderFrameRequest) -> FrameJob:

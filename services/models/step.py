@@ -30,6 +30,25 @@ from services.models.samplers import SAMPLERS, History
 from services.models.storygen import References
 
 
+class StepRows(NamedTuple):
+    """What a step computed, and what it did not have to."""
+
+    main: int
+    computed: int  # of reference passes, those for later steps too
+    found: int  # reference rows that were needed and lay in the cache
+
+    @property
+    def total(self) -> int:
+        """Rows that went through the network."""
+        return self.main + self.computed
+
+    def __add__(self, other: object) -> StepRows:
+        """Of two steps together."""
+        if not isinstance(other, StepRows):
+            return NotImplemented
+        return StepRows(self.main + other.main, self.computed + other.computed, self.found + other.found)
+
+
 class _Row(NamedTuple):
     """One row of the main pass: whose it is, how much it counts, what it looks at."""
 
@@ -43,15 +62,15 @@ class _Row(NamedTuple):
 @torch.inference_mode()
 def advance(
     model: FrameModel, drawings: Sequence[Drawing], cache: ReferenceCache | None = None, *, prefill_rows: int = 0
-) -> int:
-    """One denoising step of every drawing; how many rows were computed. They must have the same latent size.
+) -> StepRows:
+    """One denoising step of every drawing, and what that took. They must have the same latent size.
 
     None of them may be finished. When it raises, no drawing has changed.
     """
     cache = ReferenceCache() if cache is None else cache
     rows = [row for owner, drawing in enumerate(drawings) for row in _rows(owner, drawing)]
     pages = cache.of(_size(drawings[0]))
-    computed = _look(model, rows, drawings, pages, cache, prefill_rows)
+    computed, found = _look(model, rows, drawings, pages, cache, prefill_rows)
     answers = _predict(model, rows, pages)
     stepped = [
         _sample(model, drawing, output)
@@ -61,7 +80,7 @@ def advance(
         pages.discard(seen.key for seen in references_of(drawing, drawing.done) if not seen.is_shared)
         drawing.latents_CHW, drawing.history = latents, history
         drawing.done += 1
-    return computed + len(rows)
+    return StepRows(len(rows), computed, found)
 
 
 def forget(drawing: Drawing, cache: ReferenceCache, *, everything: bool = False) -> None:
@@ -147,14 +166,15 @@ def _look(
     pages: Pages,
     cache: ReferenceCache,
     prefill_rows: int,
-) -> int:
-    """The reference pass over what the pages do not hold; how many rows it took."""
+) -> tuple[int, int]:
+    """The reference pass over what the pages do not hold; how many rows it took, and how many were there."""
     now = {seen.key: seen for row in rows for seen in row.sees}
     missing = {key: seen for key, seen in now.items() if key not in pages}
-    cache.hits_count += len(now) - len(missing)
+    found = len(now) - len(missing)
+    cache.hits_count += found
     cache.misses_count += len(missing)
     if not missing:
-        return 0
+        return 0, found
     room = prefill_rows if pages.count == 0 else min(prefill_rows, pages.count - len(now) + len(missing))
     batch = dict(missing)
     for seen in _ahead(drawings) if len(batch) < room else ():
@@ -178,7 +198,7 @@ def _look(
         )
     pages.store(list(batch), projected, now.keys())
     cache.computed_count += len(taken)
-    return len(taken)
+    return len(taken), found
 
 
 def _ahead(drawings: Sequence[Drawing]) -> Iterator[ReferenceRow]:

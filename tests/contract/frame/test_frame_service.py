@@ -205,7 +205,21 @@ async def test_requests_in_flight_are_drawn_together(service: Service, steps: St
     assert 'frame_jobs_total{outcome="rendered"} 8.0' in page
     values = {line.split(" ")[0]: float(line.split(" ")[1]) for line in page.splitlines() if not line.startswith("#")}
     assert values["frame_steps_total"] <= 8  # the first may be a step or four ahead; alone it would be 32
-    assert values["frame_rows_total"] == 4 * sum((2, 5, 7, 9)) * 2
+    rows = [values[f'frame_rows_total{{kind="{kind}"}}'] for kind in ("frame", "reference")]
+    # 4 steps; 0, 1, 2 and 3 earlier frames, two jobs of each: every branch, every reference and its blank.
+    assert rows == [4 * (2 + 3 + 3 + 3) * 2, 4 * (0 + 2 + 4 + 6) * 2]
+    assert values["frame_job_steps_total"] == 8 * 4
+
+
+async def test_a_characters_weights_leave_when_told(service: Service) -> None:
+    def unload(digest: str) -> Any:
+        request = pb.UnloadCharacterRequest(digest=digest)
+        return service.stub.UnloadCharacter(request, metadata=[("fabula-token", TOKEN)], timeout=WAIT_S)
+
+    assert not (await unload("a" * 64)).was_loaded
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await unload("A" * 64)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 BAD: list[tuple[str, dict[str, Any], str, str]] = [

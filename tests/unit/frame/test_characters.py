@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from services.frame.engine import EngineSettings, FrameEngine
+from services.frame.engine import EngineSettings, FrameEngine, _Silence
 from services.frame.job import FrameJob
 from services.models.character import CharacterWeights
 from services.models.lora import ALPHA, BASE_DIGEST, AdapterSlots, adapted_layers
@@ -190,3 +190,63 @@ def test_bad_characters_are_named(tiny_model: FrameModel, characters: tuple[tupl
 def test_too_few_slots_are_a_wrong_setting() -> None:
     with pytest.raises(ValueError, match="slots"):
         EngineSettings(max_running=4, adapter_slots=7)
+
+
+def test_weights_leave_when_told_and_come_back_when_wanted(
+    tiny_model: FrameModel, files: Files, started: Callable[..., FrameEngine]
+) -> None:
+    digest = files.keep(weights(tiny_model, 1))
+    engine = started(max_running=2)
+    assert not engine.unload(digest), "it was never here"
+    first = Inbox(engine, wearing(1, digest)).frame()
+    assert engine.unload(digest)
+    Inbox(engine, job(2)).frame()
+    assert engine._tables["tiny"].resident == ()
+    assert engine.models["tiny"].slots is not None
+    assert engine.models["tiny"].slots.held == {}
+    assert not engine.unload(digest)
+    assert Inbox(engine, wearing(1, digest)).frame().sha256 == first.sha256
+    assert files.asked == [digest, digest]
+
+
+def test_weights_that_are_worn_leave_with_the_last_who_wears_them(
+    tiny_model: FrameModel,
+    files: Files,
+    started: Callable[..., FrameEngine],
+    gate: Gate,  # noqa: F811
+) -> None:
+    digest = files.keep(weights(tiny_model, 1))
+    engine = started(max_running=2)
+    worn, other = Inbox(engine, wearing(1, digest, references=1)), Inbox(engine, job(2, steps=12))
+    gate.wait()
+    gate.step()
+    assert engine.unload(digest)
+    gate.step()
+    assert engine._tables["tiny"].resident == (digest,), "nobody's picture changes on the way"
+    gate.open()
+    picture = worn.frame()
+    other.frame()
+    assert engine._tables["tiny"].resident == ()
+    assert Inbox(engine, wearing(1, digest, references=1)).frame().sha256 == picture.sha256
+
+
+def test_who_watches_is_told_of_weights(tiny_model: FrameModel, files: Files) -> None:
+    class Watcher(_Silence):
+        def __init__(self) -> None:
+            self.told: list[tuple[int, int]] = []
+
+        def adapters_changed(self, *, resident: int, kept_bytes: int, loads: int) -> None:
+            assert kept_bytes > 0
+            self.told.append((resident, loads))
+
+    digests = [files.keep(weights(tiny_model, seed)) for seed in range(2)]
+    watcher = Watcher()
+    engine = FrameEngine({"tiny": tiny_model}, "tiny", observer=watcher, fetch=files.fetch)
+    engine.start()
+    try:
+        for digest in (*digests, digests[0]):
+            Inbox(engine, wearing(1, digest)).frame()
+    finally:
+        engine.stop()
+    assert sum(loads for _, loads in watcher.told) == 2
+    assert watcher.told[-1][0] == 2

@@ -23,10 +23,11 @@ from services.frame.engine import EngineSettings, FrameEngine, Ticket
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.scheduler import Scheduler
 from services.frame.sketch import sketch_of
+from services.models.cost import flops_of_a_row
 from services.models.drawing import Drawing
 from services.models.references import ReferencePolicy
 from services.models.registry import FrameModel
-from services.models.step import advance, draw
+from services.models.step import StepRows, advance, draw
 from services.runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -590,3 +591,31 @@ def test_a_story_finds_what_its_last_frame_left(tiny_model: FrameModel) -> None:
 def test_an_unknown_sampler_is_refused(tiny_model: FrameModel) -> None:
     with running(tiny_model) as engine, pytest.raises(ValueOutOfRange, match="no sampler 'magic'; known: ddim"):
         engine.submit(job(sampler="magic"), lambda _: None)
+
+
+def test_a_warmed_up_engine_knows_what_a_step_costs(tiny_model: FrameModel) -> None:
+    class Watcher(engine_module._Silence):
+        def __init__(self) -> None:
+            self.flops: list[tuple[StepRows, float]] = []
+            self.peaks: list[float] = []
+
+        def step_done(self, *, jobs: int, rows: StepRows, seconds: float, flops: float) -> None:
+            self.flops.append((rows, flops))
+
+        def peak_measured(self, *, flops_per_s: float) -> None:
+            self.peaks.append(flops_per_s)
+
+    watcher = Watcher()
+    engine = FrameEngine({"tiny": tiny_model}, "tiny", EngineSettings(max_running=1), watcher)
+    engine.start()
+    try:
+        engine.warm_up()
+        Inbox(engine, job(1, references=2, steps=2)).frame()
+    finally:
+        engine.stop()
+    assert watcher.peaks[0] > 1e6
+    row = flops_of_a_row(tiny_model)
+    parameters = sum(p.numel() for n, p in tiny_model.denoiser.unet.named_parameters() if "attn" in n)
+    assert row > 2 * parameters, "every weight is used at least once"
+    assert all(flops == rows.total * row for rows, flops in watcher.flops)
+    assert [rows for rows, _ in watcher.flops[-2:]] == [StepRows(3, 8, 0), StepRows(3, 0, 4)]

@@ -1,0 +1,1 @@
+"""`make bench-frame`: the frame engine beside what else draws story frames, in one process, on the same requests."""
