@@ -16,7 +16,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup protos protos-release demo up down status doctor check test test-fast bench toon-pack eval-toon sheet lock clean
+.PHONY: help setup protos protos-release demo up down status doctor check test test-fast bench bench-frame toon-pack eval-toon sheet lock clean
 
 help: ## List every target
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ test-fast: setup ## Unit and contract tests
 
 test: setup ## Every test: unit, contract, end-to-end, chaos
 	$(BIN)/python -m pytest tests/unit tests/contract tests/e2e tests/chaos
+
+bench-frame: setup ## Compare the frame engine with what else draws story frames (half an hour)
+	$(BIN)/python -m tests.bench.frame
 
 bench: setup ## Measure cold start, memory, story time and edge overhead
 	$(BIN)/python -m tests.bench

@@ -620,8 +620,14 @@ class FrameEngine:
                 warnings=ticket.warnings,
             )
             self._end(ticket, frame)
-        elif ticket.preview_every_steps and done % ticket.preview_every_steps == 0:
+        elif ticket.preview_every_steps and done % ticket.preview_every_steps == 0 and not self._others_wait:
             ticket.deliver(Preview(image=webp(preview(ticket.model, drawing)), step=done))
+
+    @property
+    def _others_wait(self) -> bool:
+        """Somebody waits for room: then nobody's preview may hold up the steps."""
+        with self._changed:
+            return self._scheduler.waiting_count > 0
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         if isinstance(error, FabulaError):

@@ -619,3 +619,15 @@ def test_a_warmed_up_engine_knows_what_a_step_costs(tiny_model: FrameModel) -> N
     assert row > 2 * parameters, "every weight is used at least once"
     assert all(flops == rows.total * row for rows, flops in watcher.flops)
     assert [rows for rows, _ in watcher.flops[-2:]] == [StepRows(3, 8, 0), StepRows(3, 0, 4)]
+
+
+def test_previews_are_dropped_while_others_wait(tiny_model: FrameModel, gate: Gate) -> None:
+    with running(tiny_model, EngineSettings(max_running=1)) as engine:
+        shown = Inbox(engine, job(1, steps=3, preview_every_steps=1))
+        gate.wait()
+        waits = Inbox(engine, job(2, steps=3, preview_every_steps=1))
+        gate.open()
+        shown.frame()
+        waits.frame()
+    assert [event for event in shown.seen if isinstance(event, Preview)] == []
+    assert [event.step for event in waits.seen if isinstance(event, Preview)] == [1, 2]
