@@ -24,12 +24,12 @@ REFERENCE_LEVEL_DIVISOR = 10
 """References are shown at a tenth of the frame's own noise level, times their distance."""
 
 
-def reference_level(t: int, distance: int) -> int:
+def reference_level(t: int, distance: int, divisor: int = REFERENCE_LEVEL_DIVISOR) -> int:
     """The noise level of the reference `distance` frames back while the frame is at step `t`: ⌊t/10⌋·distance.
 
     The newest frame has distance 1, so it is always the clearest (StoryGen, auto-regressive stage).
     """
-    return t // REFERENCE_LEVEL_DIVISOR * distance
+    return t // divisor * distance
 
 
 def reference_levels(t: Tensor, count: int) -> Tensor:

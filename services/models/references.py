@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from services.models.denoiser import reference_level
+from services.models.denoiser import REFERENCE_LEVEL_DIVISOR, reference_level
 from services.models.lora import Outfit
 from services.models.storygen import KeyValue
 
@@ -35,23 +35,27 @@ class ReferencePolicy:
     looks at it, and the blank's rows are a table that is computed once.
     `levels_count`: so many noise levels during a frame, each for a stretch of its steps and for every distance, instead
     of one per step and distance; 0 is StoryGen's rule. With shared noise the next frame of a story finds all of them.
+    `level_divisor`: how much clearer a reference is than the frame.
     """
 
     shared_noise: bool = False
     levels_count: int = 0
+    level_divisor: int = REFERENCE_LEVEL_DIVISOR
 
     def __post_init__(self) -> None:
         if self.levels_count < 0:
             raise ValueError("levels_count must not be negative")
+        if self.level_divisor < 1:
+            raise ValueError("level_divisor must be positive")
 
     def level(self, steps: Sequence[int], done: int, distance: int) -> int:
         """The noise level of the frame `distance` back while step `steps[done]` is taken."""
         if self.levels_count == 0:
-            return reference_level(steps[done], distance)
+            return reference_level(steps[done], distance, self.level_divisor)
         count = min(self.levels_count, len(steps))
         stretch = done * count // len(steps)
         first, after = (-(-number * len(steps) // count) for number in (stretch, stretch + 1))
-        return reference_level(steps[(first + after - 1) // 2], 1)
+        return reference_level(steps[(first + after - 1) // 2], 1, self.level_divisor)
 
 
 EXACT = ReferencePolicy()

@@ -29,6 +29,7 @@ class DrawnFrame:
     text_guidance: float
     image_guidance: float
     pack_digest: str
+    engine_fingerprint: str
     queue_s: float
     render_s: float
     warnings: tuple[StoryWarning, ...]  # of the given references; `field` is as the service names it
@@ -179,6 +180,7 @@ def _drawn(frame: frame_pb.RenderedFrame, elapsed_s: float) -> DrawnFrame:
         text_guidance=frame.text_guidance,
         image_guidance=frame.image_guidance,
         pack_digest=frame.pack_digest,
+        engine_fingerprint=frame.fingerprint,
         queue_s=frame.queue_s,
         render_s=frame.render_s or elapsed_s,
         warnings=_warnings(frame.warnings),

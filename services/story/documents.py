@@ -109,6 +109,7 @@ class FrameDocument(BaseModel):
     description_seed: int
     timings: FrameTimingsDocument | None
     pack_digest: str
+    engine_fingerprint: str
     create_time: datetime | None
 
 
@@ -265,6 +266,7 @@ def frame_document(story_id: str, frame: Frame) -> FrameDocument:
         if drawn_by_us
         else None,
         pack_digest=frame.pack_digest,
+        engine_fingerprint=frame.engine_fingerprint,
         create_time=None if frame.create_us is None else _time(frame.create_us),
     )
 

@@ -63,6 +63,7 @@ def frame_to_pb(frame: Frame) -> Any:
         caption_seed=frame.caption_seed,
         description_seed=frame.description_seed,
         pack_digest=frame.pack_digest,
+        engine_fingerprint=frame.engine_fingerprint,
     )
     if frame.create_us is not None:
         message.create_time.CopyFrom(timestamp(frame.create_us))

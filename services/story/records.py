@@ -60,6 +60,7 @@ class Frame:
     queue_s: float | None = None
     render_s: float | None = None
     pack_digest: str = ""
+    engine_fingerprint: str = ""
     create_us: int | None = None  # when its picture was committed, microseconds since 1970 UTC
 
 

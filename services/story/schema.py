@@ -74,6 +74,7 @@ frames = Table(
     Column("render_s", Float),
     Column("pack_digest", String(128), nullable=False, default=""),
     Column("create_us", BigInteger),
+    Column("engine_fingerprint", String(64), nullable=False, default="", server_default=""),
     Index(None, "image_sha256"),
 )
 

@@ -399,6 +399,7 @@ class StoryWorkflows:
             "queue_s": drawn.queue_s,
             "render_s": drawn.render_s,
             "pack_digest": drawn.pack_digest,
+            "engine_fingerprint": drawn.engine_fingerprint,
             "steps": drawn.steps,
             "text_guidance": drawn.text_guidance,
             "image_guidance": drawn.image_guidance,

@@ -22,7 +22,7 @@ from transformers import CLIPModel
 
 from services.models.drawing import Drawing, Pixels, Seen, Sketch, begin, finish
 from services.models.pack import Pack
-from services.models.references import ReferenceCache
+from services.models.references import EXACT, ReferenceCache, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.step import advance
 from training.evaluation.figures import Figure, difference, gap, mean, share
@@ -116,6 +116,8 @@ class Dials:
     steps: int | None = None
     text_guidance: float | None = None
     image_guidance: float | None = None
+    policy: ReferencePolicy = EXACT
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
 def draw_all(model: FrameModel, tasks: Sequence[Task], dials: Dials | None = None) -> list[Pixels]:
@@ -139,6 +141,8 @@ def draw_all(model: FrameModel, tasks: Sequence[Task], dials: Dials | None = Non
                     if dials.image_guidance is None
                     else dials.image_guidance,
                     references=task.references,
+                    guidance_interval=dials.guidance_interval,
+                    policy=dials.policy,
                 ),
             )
             for task in tasks[first : first + _TOGETHER]

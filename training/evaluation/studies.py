@@ -6,6 +6,7 @@
 * `steps`        sampling steps: the fewest within 2 % of the best
 * `guidance`     text guidance and image guidance
 * `references`   how many earlier frames are looked at, and how noisy they are made
+* `shortcuts`    what the frame service may leave out: shared noise, few noise levels, guidance in some steps only
 * `temperature`  of captions: the report's Tables 1 and 3 (repetition, names, arcs)
 * `history`      captions from all earlier ones against the last one only
 * `guards`       name lock and repetition guard, on and off
@@ -22,8 +23,9 @@ from pathlib import Path
 
 import torch
 
-from services.models import denoiser
+from services.models.denoiser import REFERENCE_LEVEL_DIVISOR
 from services.models.pack import Pack, load_pack
+from services.models.references import ReferencePolicy
 from services.models.registry import FrameModel, load_frame_model
 from training.evaluation.arcs import drops_hero, has_arc, places_of
 from training.evaluation.captions import Captioner, is_whole, names_agree, names_in
@@ -49,6 +51,8 @@ STEPS = (4, 6, 8, 10, 15, 20)
 TEXT_GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 IMAGE_GUIDANCE = (1.0, 1.5, 2.0)
 NOISE_DIVISORS = (5, 10, 20, 1000)  # of the frame's own noise level; the last one shows references clean
+LEVELS = (4, 2, 1)
+INTERVALS = ((0.0, 0.8), (0.0, 0.5), (0.2, 0.8))
 TEMPERATURES = (0.0, 0.2, 0.5, 0.7, 1.0)
 
 
@@ -131,15 +135,21 @@ def references_study(pack: Pack, count: int, say: Say) -> None:
     model, judge, tasks = _frames(pack, count)
     variants = [(str(n), [replace(t, references=t.references[-n:] if n else ()) for t in tasks]) for n in range(4)]
     say(rows("references", [(name, drawn_figures(model, judge, some, Dials())) for name, some in variants]))
-    trained = denoiser.REFERENCE_LEVEL_DIVISOR
-    lines = []
-    try:
-        for divisor in NOISE_DIVISORS:
-            denoiser.REFERENCE_LEVEL_DIVISOR = divisor
-            lines.append((f"1/{divisor}", drawn_figures(model, judge, tasks, Dials())))
-    finally:
-        denoiser.REFERENCE_LEVEL_DIVISOR = trained
-    say(rows(f"reference noise (trained with 1/{trained})", lines))
+    policies = [(f"1/{divisor}", ReferencePolicy(level_divisor=divisor)) for divisor in NOISE_DIVISORS]
+    lines = [(name, drawn_figures(model, judge, tasks, Dials(policy=policy))) for name, policy in policies]
+    say(rows(f"reference noise (trained with 1/{REFERENCE_LEVEL_DIVISOR})", lines))
+
+
+def shortcuts_study(pack: Pack, count: int, say: Say) -> None:
+    """What the frame service may leave out, against nothing left out."""
+    model, judge, tasks = _frames(pack, count)
+    variants = [
+        ("nothing", Dials()),
+        ("noise of one's own", Dials(policy=ReferencePolicy(shared_noise=True))),
+        *((f"all but {n} levels", Dials(policy=ReferencePolicy(shared_noise=True, levels_count=n))) for n in LEVELS),
+        *((f"guidance outside {a:g} to {b:g}", Dials(guidance_interval=(a, b))) for a, b in INTERVALS),
+    ]
+    say(rows("left out", [(name, drawn_figures(model, judge, tasks, dials)) for name, dials in variants]))
 
 
 def temperature_study(pack: Pack, count: int, say: Say) -> None:
@@ -183,11 +193,12 @@ STUDIES: dict[str, Callable[[Pack, int, Say], None]] = {
     "steps": steps_study,
     "guidance": guidance_study,
     "references": references_study,
+    "shortcuts": shortcuts_study,
     "temperature": temperature_study,
     "history": history_study,
     "guards": guards_study,
 }
-_OF_FRAMES = ("steps", "guidance", "references")
+_OF_FRAMES = ("steps", "guidance", "references", "shortcuts")
 
 
 def main() -> None:

@@ -144,7 +144,8 @@ def frame_facts(frame: Frame) -> list[tuple[str, str]]:
             ("Waited", duration(frame.timings.queue_s)),
             ("Drawn in", duration(frame.timings.render_s)),
         ]
-    return [*facts, ("Pack", frame.pack_digest)] if frame.pack_digest else facts
+    more = (("Pack", frame.pack_digest), ("Engine", frame.engine_fingerprint))
+    return [*facts, *((name, value) for name, value in more if value)]
 
 
 def story_facts(story: Story) -> list[tuple[str, str]]:

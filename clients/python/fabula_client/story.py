@@ -75,6 +75,7 @@ class Frame:
     timings: FrameTimings | None  # None for the given frame
     pack_digest: str
     created: datetime | None
+    engine_fingerprint: str = ""  # of what its pixels depend on besides pack, texts, pictures and seed
 
     @property
     def given(self) -> bool:
@@ -247,6 +248,7 @@ def frame_from_pb(message: pb.Frame) -> Frame:
         timings=timings,
         pack_digest=message.pack_digest,
         created=_time(message.create_time),
+        engine_fingerprint=message.engine_fingerprint,
     )
 
 

@@ -30,6 +30,7 @@ from services.runtime.rpc import stream_method, unary_method
 
 TOKEN = "0123456789abcdef" * 4
 DIGEST = "sha256:scripted"
+FINGERPRINT = "0123456789abcdef"
 STEPS = 8
 
 
@@ -187,6 +188,7 @@ class ScriptedFrame(frame_grpc.FrameServiceServicer):
                 text_guidance=request.text_guidance if request.HasField("text_guidance") else 7.0,
                 image_guidance=request.image_guidance if request.HasField("image_guidance") else 3.5,
                 pack_digest=DIGEST,
+                fingerprint=FINGERPRINT,
                 queue_s=0.25,
                 render_s=0.5,
                 warnings=warnings,

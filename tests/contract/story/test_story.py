@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from services.story.plan import derive_seed
 from tests.contract.story.pictures import plain
-from tests.contract.story.scripted_services import Script
+from tests.contract.story.scripted_services import FINGERPRINT, Script
 from tests.contract.story.story_process import StoryProcess
 
 State = story_pb2.Story.State
@@ -262,6 +262,8 @@ def test_http_and_grpc_show_the_same_story(story: StoryProcess) -> None:
     for document, frame in zip(over_http["frames"], over_grpc.frames, strict=True):
         for name in ("index", "caption", "description", "image_sha256", "width_px", "image_seed", "pack_digest"):
             assert document[name] == getattr(frame, name)
+        drawn_with = FINGERPRINT if frame.index else ""
+        assert document["engine_fingerprint"] == frame.engine_fingerprint == drawn_with
         assert story.http.get(document["image_url"]).status_code == 200
 
 

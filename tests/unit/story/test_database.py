@@ -12,6 +12,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import insert, inspect
+from sqlalchemy import text as sql
 
 from services.runtime.config import ConfigInvalid
 from services.runtime.errors import IdempotencyKeyReused, QueueFull, StoryNotFound
@@ -20,7 +21,7 @@ from services.story.events import Broadcaster, watch
 from services.story.migrate import _config, is_current, upgrade
 from services.story.records import Frame, Options, State, StoryWarning, WarningGiven
 from services.story.repository import Repository
-from services.story.schema import frames, metadata, stories
+from services.story.schema import metadata, stories
 
 OPTIONS = Options(frame_count=2, seed=1, pack="toon", temperature=0.2)
 GIVEN = Frame(index=0, caption="c", description="c", image_sha256="0" * 64, width_px=8, height_px=8)
@@ -71,7 +72,11 @@ async def test_a_database_of_before_the_warnings_is_brought_up_to_date_with_its_
         times = {"create_us": 1, "update_us": 1, "last_sequence": 1}
         options = {"frame_count": 2, "seed": 1, "pack": "toon", "temperature": 0.2}
         connection.execute(insert(stories).values(story_id="s", state="RUNNING", enqueued=True, **times, **options))
-        connection.execute(insert(frames).values(story_id="s", index=0, caption="c"))
+        # What it had then, in words: today's table has columns that it had not.
+        given = {"width_px": 0, "height_px": 0, "caption_seed": 0, "description_seed": 0, "image_seed": 0}
+        columns = {"story_id": "s", "index": 0, "caption": "c", "pack_digest": "", **given}
+        names, places = (", ".join(f"{mark}{name}{end}" for name in columns) for mark, end in (('"', '"'), (":", "")))
+        connection.execute(sql(f"INSERT INTO frames ({names}) VALUES ({places})"), columns)
     old.dispose()
     assert not is_current(urls)
     await asyncio.to_thread(upgrade, urls)
@@ -82,6 +87,7 @@ async def test_a_database_of_before_the_warnings_is_brought_up_to_date_with_its_
     assert await repository.warn("s", [STRANGE])
     story = await repository.get("s")
     assert (story.frames[0].caption, story.warnings, story.last_sequence) == ("c", (STRANGE,), 2)
+    assert story.frames[0].engine_fingerprint == ""
     await engine.dispose()
 
 
