@@ -28,6 +28,7 @@ _RUNS = {
     "its decoder alone": DECODER,
     "text encoder": TEXT,
     "frame model": FRAME,
+    "captioner, eyes": f"{CAPTIONS}/sight.safetensors",
     "captioner, tales": f"{CAPTIONS}/tales.safetensors",
     "captioner, told": f"{CAPTIONS}/told.safetensors",
     "LoRA `story`": f"{CAPTIONS}/story.safetensors",
@@ -52,7 +53,10 @@ def runs_table(folder: Path | None = None) -> str:
         if found is None:
             continue
         facts = found.facts
-        figures = ", ".join(f"{key} {value:.4f}" for key, value in sorted(facts["figures"].items())) or "not measured"
+        known = facts["figures"]
+        # Of those with a figure per question: how often all questions about something were answered right.
+        known = {key: value for key, value in known.items() if key.endswith("whole")} or known
+        figures = ", ".join(f"{key} {value:.4f}" for key, value in sorted(known.items())) or "not measured"
         began = f"pack {facts[STARTED_FROM][:12]}" if STARTED_FROM in facts else "nothing"
         lines.append(f"| {name} | {began} | {facts['step']} | {facts['elapsed_s'] / 60:.0f} | {figures} |")
     return "\n".join(lines)
@@ -104,11 +108,13 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 ## Data
 
 - Autoencoder: {vae.shelves[0].count:,} pictures of random looks and gradings, {vae.shelves[1].count:,} of the cast.
-- Text encoder: descriptions without pictures, {text.batch} a step, none twice; it answers who stands where, looking
-  how, doing what, and is then left as it is.
-- Frame model: {frame.singles.count:,} single frames and {frame.stories.count:,} stories of five frames. Text is dropped
-  in {frame.text_dropped:.0%} of rows, references are blanked in {frame.references_dropped:.0%}. {frame.single_rows}
-  of {rows} rows have no references, {frame.unrelated_share:.0%} of the others an unrelated one.
+- Text encoder: descriptions without pictures, {text.batch} a step, none twice, {text.strangers_share:.0%} of them of
+  strangers; it answers who stands where, looking how, doing what, and is then left as it is.
+- Frame model: {frame.singles[0].count:,} single frames of the cast and {frame.singles[1].count:,} of strangers,
+  {frame.stories[0].count:,} stories of five frames and {frame.stories[1].count:,} whose hero is a stranger. Text is
+  dropped in {frame.text_dropped:.0%} of rows, references are blanked in {frame.references_dropped:.0%}.
+  {frame.single_rows} of {rows} rows have no references, {frame.unrelated_share:.0%} of the others are single frames
+  with an unrelated one.
 - CLIP: {clip.pairs.count:,} single frames with their descriptions.
 - Judge (not in the pack): {judge.shelves[0].count:,} frames of other seeds, {judge.shelves[1].count:,} of strangers of
   every look but the cast's and the new characters'.
@@ -146,7 +152,7 @@ others are the pack's own, from captions and descriptions of its own).
 
 ## Limits
 
-- Looks of characters outside the main cast often come out blended; three in a frame melt.
+- Looks of characters outside the main cast may come out blended, most of all with three in a frame.
 - "He" and "she" do not always agree with whom a caption names.
 - Knows only its own world: other pictures and words give guesses, and new characters need training.{limits}
 """

@@ -37,7 +37,7 @@ from training.toon.knowledge import write_knowledge
 from training.vae import encoding_vae, train_vae, trained_vae
 
 PACK = Path(__file__).resolve().parents[1] / "services" / "models" / "packs" / "toon"
-SAMPLING = Sampling(sampler="dpm_solver_pp_2m", default_steps=10, default_text_guidance=2.0, default_image_guidance=1.0)
+SAMPLING = Sampling(sampler="dpm_solver_pp_2m", default_steps=6, default_text_guidance=2.0, default_image_guidance=1.0)
 
 
 def write_networks(folder: Path) -> PackSettings:

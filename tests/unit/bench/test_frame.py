@@ -1,0 +1,141 @@
+"""The frame bench's arithmetic and its streams, without a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from services.models.drawing import Sketch
+from tests.bench.frame import serving
+from tests.bench.frame.report import TARGETS, document, markdown, ratio
+from tests.bench.frame.serving import serve_ours, serve_split
+from tests.bench.frame.workload import Request, arriving
+
+MACHINE = {"cpu": "a cpu", "usable_core_count": 2}
+
+
+def requests(count: int, steps: int = 2, adapters: int = 2) -> list[Request]:
+    sketch = Sketch(
+        description="",
+        seed=0,
+        width_px=64,
+        height_px=64,
+        steps=steps,
+        text_guidance=7.0,
+        image_guidance=3.5,
+    )
+    return [Request(n, sketch, n % adapters, tenant=f"t{n % 2}") for n in range(count)]
+
+
+def test_a_ratio_is_of_rounds_that_belong_together() -> None:
+    found = ratio([2.0, 40.0, 6.0], [1.0, 20.0, 3.0])
+    assert (found.median, found.low, found.high, found.rounds) == (2.0, 2.0, 2.0, 3)
+    wide = ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
+    assert wide.low < wide.median == 3.0 < wide.high
+    with pytest.raises(ValueError, match="do not pair"):
+        ratio([1.0], [1.0, 2.0])
+
+
+def test_every_target_has_a_verdict_and_one_miss_is_a_miss() -> None:
+    good: dict[str, Any] = {t.figure: t.bound for t in TARGETS}
+    plan, facts = {"rounds": 3}, {"machine": MACHINE, "revision": {"commit": "c"}, "date": "2026-01-01"}
+    assert document(good, plan=plan, **facts)["passed"]  # type: ignore[arg-type]
+    for target in TARGETS:
+        worse = target.bound * (1.01 if target.at_most else 0.99)
+        found = document({**good, target.figure: {"median": worse, "low": 0.0, "high": 9.0}}, plan=plan, **facts)  # type: ignore[arg-type]
+        assert not found["passed"]
+        assert [t["figure"] for t in found["targets"] if not t["passed"]] == [target.figure]
+        assert markdown(found).count("missed") == 1
+    without = {name: value for name, value in good.items() if name != "rows_story"}
+    found = document(without, plan=plan, **facts)  # type: ignore[arg-type]
+    assert not found["passed"]
+    assert "not taken" in markdown(found)
+
+
+def test_a_stream_is_the_same_again_and_as_dense_as_asked_for() -> None:
+    first, again = (arriving(requests(400), 5.0, cancel_share=0.1, seed=1) for _ in range(2))
+    assert first == again
+    assert 60.0 < first[-1].arrives_s < 100.0
+    assert 20 < sum(request.leaves_s < float("inf") for request in first) < 60
+    assert all(request.leaves_s >= request.arrives_s for request in first)
+
+
+class Clock:
+    """Every piece of work takes as long as it says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.next_s = 0.0
+        monkeypatch.setattr(serving, "_timed", self.timed)
+
+    def timed(self, work: Any) -> float:
+        self.next_s = 0.0
+        work()
+        return self.next_s
+
+
+class Batches:
+    """Draws a batch in a second."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.drawn: list[list[int]] = []
+
+    def draw(self, batch: list[Request], done: object) -> None:
+        self.drawn.append([request.number for request in batch])
+        self.clock.next_s = 1.0
+
+
+def at(request: Request, arrives_s: float, leaves_s: float = float("inf")) -> Request:
+    from dataclasses import replace
+
+    return replace(request, arrives_s=arrives_s, leaves_s=leaves_s)
+
+
+def test_batches_take_the_first_ones_character_and_skip_who_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = requests(5)
+    stream = [at(some[0], 0.0), at(some[1], 0.5), at(some[2], 0.6), at(some[3], 0.7, leaves_s=0.9), at(some[4], 0.8)]
+    system = Batches(Clock(monkeypatch))
+    served = serve_split(system, stream)  # type: ignore[arg-type]
+    assert system.drawn == [[0], [1], [2, 4]]
+    assert sorted(served.all_s) == pytest.approx([1.0, 1.5, 2.2, 2.4])
+    assert served.drawn == 4
+
+
+class Steps:
+    """A drawing that counts its steps; a step of everybody takes a tenth of a second."""
+
+    model = None
+
+    class Drawing:
+        def __init__(self, steps: int) -> None:
+            self.left = steps
+
+        @property
+        def finished(self) -> bool:
+            return self.left == 0
+
+    def __init__(self, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = clock
+        self.together: list[int] = []
+        monkeypatch.setattr(serving, "finish", lambda model, drawing: None)
+
+    def begin(self, request: Request) -> Steps.Drawing:
+        return self.Drawing(request.sketch.steps)
+
+    def step(self, drawings: list[Steps.Drawing]) -> int:
+        self.together.append(len(drawings))
+        for drawing in drawings:
+            drawing.left -= 1
+        self.clock.next_s = 0.1
+        return len(drawings)
+
+
+def test_the_engine_lets_newcomers_join_and_drops_who_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = requests(3, steps=4)
+    stream = [at(some[0], 0.0), at(some[1], 0.15), at(some[2], 0.15, leaves_s=0.35)]
+    system = Steps(Clock(monkeypatch), monkeypatch)
+    served = serve_ours(system, stream)  # type: ignore[arg-type]
+    assert system.together == [1, 1, 3, 3, 1, 1]
+    assert served.drawn == 2
+    assert sorted(served.all_s) == pytest.approx([0.4, 0.45])
