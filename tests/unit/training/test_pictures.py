@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training.captions import CaptionsRecipe
 from training.pictures import ShelfRecipe, shelf
 from training.recipes import toon_clip, toon_decoder, toon_frame, toon_judge, toon_vae
 from training.toon.cast import NEW
@@ -40,7 +41,16 @@ def test_a_shelf_is_drawn_once(tmp_path: Path) -> None:
 
 def _trained_on() -> list[ShelfRecipe]:
     frame = toon_frame()
-    return [*toon_vae().shelves, *toon_decoder().shelves, frame.singles, frame.stories, toon_clip().pairs]
+    captions = CaptionsRecipe()
+    return [
+        *toon_vae().shelves,
+        *toon_decoder().shelves,
+        *frame.singles,
+        *frame.stories,
+        captions.strangers,
+        captions.strangers_stories,
+        toon_clip().pairs,
+    ]
 
 
 def test_nothing_is_trained_on_held_out_splits_or_new_characters() -> None:
