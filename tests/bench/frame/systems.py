@@ -14,6 +14,7 @@ A baseline gets what costs it nothing: its merged copies are ready, and its refe
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -207,7 +208,7 @@ class SplitOurs(Split):
         """A batch from start to end."""
         model = self._model(batch[0].adapter)
         cache = self.caches[batch[0].adapter]
-        drawings = [begin(model, request.sketch, tenant=str(request.number)) for request in batch]
+        drawings = [begin(model, request.sketch, tenant=_stranger()) for request in batch]
         while not drawings[0].finished:
             done.rows += advance(model, drawings, cache).total
         for request, drawing in zip(batch, drawings, strict=True):
@@ -249,7 +250,7 @@ class Ours:
         """A request's drawing. Every request is a tenant's of its own: only what is everybody's is found."""
         outfit = () if request.adapter is None else (Worn(request.adapter + 1, 1.0),)
         worn = () if request.adapter is None else (_weights(request.adapter),)
-        return begin(self.model, replace(request.sketch, characters=worn), outfit, tenant=str(request.number))
+        return begin(self.model, replace(request.sketch, characters=worn), outfit, tenant=_stranger())
 
     def step(self, drawings: Sequence[Drawing]) -> int:
         """One step of everybody; its rows."""
@@ -271,6 +272,14 @@ class Ours:
                     done.pictures[request.number] = finish(self.model, drawing)
             running = [one for one in running if not one[1].finished]
         return done
+
+
+_strangers = itertools.count()
+
+
+def _stranger() -> str:
+    """A tenant that nobody was before: the same request in the next round must not find what this one left."""
+    return f"tenant {next(_strangers)}"
 
 
 def _weights(adapter: int) -> Any:
