@@ -79,7 +79,7 @@ test-fast: setup ## Unit and contract tests
 test: setup ## Every test: unit, contract, end-to-end, chaos
 	$(BIN)/python -m pytest tests/unit tests/contract tests/e2e tests/chaos
 
-bench-frame: setup ## Compare the frame engine with what else draws story frames (half an hour)
+bench-frame: setup ## Compare the frame engine with what else draws story frames (more than an hour)
 	$(BIN)/python -m tests.bench.frame
 
 bench: setup ## Measure cold start, memory, story time and edge overhead

@@ -102,10 +102,6 @@ class SlotTable:
         """Where an adapter lies."""
         return self._slots.get(digest)
 
-    def is_worn(self, digest: str) -> bool:
-        """Whether anybody wears it."""
-        return self._wearers.get(digest, 0) > 0
-
     def wear(self, digest: str) -> tuple[int, bool] | None:
         """A slot for one more wearer, and whether it has to be filled first; None when every slot is worn."""
         if digest in self._slots:

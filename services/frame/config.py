@@ -11,6 +11,13 @@ from pydantic_settings import SettingsConfigDict
 from services.frame.scheduler import SchedulerSettings
 from services.runtime.config import Settings
 
+# Shared with `EngineSettings`; here, because this module costs nothing to import.
+ADAPTER_RANK_MAX = 16
+ADAPTERS_BYTES = 256 << 20
+REFERENCES_BYTES = 256 << 20
+PREFILL_ROWS = 24
+STALL_S = 60.0
+
 
 class FrameSettings(Settings):
     """How frames are drawn here."""
@@ -36,18 +43,20 @@ class FrameSettings(Settings):
     aging_s: float = Field(default=SchedulerSettings.aging_s, gt=0.0)  # waiting that lifts a frame by one priority
     characters_url: str = ""  # object store of characters' weights (file, s3, gs, az); empty: home/characters
     adapter_slots: int = Field(default=0, ge=0, le=1024)  # weights in the network; 0: two for each running frame
-    adapter_rank_max: int = Field(default=16, ge=1, le=256)  # of characters' weights; memory grows with it
-    adapters_bytes: int = Field(default=256 << 20, ge=0)  # of weights that are kept in memory for later
+    adapter_rank_max: int = Field(
+        default=ADAPTER_RANK_MAX, ge=1, le=256
+    )  # of characters' weights; memory grows with it
+    adapters_bytes: int = Field(default=ADAPTERS_BYTES, ge=0)  # of weights that are kept in memory for later
     # How earlier frames are noised: as StoryGen does, or with one noise for all, so that their passes are used again.
     references: Literal["exact", "shared-noise"] = "exact"
-    # Noise levels of earlier frames during a frame: 0 is StoryGen's, one a step and distance. A few cost little: see
-    # the frame service's README.
+    # Noise levels of earlier frames during a frame: 0 is StoryGen's, one a step and distance. With a few of them and
+    # shared noise a picture passes through the network only so often; what that costs in quality is not measured yet.
     reference_levels: int = Field(default=0, ge=0, le=1000)
-    references_bytes: int = Field(default=256 << 20, ge=0)  # of what passes over earlier frames left
-    prefill_rows: int = Field(default=24, ge=0, le=4096)  # rows of such a pass that takes later steps' along
+    references_bytes: int = Field(default=REFERENCES_BYTES, ge=0)  # of what passes over earlier frames left
+    prefill_rows: int = Field(default=PREFILL_ROWS, ge=0, le=4096)  # rows of such a pass that takes later steps' along
     # The same picture bit for bit, whoever is drawn at the same time: every frame steps in forwards of its own.
     strict: bool = False
-    stall_s: float = Field(default=60.0, gt=0.0)  # a single step that takes longer means the engine hangs
+    stall_s: float = Field(default=STALL_S, gt=0.0)  # a single step that takes longer means the engine hangs
     warm_up: bool = True  # draw once before calling itself ready
 
     @field_validator("packs")

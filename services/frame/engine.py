@@ -28,6 +28,7 @@ import structlog
 import torch
 
 from services.frame.adapters import AdapterStore, SlotTable
+from services.frame.config import ADAPTER_RANK_MAX, ADAPTERS_BYTES, PREFILL_ROWS, REFERENCES_BYTES, STALL_S
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.picture import png, webp
 from services.frame.scheduler import Job, Refusal, Scheduler, SchedulerSettings
@@ -82,14 +83,14 @@ class EngineSettings:
     tenant_queue_share: float = SchedulerSettings.tenant_queue_share  # of the waiting jobs that a named tenant may have
     aging_s: float = SchedulerSettings.aging_s  # waiting that lifts a job by one priority
     adapter_slots: int = 0  # characters whose weights lie in the network at the same time; 0: as few as do
-    adapter_rank_max: int = 16  # of their weights
-    adapters_bytes: int = 256 << 20  # of weights that are kept in memory for later
+    adapter_rank_max: int = ADAPTER_RANK_MAX  # of their weights
+    adapters_bytes: int = ADAPTERS_BYTES  # of weights that are kept in memory for later
     references: ReferencePolicy = EXACT  # how earlier frames are noised
-    references_bytes: int = 256 << 20  # of what their passes left, for each of two picture sizes
-    prefill_rows: int = 24  # rows of a reference pass that takes later steps' along; 0: a step's own only
+    references_bytes: int = REFERENCES_BYTES  # of what their passes left, for each of two picture sizes
+    prefill_rows: int = PREFILL_ROWS  # rows of a reference pass that takes later steps' along; 0: a step's own only
     # Every job steps in forwards of its own, so that its picture is bit for bit the same whoever is drawn beside it.
     strict: bool = False
-    stall_s: float = 60.0  # a step that takes longer means the thread hangs
+    stall_s: float = STALL_S  # a step that takes longer means the thread hangs
 
     def __post_init__(self) -> None:
         if self.stall_s <= 0 or self.adapter_rank_max < 1:
@@ -329,15 +330,15 @@ class FrameEngine:
         return self._adapters.get(model.manifest.name, digest, read)
 
     def unload(self, digest: str) -> bool:
-        """Put an adapter out of memory, and out of the networks as soon as no running job wears it; was it there?
+        """Put an adapter out of memory, and out of the networks as soon as no job here asks for it; was it there?
 
         Whoever asks for it later loads it again.
         """
         with self._changed:
-            worn = any(digest in table.resident for table in self._tables.values())
+            resident = any(digest in table.resident for table in self._tables.values())
             self._unwanted.add(digest)
             self._changed.notify()
-        return self._adapters.drop(digest) or worn
+        return self._adapters.drop(digest) or resident
 
     def warm_up(self, timeout_s: float = 120.0) -> None:
         """Draw one step of as many frames as may run at once, with every pack, so that the first caller does not pay.
@@ -480,26 +481,18 @@ class FrameEngine:
         return outfit
 
     def _drop_unwanted(self) -> None:
-        """Clear the slots of adapters that are to leave and that nobody wears."""
+        """Clear the slots of adapters that are to leave and that no job here, drawn or waiting, asks for."""
         with self._changed:
-            unwanted, self._unwanted = self._unwanted, set()
-        later = set()
-        for digest in unwanted:
+            asked = {adapter.digest for ticket in self._tickets.values() for adapter in ticket.adapters}
+            leaving = self._unwanted - asked
+            self._unwanted &= asked
+        for digest in leaving:
             for name, table in self._tables.items():
-                slot = table.slot_of(digest)
-                if slot is None:
-                    continue
-                if table.is_worn(digest):
-                    later.add(digest)
-                    continue
-                slots = self.models[name].slots
-                assert slots is not None
-                slots.clear(slot)
-                table.forget(digest)
+                slot, slots = table.slot_of(digest), self.models[name].slots
+                if slot is not None and slots is not None:
+                    slots.clear(slot)
+                    table.forget(digest)
         self._tell_adapters()
-        if later:
-            with self._changed:
-                self._unwanted |= later
 
     def _tell_adapters(self) -> None:
         resident = sum(len(table.resident) for table in self._tables.values())

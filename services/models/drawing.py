@@ -97,19 +97,6 @@ class Drawing:
         first, last = self.sketch.guidance_interval
         return self.guided if first <= done / len(self.steps) < last else UNGUIDED
 
-    @property
-    def row_count(self) -> int:
-        """Rows of one step, both passes together: what a step costs at most."""
-        return row_count(self.sketch)
-
-
-def row_count(sketch: Sketch) -> int:
-    """Rows of one step of a sketch's drawing, both passes together, nothing being cached."""
-    count = len(sketch.references)
-    branches = guidance(sketch.image_guidance, sketch.text_guidance, has_references=count > 0)
-    nothing, images, everything = (weight != 0.0 for weight in (branches.nothing, branches.images, branches.everything))
-    return nothing + images + everything + count * (nothing + (images or everything))
-
 
 def rows_of_a_frame(sketch: Sketch) -> int:
     """Rows of a whole frame when it finds nothing in the cache but the blank's shared table."""
@@ -219,6 +206,5 @@ __all__ = [
     "begin",
     "finish",
     "preview",
-    "row_count",
     "rows_of_a_frame",
 ]

@@ -29,7 +29,7 @@ SIZES_KEPT = 2  # picture sizes whose pages are kept at the same time
 
 @dataclass(frozen=True, kw_only=True)
 class ReferencePolicy:
-    """How earlier frames are noised. The default is StoryGen's own rule; the others are measured departures from it.
+    """How earlier frames are noised. The default is StoryGen's own rule; the others are departures from it.
 
     `shared_noise`: one noise per pack and size instead of one per frame, so that a row is the same for every frame that
     looks at it, and the blank's rows are a table that is computed once.

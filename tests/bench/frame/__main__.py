@@ -1,6 +1,6 @@
 """`make bench-frame`: the frame engine against what else draws story frames; a table, and one JSON object at the end.
 
-    python -m tests.bench.frame                    30 paired rounds: half an hour of two quiet cores
+    python -m tests.bench.frame                    30 paired rounds and streams of 80: more than an hour
     python -m tests.bench.frame --rounds 3         to see whether the bench works
     python -m tests.bench.frame --check            exit status 1 when a target is missed
 

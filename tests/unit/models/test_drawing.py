@@ -24,7 +24,7 @@ from services.models.denoiser import (
     reference_level,
     reference_levels,
 )
-from services.models.drawing import Randomness, Seen, Sketch, begin, finish, preview
+from services.models.drawing import Randomness, Seen, Sketch, begin, finish, preview, rows_of_a_frame
 from services.models.registry import FrameModel
 from services.models.samplers import SAMPLERS
 from services.models.schedule import Schedule, ScheduleConfig
@@ -211,14 +211,15 @@ def test_guidance_corner_cases_are_the_same_formula(tiny_model: FrameModel, scal
 def test_a_step_computes_no_row_twice_and_none_that_counts_nothing(
     tiny_model: FrameModel, count: int, image_scale: float, text_scale: float, rows: int
 ) -> None:
-    drawing = begin(tiny_model, sketch(count, image_guidance=image_scale, text_guidance=text_scale))
+    job = sketch(count, image_guidance=image_scale, text_guidance=text_scale)
+    drawing = begin(tiny_model, job)
     computed: list[int] = []
     handle = tiny_model.denoiser.unet.conv_in.register_forward_hook(lambda _m, args, _o: computed.append(len(args[0])))
     try:
         advance(tiny_model, [drawing])
     finally:
         handle.remove()
-    assert sum(computed) == rows == drawing.row_count
+    assert sum(computed) == rows == rows_of_a_frame(job) / job.steps
 
 
 def test_guidance_branches_sum_to_one_and_give_the_published_formula() -> None:
