@@ -13,10 +13,11 @@ from services.models.toon import LATENT_CHANNELS
 from training.captions import FOLDER as CAPTIONS
 from training.clip import CHECKPOINT as CLIP
 from training.evaluation.judge import CHECKPOINT as JUDGE
+from training.eyes import CHECKPOINT as EYES
 from training.frame import CHECKPOINT as FRAME
 from training.loop import STARTED_FROM
 from training.precision import on_gpu
-from training.recipes import toon_clip, toon_frame, toon_judge, toon_text, toon_vae
+from training.recipes import toon_clip, toon_eyes, toon_frame, toon_judge, toon_text, toon_vae
 from training.storage import load_checkpoint, training_dir
 from training.text import CHECKPOINT as TEXT
 from training.vae import CHECKPOINT as VAE
@@ -28,7 +29,8 @@ _RUNS = {
     "its decoder alone": DECODER,
     "text encoder": TEXT,
     "frame model": FRAME,
-    "captioner, eyes": f"{CAPTIONS}/sight.safetensors",
+    "eyes": EYES,
+    "captioner, sight": f"{CAPTIONS}/sight.safetensors",
     "captioner, tales": f"{CAPTIONS}/tales.safetensors",
     "captioner, told": f"{CAPTIONS}/told.safetensors",
     "LoRA `story`": f"{CAPTIONS}/story.safetensors",
@@ -79,7 +81,7 @@ def model_card(evaluation: Mapping[str, Any] | None = None, today: datetime | No
     """The card as Markdown. Without an evaluation it says that there is none yet."""
     gpu = on_gpu()
     vae, frame, judge, clip = toon_vae(gpu=gpu), toon_frame(gpu=gpu), toon_judge(gpu=gpu), toon_clip(gpu=gpu)
-    text = toon_text(gpu=gpu)
+    text, eyes = toon_text(gpu=gpu), toon_eyes(gpu=gpu)
     day = (today or datetime.now(UTC)).strftime("%Y-%m-%d")
     measured = "Not evaluated yet: run `make eval-toon`."
     limits = ""
@@ -102,12 +104,16 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 | `text_encoder/` | CLIP text model, 192 wide, 4 layers, 96 positions; its words see both ways |
 | `unet/` | StoryGen UNet (96, 160): diffusers' conditional UNet with `attn3` and `norm4` in every transformer block |
 | `tokenizer/` | byte-level BPE, 2,048 entries, shared by all |
+| `eyes/` | convolutions and attention that read who stands where, looking how: for the captioner |
 | `llava/`, `adapters/` | LLaVA base, LoRA adapters `story` and `descriptive` |
 | `clip/` | small CLIP, for metrics only |
 
 ## Data
 
-- Autoencoder: {vae.shelves[0].count:,} pictures of random looks and gradings, {vae.shelves[1].count:,} of the cast.
+- Eyes: {eyes.shelves[0].count:,} frames of the cast and {eyes.shelves[1].count:,} of strangers.
+- Autoencoder: {vae.shelves[0].count:,} pictures of random looks and gradings, {vae.shelves[1].count:,} of the cast and
+  {vae.shelves[2].count:,} of strangers. Figures count more than what is around them, and what the eyes see of a decoded
+  picture should be what they see of the true one.
 - Text encoder: descriptions without pictures, {text.batch} a step, none twice, {text.strangers_share:.0%} of them of
   strangers; it answers who stands where, looking how, doing what, and is then left as it is.
 - Frame model: {frame.singles[0].count:,} single frames of the cast and {frame.singles[1].count:,} of strangers,

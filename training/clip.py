@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
+from services.models.eyes import as_input
 from services.models.tokenizer import StoryTokenizer
 from training.command import run_arguments, run_parser
-from training.evaluation.judge import as_input
 from training.loop import LoopRecipe, RunResult, train
 from training.pictures import ShelfRecipe, shelf
 from training.precision import autocast, device_of, on_gpu

@@ -16,13 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from training.storage import training_dir
-from training.toon.render import render
+from training.toon.render import figure_mask, render
 from training.toon.scene import Scene
 from training.toon.world import Frame, StoryFrame, sample_frame, sample_story
 
 STORY_FRAMES = 5
 STORY_BREADTHS = {"story": "scene", "strangers": "looks"}  # of a shelf: the world's breadth of its stories
 _CHUNK = 250  # pictures one worker draws at a time
+
+FIGURES_SHRINK = 4  # pixels along each side of what a mask of figures says one thing about
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -39,10 +41,19 @@ class ShelfRecipe:
     count: int
     first_seed: int = 0
     size_px: int = 128
+    masks: bool = False  # instead of pictures, where their figures are: 1 or 0, `[N, H/4, W/4]`
 
     @property
     def file_name(self) -> str:
-        return f"{self.breadth}-{self.split}-{self.first_seed}-{self.count}-{self.size_px}px.npy"
+        of = "-figures" if self.masks else ""
+        return f"{self.breadth}-{self.split}-{self.first_seed}-{self.count}-{self.size_px}px{of}.npy"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the shelf's array."""
+        cells = self.size_px // FIGURES_SHRINK
+        one = (cells, cells) if self.masks else (self.size_px, self.size_px, 3)
+        return self.pictures_count, *one
 
     @property
     def seeds(self) -> range:
@@ -70,8 +81,17 @@ def _draw(job: tuple[ShelfRecipe, int, int, str]) -> int:
     scenes = recipe.scenes(recipe.seeds[first:last])
     pictures = np.lib.format.open_memmap(path, mode="r+")  # type: ignore[no-untyped-call]
     for offset, scene in enumerate(scenes):
-        pictures[first * per_seed + offset] = render(scene, recipe.size_px)
+        pictures[first * per_seed + offset] = _drawn(recipe, scene)
     return len(scenes)
+
+
+def _drawn(recipe: ShelfRecipe, scene: Scene) -> Pixels:
+    if not recipe.masks:
+        return render(scene, recipe.size_px)
+    rows, columns = recipe.shape[1:]
+    cells = figure_mask(scene, recipe.size_px).reshape(rows, FIGURES_SHRINK, columns, FIGURES_SHRINK)
+    seen: Pixels = cells.max(axis=3).max(axis=1).astype(np.uint8)
+    return seen
 
 
 def shelf(recipe: ShelfRecipe, workers: int = 1, folder: Path | None = None) -> Pixels:
@@ -84,8 +104,7 @@ def shelf(recipe: ShelfRecipe, workers: int = 1, folder: Path | None = None) -> 
     path = home / recipe.file_name
     if not path.exists():
         part = path.with_name(path.name + ".part")
-        shape = (recipe.pictures_count, recipe.size_px, recipe.size_px, 3)
-        empty = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)  # type: ignore[no-untyped-call]
+        empty = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=recipe.shape)  # type: ignore[no-untyped-call]
         empty.flush()
         jobs = [
             (recipe, first, min(first + _CHUNK, recipe.count), str(part)) for first in range(0, recipe.count, _CHUNK)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from services.models.eyes import Answers
 from training.toon.cast import MAIN
 from training.toon.colours import CLOTH, FUR
 from training.toon.scene import (
@@ -96,23 +97,6 @@ def answers(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     return out
 
 
-class Answers(nn.Module):
-    """One linear answer per question; with `present` also whether there is anybody in a slot."""
-
-    def __init__(self, width: int, *, present: bool) -> None:
-        super().__init__()
-        slot = {name: len(words) for name, words in SLOT_QUESTIONS.items()} | ({PRESENT: 2} if present else {})
-        self.slot_heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in slot.items()})
-        self.scene_heads = nn.ModuleDict(
-            {name: nn.Linear(width, len(words)) for name, words in SCENE_QUESTIONS.items()}
-        )
-
-    def forward(self, slots_BKW: Tensor, scene_BW: Tensor) -> dict[str, Tensor]:
-        """Logits: `[B, slots, words]` per slot question, `[B, words]` per scene question."""
-        said = {name: head(slots_BKW) for name, head in self.slot_heads.items()}
-        return said | {name: head(scene_BW) for name, head in self.scene_heads.items()}
-
-
 class Reader(nn.Module):
     """Asks states: a learned query per slot and one for the scene, then a linear answer per question."""
 
@@ -121,7 +105,7 @@ class Reader(nn.Module):
         self.query = nn.Parameter(torch.randn(MAX_ACTORS + 1, width) * 0.1)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
-        self.answers = Answers(width, present=True)
+        self.answers = Answers(width, {**SLOT_QUESTIONS, PRESENT: ("nobody", "somebody")}, SCENE_QUESTIONS)
 
     def forward(self, states_BSD: Tensor, padding_BS: Tensor | None = None) -> dict[str, Tensor]:
         """Logits: `[B, slots, words]` per slot question, `[B, words]` per scene question.

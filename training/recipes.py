@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from training.clip import ClipRecipe
-from training.evaluation.judge import JudgeRecipe
+from training.eyes import EyesRecipe
 from training.frame import FrameRecipe
 from training.loop import LoopRecipe
 from training.optimizer import OptimizerRecipe, Pace
@@ -30,10 +30,13 @@ def toon_vae(minutes: float | None = None, *, gpu: bool = False) -> VaeRecipe:
         shelves=(
             ShelfRecipe(split="train", breadth="wide", count=8_000),
             ShelfRecipe(split="train", breadth="scene", count=16_000),
+            ShelfRecipe(split="train", breadth="looks", count=20_000),
         ),
         batch=32 if gpu else 4,
         crops_share=0.45,
         square_weight=3.0,
+        figure_weight=2.0,
+        seen_weight=2.0,
         edge_weight=0.5,
         held_out=(
             ("known", ShelfRecipe(split="validation", breadth="scene", count=256)),
@@ -96,9 +99,27 @@ def toon_frame(minutes: float | None = None, *, gpu: bool = False) -> FrameRecip
     )
 
 
-def toon_judge(minutes: float | None = None, *, gpu: bool = False) -> JudgeRecipe:
+def toon_eyes(minutes: float | None = None, *, gpu: bool = False) -> EyesRecipe:
+    """The pack's eyes: the cast, and as many strangers, so that a look is read and not recognised."""
+    return EyesRecipe(
+        loop=LoopRecipe(
+            pace=Pace(steps=4_000, warmup_steps=40, minutes=minutes, decay_share=0.6),
+            optimizer=OptimizerRecipe(matrix_rate=0.02, rate=2e-3, weight_decay=0.01),
+            seed=7,
+            ema=0.99,
+        ),
+        shelves=(
+            ShelfRecipe(split="train", breadth="scene", count=16_000),
+            ShelfRecipe(split="train", breadth="looks", count=100_000 if gpu else 20_000),
+        ),
+        held_out=ShelfRecipe(split="test", breadth="looks", count=400),
+        batch=256 if gpu else 32,
+    )
+
+
+def toon_judge(minutes: float | None = None, *, gpu: bool = False) -> EyesRecipe:
     """The judge of `make eval-toon`: seeds that nothing else is trained on, accuracy on held-out combinations."""
-    return JudgeRecipe(
+    return EyesRecipe(
         loop=LoopRecipe(
             pace=Pace(steps=4_000, warmup_steps=40, minutes=minutes, decay_share=0.6),
             optimizer=OptimizerRecipe(matrix_rate=0.02, rate=2e-3, weight_decay=0.01),

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from services.models.eyes import FOLDER as EYES_FOLDER
+from services.models.eyes import save_eyes
 from services.models.pack import Pack, PackSettings, Sampling, write_pack
 from services.models.registry import save_network
 from services.models.storygen import build_storygen
@@ -26,11 +28,12 @@ from training.card import model_card
 from training.clip import CHECKPOINT as CLIP_CHECKPOINT
 from training.clip import export_clip, train_clip, trained_clip
 from training.evaluation.judge import train_and_ship
+from training.eyes import train_eyes, trained_eyes
 from training.frame import train_frame, trained_frame
 from training.latents import scaling_of
 from training.pictures import shelf
 from training.precision import on_gpu
-from training.recipes import toon_clip, toon_decoder, toon_frame, toon_judge, toon_text, toon_vae
+from training.recipes import toon_clip, toon_decoder, toon_eyes, toon_frame, toon_judge, toon_text, toon_vae
 from training.storage import training_dir
 from training.text import train_text, trained_text
 from training.toon.knowledge import write_knowledge
@@ -41,7 +44,7 @@ SAMPLING = Sampling(sampler="dpm_solver_pp_2m", default_steps=6, default_text_gu
 
 
 def write_networks(folder: Path) -> PackSettings:
-    """Write VAE, text encoder, UNet and CLIP of the training folder into a pack's folder; returns the pack's settings.
+    """Write every network of frames, and the eyes, from the training folder into a pack; returns its settings.
 
     Raises FileNotFoundError when a network is not trained yet (a CLIP may be missing).
     """
@@ -51,6 +54,7 @@ def write_networks(folder: Path) -> PackSettings:
     save_network(folder / "unet", unet, UNET, torch.float16)
     save_network(folder / "text_encoder", trained_text().model, TEXT, torch.float16)
     save_network(folder / "vae", vae, VAE, torch.float16)
+    save_eyes(trained_eyes(), folder / EYES_FOLDER)
     if (training_dir() / CLIP_CHECKPOINT).is_file():  # for metrics only: a pack can be served without it
         export_clip(trained_clip(), folder / "clip")
     return PackSettings(
@@ -100,6 +104,7 @@ def stages(folder: Path) -> dict[str, Callable[[], object]]:
 
     return {
         "tokenizer": tokenizer,
+        "eyes": lambda: train_eyes(toon_eyes(gpu=on_gpu())),
         "vae": lambda: train_vae(toon_vae(gpu=on_gpu())),
         "text": lambda: train_text(toon_text(gpu=on_gpu())),
         "decoder": lambda: train_vae(toon_decoder(gpu=on_gpu())),

@@ -6,11 +6,12 @@ go on learning alone while the frame model already trains: latents stay what the
 
     python -m training.vae [--minutes 20] [--threads 2]
     python -m training.vae --decoder
+    python -m training.vae --near services/models/packs/toon    # a pack's autoencoder goes on without its frame model
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,18 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from services.models.pack import load_pack
+from services.models.registry import load_frame_model
 from services.models.toon import toon_vae as fresh_vae
+from services.models.vae import Codec
 from training.command import run_arguments, run_parser
+from training.eyes import trained_eyes
 from training.loop import LoopRecipe, RunResult, train
-from training.pictures import Pixels, ShelfRecipe, shelf
+from training.pictures import FIGURES_SHRINK, Pixels, ShelfRecipe, shelf
 from training.precision import autocast, device_of, on_gpu
 from training.storage import load_checkpoint, training_dir
 
+NEAR_WEIGHT = 0.3
 CHECKPOINT = "vae.safetensors"
 DECODER_CHECKPOINT = "decoder.safetensors"
 _ENCODING = ("encoder.", "quant_conv.")
@@ -45,27 +51,38 @@ class VaeRecipe:
     kl_weight: float = 1e-4  # per latent value: keeps latents bounded and smooth without blurring the picture
     square_weight: float = 1.0
     absolute_weight: float = 1.0
+    figure_weight: float = 1.0  # of a pixel with a figure against one without: that is where looks are told apart
     edge_weight: float = 1.0  # of the gradient loss, once the crops are over; outlines are what faces are made of
+    seen_weight: float = 0.0  # of what the pack's eyes (`training.eyes`) see in the decoded frame, against the true one
+    near_weight: float = 0.0  # keeps latents close to a pack's, so that its frame model can go on: see `--near`
     decoder_only: bool = False  # keep the encoder of a finished run as it is
 
 
-def picture_batch(shelves: list[Pixels], rows: int, generator: torch.Generator, crop_px: int | None = None) -> Tensor:
-    """`[rows, 3, h, w]` in −1..1: pictures of all shelves alike, each cut at its own place when `crop_px` is given."""
-    counts = [len(s) for s in shelves]
+def picture_batch(
+    shelves: list[tuple[Pixels, Pixels]], rows: int, generator: torch.Generator, crop_px: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pictures of all shelves alike, `[rows, 3, h, w]` in −1..1, and where figures are in them, `[rows, 1, h, w]`.
+
+    Each is cut at its own place when `crop_px` is given. A shelf comes with its figures' masks.
+    """
+    counts = [len(pictures) for pictures, _ in shelves]
     picks = torch.randint(sum(counts), (rows,), generator=generator).tolist()
-    size = shelves[0].shape[1]
+    size = shelves[0][0].shape[1]
     room = 0 if crop_px is None else size - crop_px
     corners = torch.randint(room + 1, (rows, 2), generator=generator).tolist()
-    out = []
+    out, masks = [], []
     for pick, (top, left) in zip(picks, corners, strict=True):
         which = 0
         while pick >= counts[which]:
             pick -= counts[which]
             which += 1
         extent = crop_px or size
-        out.append(shelves[which][pick, top : top + extent, left : left + extent])
+        pictures, figures = shelves[which]
+        window = slice(top, top + extent), slice(left, left + extent)
+        out.append(pictures[pick][window])
+        masks.append(figures[pick].repeat(FIGURES_SHRINK, axis=0).repeat(FIGURES_SHRINK, axis=1)[window])
     pixels = torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
-    return pixels.float().div_(127.5).sub_(1.0)
+    return pixels.float().div_(127.5).sub_(1.0), torch.from_numpy(np.stack(masks))[:, None].float()
 
 
 def gradients(pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,11 +117,23 @@ def reconstruction_psnr_db(vae: AutoencoderKL, pictures: Pixels) -> float:
 class VaeTrainee:
     """An autoencoder in training."""
 
-    def __init__(self, vae: AutoencoderKL, recipe: VaeRecipe, folder: Path | None = None, workers: int = 1) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        recipe: VaeRecipe,
+        folder: Path | None = None,
+        workers: int = 1,
+        near: Codec | None = None,
+    ) -> None:
+        """`near` is whose latents the new ones stay close to, as far as the recipe says."""
         self.networks = nn.ModuleDict({"vae": vae})
+        self.near = near
+        self.eyes = trained_eyes(folder).requires_grad_(False) if recipe.seen_weight > 0 else None
         self.vae: Any = vae
         self.recipe = recipe
-        self.shelves = [shelf(s, workers, folder) for s in recipe.shelves]
+        self.shelves = [
+            (shelf(s, workers, folder), shelf(replace(s, masks=True), workers, folder)) for s in recipe.shelves
+        ]
         self.held_out = [(name, shelf(s, workers, folder)) for name, s in recipe.held_out]
         if recipe.decoder_only:
             for name, parameter in vae.named_parameters():
@@ -113,11 +142,13 @@ class VaeTrainee:
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
         recipe = self.recipe
         crops = progress < recipe.crops_share
-        size = int(self.shelves[0].shape[1])
+        size = int(self.shelves[0][0].shape[1])
         rows = recipe.batch * (size // recipe.crop_px) ** 2 if crops else recipe.batch
-        pixels = picture_batch(self.shelves, rows, generator, recipe.crop_px if crops else None)
+        pixels, figures = picture_batch(self.shelves, rows, generator, recipe.crop_px if crops else None)
         device = device_of(self.networks)
         pixels = pixels.to(device)
+        weight = 1.0 + (recipe.figure_weight - 1.0) * figures.to(device)
+        weight = weight / weight.mean()
         with autocast(device):
             with torch.set_grad_enabled(not recipe.decoder_only):
                 posterior = self.vae.encode(pixels, return_dict=False)[0]
@@ -126,10 +157,17 @@ class VaeTrainee:
             again = self.vae.decode(latents, return_dict=False)[0].float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
         loss = (
-            recipe.square_weight * F.mse_loss(again, pixels)
-            + recipe.absolute_weight * F.l1_loss(again, pixels)
+            recipe.square_weight * (weight * (again - pixels).square()).mean()
+            + recipe.absolute_weight * (weight * (again - pixels).abs()).mean()
             + recipe.kl_weight * kl
         )
+        if self.near is not None and not recipe.decoder_only:
+            was = self.near.encode(pixels.cpu() * 0.5 + 0.5).to(device)
+            loss = loss + recipe.near_weight * (self.near.normalised(mean.cpu()).to(device) - was).square().mean()
+        if not crops and self.eyes is not None:
+            eyes = self.eyes.to(device)
+            true = eyes.cells(pixels).detach()
+            loss = loss + recipe.seen_weight * (eyes.cells(again) - true).square().mean() / true.var()
         if not crops:
             edges = zip(gradients(again), gradients(pixels), strict=True)
             loss = loss + recipe.edge_weight * sum((F.l1_loss(a, b) for a, b in edges), torch.zeros((), device=device))
@@ -140,16 +178,17 @@ class VaeTrainee:
         return {f"{name}_psnr_db": reconstruction_psnr_db(self.vae, pictures) for name, pictures in self.held_out}
 
 
-def train_vae(recipe: VaeRecipe, workers: int = 1) -> RunResult:
+def train_vae(recipe: VaeRecipe, workers: int = 1, near: Codec | None = None) -> RunResult:
     """Train, or continue, the autoencoder or its decoder; the checkpoint lies in the training folder.
 
-    Raises FileNotFoundError when only the decoder is to learn and there is no finished autoencoder.
+    Raises FileNotFoundError when only the decoder is to learn and there is no finished autoencoder, and when eyes are
+    to help that were not trained yet.
     """
     torch.manual_seed(recipe.loop.seed)
     vae = encoding_vae() if recipe.decoder_only else fresh_vae()
     # First and last convolutions see pixels and latents, not features.
     return train(
-        VaeTrainee(vae, recipe, workers=workers),
+        VaeTrainee(vae, recipe, workers=workers, near=near),
         recipe.loop,
         training_dir() / (DECODER_CHECKPOINT if recipe.decoder_only else CHECKPOINT),
         adam_only=lambda name: any(part in name for part in ("conv_in", "conv_out", "quant_conv")),
@@ -188,8 +227,14 @@ def main() -> None:
 
     parser = run_parser(__doc__)
     parser.add_argument("--decoder", action="store_true", help="let the decoder of a finished run learn on")
+    parser.add_argument("--near", type=Path, help="a pack whose latents the new ones are kept close to")
     arguments = run_arguments(parser)
-    result = train_vae((toon_decoder if arguments.decoder else toon_vae)(arguments.minutes, gpu=on_gpu()))
+    recipe = (toon_decoder if arguments.decoder else toon_vae)(arguments.minutes, gpu=on_gpu())
+    near = None
+    if arguments.near is not None:
+        recipe, near = replace(recipe, near_weight=NEAR_WEIGHT), load_frame_model(load_pack(arguments.near)).codec
+        near.vae.requires_grad_(False)
+    result = train_vae(recipe, near=near)
     print(f"vae: {result.steps} steps, {result.elapsed_s / 60:.1f} min, {result.figures}")
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import structlog
 from PIL import Image
 
@@ -31,6 +32,7 @@ from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob, Written
 from services.models import llava, prompts, repetition, thread
 from services.models.cast import Cast, name_tokens
+from services.models.eyes import Eyes, load_eyes, new_looks
 from services.models.pack import Pack
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
 from services.models.world import World
@@ -74,12 +76,13 @@ class CaptionModel:
     context_tokens: int
     cast: Cast = field(default_factory=Cast)
     world: World = field(default_factory=World)
+    eyes: Eyes | None = None
 
 
 def read_model(pack: Pack) -> CaptionModel:
     """The sizes of a checked pack's LLaVA. Raises PackFileMissing when the pack has none.
 
-    Raises ValueError when its `cast.json` or `world.json` is malformed.
+    Raises ValueError when its `cast.json`, `world.json` or eyes are malformed.
     """
     config = json.loads(pack.path("llava/config.json").read_text(encoding="utf-8"))
     vision = config["vision_config"]
@@ -93,6 +96,7 @@ def read_model(pack: Pack) -> CaptionModel:
         context_tokens=config["text_config"]["max_position_embeddings"],
         cast=Cast.load(pack.folder),
         world=World.load(pack.folder),
+        eyes=load_eyes(pack.folder),
     )
 
 
@@ -222,7 +226,8 @@ class CaptionEngine:
     async def describe(self, job: DescribeJob) -> Written:
         """The description of `job.caption`; of the pack's cast it names only whom the story's captions mention.
 
-        Somebody whom the pack does not know keeps the looks of the first earlier description that tells them.
+        Somebody whom the pack does not know keeps the looks of the first earlier description that tells them; while
+        none does, those that the pack's eyes read off the picture.
 
         Raises the same errors as `write_caption`.
         """
@@ -240,7 +245,8 @@ class CaptionEngine:
                 check_caption(text, f"{name}[{number}]")
         cast, tokenizer = self.model.cast, self.model.tokenizer
         captions = cast.context(job.earlier_captions, job.previous_caption, job.caption)
-        looks = {**prompts.told_looks(job.earlier_descriptions), **self.model.world.characters}
+        known = {**prompts.told_looks(job.earlier_descriptions), **self.model.world.characters}
+        looks = {**await self._seen_looks(job, known), **known}
         lines = prompts.cast_lines(looks, (*job.earlier_captions, job.previous_caption, job.caption))
         prompt = prompts.description_prompt(tokenizer, job.previous_caption, job.caption, budget, lines)
         locked = self._guards.name_lock
@@ -258,6 +264,19 @@ class CaptionEngine:
 
         rules: dict[str, Rule] = {"name_lock": lambda text: cast.faults(text, *captions)} if locked else {}
         return await self._guarded(rules, NAME_LOCK_TRIES, job.sampling, write, repair)
+
+    async def _seen_looks(self, job: DescribeJob, known: Mapping[str, str]) -> dict[str, str]:
+        """What the picture shows of somebody whom its caption names and of whom nobody has said what they look like.
+
+        Nothing when the pack has no eyes, or when it is not clear which figure is meant.
+        """
+        eyes = self.model.eyes
+        names, others = self.model.world.whom((*job.earlier_captions, job.previous_caption), known)
+        if eyes is None or not names:
+            return {}
+        picture = await asyncio.to_thread(read_image, job.image, eyes.shape.image_px)
+        figures = await asyncio.to_thread(eyes.figures, np.asarray(picture))
+        return new_looks(names, others, figures, eyes.phrase)
 
     async def _guarded(
         self,

@@ -6,6 +6,7 @@
       tokenizer/           tokenizer.json, shared by all networks
       unet/ vae/ text_encoder/        config.json + weights, for the frame service
       llava/ adapters/     for the caption service
+      eyes/                for the caption service, where its LLaVA needs help with looks
       clip/                for metrics
       cast.json world.json whom it names; what it knows, so that it can say what it does not
 

@@ -106,6 +106,11 @@ class Codec:
         """
         return self._encode(pixels_BCHW * 2.0 - 1.0, noise)
 
+    def normalised(self, raw_BCHW: Tensor) -> Tensor:
+        """Latents as the encoder gives them, shifted and scaled."""
+        out: Tensor = (raw_BCHW - self._shift) * self._scale
+        return out.float()
+
     def encode_references(self, pixels_BCHW: Tensor, noise: Tensor | None = None) -> Tensor:
         """Normalised latents of pictures to *look at*.
 
@@ -129,5 +134,4 @@ class Codec:
         raw = posterior.mean
         if noise is not None and self.sample_latents:
             raw = raw + posterior.std * noise.to(raw)
-        out: Tensor = (raw - self._shift) * self._scale
-        return out.float()
+        return self.normalised(raw)

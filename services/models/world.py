@@ -139,19 +139,31 @@ class World:
         A name is a capitalised word that is no known word, or that does not begin a sentence: "Snow" is a name in
         "a dog called Snow". In a caption that capitalises every word, and behind an article, capitals say nothing.
         """
+        return tuple(name for name in self.names_in(caption) if name.lower() not in self._names)
+
+    def names_in(self, caption: str) -> tuple[str, ...]:
+        """The names of a caption, whether or not they are known, each once."""
         if not self.words:
             return ()
         words = list(_words(caption))
         titled = all(word.text[0].isupper() for word in words if word.lower not in _FUNCTION_WORDS)
         found: list[str] = []
         for before, word in zip([None, *words], words, strict=False):
-            if not self._is_name(word) or word.lower in self._names:
+            if not self._is_name(word):
                 continue
-            ordinary = self._knows(word.lower)
+            ordinary = self._knows(word.lower) and word.lower not in self._names
             meant = not (word.begins or titled or (before and before.lower in _ARTICLES))
             if meant or not ordinary:
                 found.append(word.text)
         return tuple(dict.fromkeys(found))
+
+    def whom(self, captions: Sequence[str], known: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Whom the picture of the last of `captions` shows: names that `known` has no look for, and others' looks.
+
+        "She ran." is about whom the captions before it name.
+        """
+        named = self.names_in(captions[-1]) or self.names_in("\n".join(captions[:-1]))
+        return tuple(n for n in named if n not in known), tuple(known[n] for n in named if n in known)
 
     def unfamiliar_texts(self, caption: str, field: str) -> tuple[Unfamiliar, ...]:
         """What to say of a caption: of its words, of its names, or nothing."""

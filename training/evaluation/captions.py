@@ -33,6 +33,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from services.models import llava, prompts, repetition, thread
 from services.models.cast import Cast, name_tokens
+from services.models.eyes import load_eyes, new_looks
 from services.models.repetition import is_near_copy
 from services.models.tokenizer import StoryTokenizer
 from services.models.world import World
@@ -73,7 +74,7 @@ class Captioner:
             for name in llava.ADAPTERS
         }
         self.cast = Cast.load(pack)
-        self.looks = World.load(pack).characters
+        self.world, self.eyes = World.load(pack), load_eyes(pack)
         config = self.models[llava.ADAPTERS[0]].config
         self.image_tokens_count: int = config.image_seq_length
 
@@ -151,7 +152,10 @@ class Captioner:
         questions, contexts, looks = [], [], []
         for (*earlier, before, caption), image, texts in zip(histories, images, described, strict=True):
             context = self.cast.context(earlier, before, caption)
-            known = {**prompts.told_looks(texts), **self.looks}
+            known = {**prompts.told_looks(texts), **self.world.characters}
+            names, others = self.world.whom((*earlier, before), known)
+            if names and self.eyes is not None:
+                known = {**new_looks(names, others, self.eyes.figures(image), self.eyes.phrase), **known}
             lines = prompts.cast_lines(known, (*earlier, before, caption))
             prompt = prompts.description_prompt(self.tokenizer, before, caption, _BUDGET_TOKENS, lines)
             looks.append(known)

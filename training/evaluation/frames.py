@@ -21,12 +21,13 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from services.models.drawing import Drawing, Pixels, Seen, Sketch, begin, finish
+from services.models.eyes import as_input
 from services.models.pack import Pack
 from services.models.references import EXACT, ReferenceCache, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.step import advance
 from training.evaluation.figures import Figure, difference, gap, mean, share
-from training.evaluation.judge import Judge, Verdict, as_input, outcomes, truth
+from training.evaluation.judge import Judge
 from training.toon.reading import parse
 from training.toon.render import render
 from training.toon.scene import Scene
@@ -34,6 +35,7 @@ from training.toon.splits import is_held_out
 from training.toon.stories import Story
 from training.toon.world import sample_frame, sample_story
 from training.vae import psnr_of_pictures
+from training.verdicts import Verdict, outcomes, truth
 
 MAX_REFERENCES = 3
 FIRST_SEED = 500_000  # seeds of evaluation frames; training's are far below

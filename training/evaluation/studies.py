@@ -40,11 +40,12 @@ from training.evaluation.frames import (
     same_place,
     story_tasks,
 )
-from training.evaluation.judge import Judge, load_judge, outcomes, truth
+from training.evaluation.judge import Judge, load_judge
 from training.evaluation.toon import DEFAULT_PACK
 from training.toon.reading import parse
 from training.toon.render import render
 from training.toon.stories import STORY_LENGTH, Story
+from training.verdicts import outcomes, truth
 
 QUESTIONS = ("characters", "look", "mood", "action", "prop", "setting", "time")
 STEPS = (4, 6, 8, 10, 15, 20)

@@ -27,6 +27,7 @@ PLACES: dict[int, tuple[tuple[float, ...], float]] = {
 HOLDING_PLACES: dict[int, tuple[float, ...]] = {1: (54.0,), 2: (28.0, 82.0), 3: (19.0, 57.0, 96.0)}
 BESIDE_X = 104.0  # where a thing on the ground lies beside a single actor, who then steps aside
 ASIDE_X = 47.0
+_SAME_COLOUR = 8  # of 255, in the channel that differs most
 PROP_FACTOR = {1: 1.0, 2: 1.18, 3: 1.2}  # held things shrink less than who holds them, or they could not be seen
 
 
@@ -59,6 +60,17 @@ def _graded(pixels: npt.NDArray[np.uint8], grade: Grade) -> npt.NDArray[np.uint8
 
 def render(scene: Scene, size_px: int = 128) -> npt.NDArray[np.uint8]:
     """Return the picture of `scene`: uint8 RGB of shape [size_px, size_px, 3]."""
+    return _drawn(scene, size_px, figures=True)
+
+
+def figure_mask(scene: Scene, size_px: int = 128) -> npt.NDArray[np.bool_]:
+    """Where figures, their shadows and what they hold are seen in `render`'s picture: [size_px, size_px]."""
+    with_them, without = (_drawn(scene, size_px, figures=figures).astype(np.int16) for figures in (True, False))
+    seen: npt.NDArray[np.bool_] = np.abs(with_them - without).max(axis=-1) > _SAME_COLOUR
+    return seen
+
+
+def _drawn(scene: Scene, size_px: int, *, figures: bool) -> npt.NDArray[np.uint8]:
     surface = skia.Surface(size_px, size_px)
     canvas = surface.getCanvas()
     canvas.scale(size_px / SIZE, size_px / SIZE)
@@ -70,7 +82,7 @@ def render(scene: Scene, size_px: int = 128) -> npt.NDArray[np.uint8]:
         xs = (ASIDE_X,)
     elif scene.actors[-1].prop in SIDE_PROPS:
         xs = HOLDING_PLACES[count]
-    for actor, x in zip(scene.actors, xs, strict=True):
+    for actor, x in zip(scene.actors, xs, strict=True) if figures else ():
         _actor(pen, actor, x, scale, PROP_FACTOR[count])
     if scene.ground_prop is not None:
         if count == 1:

@@ -7,6 +7,8 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
@@ -24,6 +26,7 @@ from services.caption.engine import (
 from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob
 from services.models.cast import Cast
+from services.models.eyes import LOOK, Eyes, EyesShape, Figure
 from services.models.tokenizer import StoryTokenizer
 from services.models.world import World
 from services.runtime.config import SHIPPED_PACKS
@@ -393,6 +396,67 @@ async def test_a_description_is_asked_with_the_looks_that_the_pack_knows() -> No
     await engine.describe(replace(DESCRIBE, previous_caption="Pip came.", caption="Pip and Zora ran."))
     asked = MODEL.tokenizer.decode(driver.asks[0].ids)
     assert "Cast: Pip, an orange cat. Previous frame" in asked
+
+
+class FixedEyes(Eyes):
+    """See the same figures in every picture."""
+
+    def __init__(self, *looks: str, sureness: float = 1.0) -> None:
+        super().__init__(EyesShape(figure=dict.fromkeys(LOOK, ("",)), scene={}))
+        self.seen = tuple(
+            Figure(answers=dict(zip(LOOK, look.split(), strict=True)), sureness=dict.fromkeys(LOOK, sureness))
+            for look in looks
+        )
+        self.pictures: list[tuple[int, ...]] = []
+
+    def figures(self, picture: npt.NDArray[np.uint8]) -> tuple[Figure, ...]:
+        self.pictures.append(picture.shape)
+        return self.seen
+
+
+DUCK, CAT = "duck red hat teal", "cat orange scarf blue"
+WORLD_OF_PIP = World(
+    words=("ran", "came", "met", "and"), characters={"Pip": "an orange cat with a blue scarf"}, names=("Tessa",)
+)
+
+
+@pytest.mark.parametrize(
+    ("looks", "previous", "asked"),
+    [
+        ((DUCK,), "Tessa came.", "Cast: Tessa, a red duck with a teal hat. Previous"),
+        ((CAT, DUCK), "Pip met Tessa.", "Cast: Tessa, a red duck with a teal hat; Pip, an orange cat"),
+        ((DUCK, CAT), "Tessa and Zed came.", "Previous"),  # who of the two is which?
+        ((DUCK, DUCK), "Tessa came.", "Previous"),  # which of the two is she?
+        ((CAT,), "Pip came.", "Previous"),  # nobody says what Tessa looks like
+    ],
+)
+async def test_eyes_tell_what_a_stranger_looks_like(looks: tuple[str, ...], previous: str, asked: str) -> None:
+    driver, eyes = ScriptedDriver(["Tessa runs."]), FixedEyes(*looks)
+    model = replace(MODEL, world=WORLD_OF_PIP, eyes=eyes)
+    await CaptionEngine(model, driver).describe(replace(DESCRIBE, previous_caption=previous, caption="Tessa ran."))
+    question = MODEL.tokenizer.decode(driver.asks[0].ids)
+    assert asked in question
+    assert ("Tessa, a" in question) == ("Tessa, a" in asked)
+    assert eyes.pictures == ([] if previous == "Pip came." else [(128, 128, 3)])
+
+
+async def test_eyes_are_believed_only_when_they_are_sure_and_nobody_has_said_otherwise() -> None:
+    for sureness, told, asked in (
+        (0.8, (), False),  # of four parts
+        (1.0, ("Tessa, a green dragon with a red cape, ran.",), False),
+        (1.0, (), True),
+    ):
+        driver, eyes = ScriptedDriver(["Tessa runs."]), FixedEyes(DUCK, sureness=sureness)
+        job = replace(DESCRIBE, previous_caption="Tessa came.", caption="Tessa ran.", earlier_descriptions=told)
+        await CaptionEngine(replace(MODEL, world=WORLD_OF_PIP, eyes=eyes), driver).describe(job)
+        assert ("a red duck" in MODEL.tokenizer.decode(driver.asks[0].ids)) == asked
+
+
+async def test_she_is_whom_the_story_named_last_alone() -> None:
+    driver, eyes = ScriptedDriver(["Tessa runs."]), FixedEyes(DUCK)
+    job = replace(DESCRIBE, earlier_captions=("Tessa came.",), previous_caption="She met.", caption="Tessa ran.")
+    await CaptionEngine(replace(MODEL, world=WORLD_OF_PIP, eyes=eyes), driver).describe(job)
+    assert "Tessa, a red duck with a teal hat" in MODEL.tokenizer.decode(driver.asks[0].ids)
 
 
 async def test_who_was_described_once_keeps_those_looks() -> None:

@@ -20,7 +20,7 @@ from training.evaluation.arcs import drops_hero, has_arc, places_of
 from training.evaluation.captions import expected, is_whole, names_agree
 from training.evaluation.figures import Figure, difference, gap, mean, share, table
 from training.evaluation.frames import Dials, Task, crowd_tasks, held_out_stories, story_tasks
-from training.evaluation.judge import Judge, Someone, Verdict, agreement, load_judge, outcomes, save_judge, truth
+from training.evaluation.judge import Judge, load_judge, save_judge
 from training.evaluation.stories import Told, story_figures
 from training.evaluation.toon import pooled, report
 from training.questions import EMPTY, PRESENT, answers
@@ -32,6 +32,7 @@ from training.toon.scene import MAX_ACTORS
 from training.toon.splits import is_held_out
 from training.toon.stories import Story
 from training.toon.world import sample_frame, sample_story
+from training.verdicts import Someone, Verdict, agreement, outcomes, truth
 
 
 def someone(**changes: str) -> Someone:
