@@ -19,6 +19,7 @@ import platform
 import queue
 import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
@@ -32,12 +33,13 @@ from services.frame.config import ADAPTER_RANK_MAX, ADAPTERS_BYTES, PREFILL_ROWS
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.picture import png, webp
 from services.frame.scheduler import Job, Refusal, Scheduler, SchedulerSettings
-from services.frame.sketch import CHARACTERS_MAX, sketch_of
+from services.frame.sketch import CHARACTERS_MAX, checked_characters, sketch_of
 from services.models.cost import flops_of_a_row, peak_flops
+from services.models.denoiser import StoryDenoiser
 from services.models.drawing import Drawing, Pixels, Sketch, begin, finish, preview, rows_of_a_frame
 from services.models.errors import AdapterDamaged, AdapterError
 from services.models.familiarity import gain_over_shrinking_db
-from services.models.lora import Adapter, AdapterSlots, Worn, read_adapter
+from services.models.lora import NOBODY, Adapter, AdapterSlots, Worn, read_adapter
 from services.models.references import EXACT, ReferenceCache, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.step import StepRows, advance, forget
@@ -202,7 +204,7 @@ class FrameEngine:
         self._fetch = fetch
         self._adapters = AdapterStore(self.settings.adapters_bytes)
         self._tables = {name: SlotTable(slots) for name in models}
-        self._caches = {name: ReferenceCache(self.settings.references_bytes) for name in models}
+        self._caches: weakref.WeakKeyDictionary[torch.nn.Module, ReferenceCache] = weakref.WeakKeyDictionary()
         self._observer: Observer = observer or _Silence()
         self._clock = clock
         self._worlds = dict(worlds or {})
@@ -257,8 +259,11 @@ class FrameEngine:
         model = self.models.get(job.pack or self.default_pack)
         if model is None:
             raise PackUnknown(f"no pack {job.pack!r} here; loaded: {', '.join(sorted(self.models))}", field="pack")
-        sketch = sketch_of(job, model, self.settings.references)
-        adapters = tuple(self._adapter(model, one.digest) for one in sketch.characters)
+        adapters = tuple(self._adapter(model, one.digest) for one in checked_characters(job))
+        sketch = sketch_of(job, model, self.settings.references, _words(adapters))
+        whole = _whole(adapters, sketch)
+        if whole is not None:
+            model = replace(model, denoiser=StoryDenoiser(whole.unet, model.denoiser.schedule), slots=None)
         if job.deadline_s is not None and self._clock() >= job.deadline_s:
             raise DeadlineExceeded()
         manifest = model.manifest
@@ -266,7 +271,8 @@ class FrameEngine:
             self._refuse_if_stopped()
             offered = Job(
                 number=self._arrivals,
-                kind=(manifest.name, sketch.height_px, sketch.width_px),
+                # Only those who share a network can share a forward.
+                kind=(manifest.name, sketch.height_px, sketch.width_px, whole.digest if whole else ""),
                 rows=-(-rows_of_a_frame(sketch) // sketch.steps),
                 steps=sketch.steps,
                 arrived_s=self._clock(),
@@ -318,6 +324,7 @@ class FrameEngine:
                     name=digest[:12],
                     base_digest=model.base_digest,
                     rank_max=self.settings.adapter_rank_max,
+                    text_width=model.text.width,
                 )
                 if adapter.digest != digest:
                     raise AdapterDamaged(f"{digest[:12]} is stored with the bytes of {adapter.digest[:12]}")
@@ -453,9 +460,11 @@ class FrameEngine:
                 if (reason := self._lost(ticket)) is not None:
                     self._end(ticket, reason)
                     continue
-                ticket.drawing = begin(ticket.model, ticket.sketch, self._dress(ticket), ticket.job.tenant)
+                ticket.drawing = begin(
+                    ticket.model, ticket.sketch, self._dress(ticket), ticket.job.tenant, _words(ticket.adapters)
+                )
                 # Strictly: what others left, or did not, would decide which rows share a pass.
-                ticket.cache = ReferenceCache() if self.settings.strict else self._caches[ticket.model.manifest.name]
+                ticket.cache = ReferenceCache() if self.settings.strict else self._cache_of(ticket.model)
                 ticket.warnings = self._warnings(ticket)
                 self._tell_adapters()
             except Exception as error:  # noqa: BLE001 - whatever a network raises, it is this job's and no other's
@@ -466,6 +475,9 @@ class FrameEngine:
         outfit = []
         table, slots = self._tables[ticket.model.manifest.name], ticket.model.slots
         for adapter, character in zip(ticket.adapters, ticket.sketch.characters, strict=True):
+            if not adapter.needs_slot:
+                outfit.append(NOBODY)
+                continue
             place = table.wear(adapter.digest)
             assert place is not None, "there are as many slots as those who are drawn can need"
             assert slots is not None
@@ -479,6 +491,13 @@ class FrameEngine:
             ticket.worn = (*ticket.worn, adapter.digest)
             outfit.append(Worn(slot, character.scale))
         return outfit
+
+    def _cache_of(self, model: FrameModel) -> ReferenceCache:
+        """What references left in this network; gone with the network."""
+        unet = model.denoiser.unet
+        if unet not in self._caches:
+            self._caches[unet] = ReferenceCache(self.settings.references_bytes)
+        return self._caches[unet]
 
     def _drop_unwanted(self) -> None:
         """Clear the slots of adapters that are to leave and that no job here, drawn or waiting, asks for."""
@@ -658,6 +677,36 @@ class FrameEngine:
 def cpu_name() -> str:
     """What the processor can do, which is what its kernels are chosen by."""
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _words(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
+    """All that a job's characters taught the text encoder. Raises CharacterWeightsUnusable when two mean the same."""
+    words: dict[str, torch.Tensor] = {}
+    for adapter in adapters:
+        if twice := sorted(words.keys() & adapter.words.keys()):
+            raise CharacterWeightsUnusable(
+                f"two characters of the frame taught the word {twice[0]!r}",
+                metadata={"digest": adapter.digest, "cause": "WORD_TAKEN"},
+                field="characters",
+            )
+        words |= adapter.words
+    return words
+
+
+def _whole(adapters: Sequence[Adapter], sketch: Sketch) -> Adapter | None:
+    """The one that brings a UNet instead of the pack's. Raises CharacterWeightsUnusable when it is not alone."""
+    for adapter, character in zip(adapters, sketch.characters, strict=True):
+        if adapter.unet is None:
+            continue
+        others = [other for other in adapters if other is not adapter]
+        if character.scale != 1.0 or any(other.needs_slot or other.unet is not None for other in others):
+            raise CharacterWeightsUnusable(
+                "a character that is a whole UNet counts fully, and beside nobody else's changes of one",
+                metadata={"digest": adapter.digest, "cause": "NOT_COMBINABLE"},
+                field="characters",
+            )
+        return adapter
+    return None
 
 
 def _drawing(ticket: Ticket) -> Drawing:

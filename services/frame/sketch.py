@@ -15,6 +15,7 @@ from services.models.errors import TextTooLong
 from services.models.references import EXACT, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.samplers import SAMPLERS
+from services.models.text_encoder import NO_WORDS, Words
 from services.runtime.errors import DescriptionEmpty, DescriptionTooLong, TooManyReferences, ValueOutOfRange
 from services.runtime.store import SHA256
 
@@ -27,13 +28,15 @@ MAX_CHARACTER_SCALE = 2.0
 DESCRIPTION_CHARACTERS = 10_000  # more than any window holds; keeps the tokenizer from reading megabytes
 
 
-def sketch_of(job: FrameJob, model: FrameModel, policy: ReferencePolicy = EXACT) -> Sketch:
-    """What `model` is to draw for `job`, with every default filled in. `policy` is the engine's.
+def sketch_of(job: FrameJob, model: FrameModel, policy: ReferencePolicy = EXACT, words: Words = NO_WORDS) -> Sketch:
+    """What `model` is to draw for `job`, with every default filled in.
+
+    `policy` is the engine's, `words` are those that the job's characters taught the text encoder.
 
     Raises InvalidArgument or one of its kin, naming the field, when it cannot be drawn.
     """
     manifest = model.manifest
-    _check_text(job, model)
+    _check_text(job, model, words)
     if len(job.references) > manifest.max_references:
         raise TooManyReferences(
             f"{len(job.references)} references; the pack {manifest.name!r} takes at most {manifest.max_references}",
@@ -62,17 +65,18 @@ def sketch_of(job: FrameJob, model: FrameModel, policy: ReferencePolicy = EXACT)
                 pixels=read_reference(reference.image, width_px, height_px, field=f"references[{index}].image"),
                 # The caption of a given first frame is the user's, and may be long. Of an earlier frame its beginning
                 # will do; only what is to be drawn must be read to its end.
-                description=model.text.fitting(reference.description[:DESCRIPTION_CHARACTERS]),
+                description=model.text.fitting(reference.description[:DESCRIPTION_CHARACTERS], words),
             )
             for index, reference in enumerate(job.references)
         ),
-        characters=_characters(job),
+        characters=checked_characters(job),
         sampler=job.sampler or manifest.sampling.sampler,
         policy=policy,
     )
 
 
-def _characters(job: FrameJob) -> tuple[CharacterWeights, ...]:
+def checked_characters(job: FrameJob) -> tuple[CharacterWeights, ...]:
+    """The characters of a job. Raises ValueOutOfRange naming the field."""
     if len(job.characters) > CHARACTERS_MAX:
         raise ValueOutOfRange(f"at most {CHARACTERS_MAX} characters with weights of their own", field="characters")
     if len({one.digest for one in job.characters}) < len(job.characters):
@@ -87,14 +91,14 @@ def _characters(job: FrameJob) -> tuple[CharacterWeights, ...]:
     return job.characters
 
 
-def _check_text(job: FrameJob, model: FrameModel) -> None:
+def _check_text(job: FrameJob, model: FrameModel, words: Words) -> None:
     field, text = "description", job.description
     if not text.strip():
         raise DescriptionEmpty(field=field)
     if len(text) > DESCRIPTION_CHARACTERS:
         raise DescriptionTooLong(f"the description has {len(text)} characters; shorten it", field=field)
     try:
-        model.text.token_ids([text])
+        model.text.token_ids([text], words)
     except TextTooLong as error:
         raise DescriptionTooLong(
             f"the description does not fit: {error}",

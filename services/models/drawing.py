@@ -29,6 +29,7 @@ from services.models.lora import Outfit
 from services.models.references import EXACT, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.samplers import History
+from services.models.text_encoder import NO_WORDS, Words
 
 Pixels = npt.NDArray[np.uint8]
 """`[H, W, 3]`, RGB."""
@@ -127,11 +128,12 @@ class Randomness:
 
 
 @torch.inference_mode()
-def begin(model: FrameModel, sketch: Sketch, outfit: Outfit = (), tenant: str = "") -> Drawing:
+def begin(model: FrameModel, sketch: Sketch, outfit: Outfit = (), tenant: str = "", words: Words = NO_WORDS) -> Drawing:
     """Encode the texts and earlier frames and draw all noise: for the frame, its references, the blank, each reference.
 
     `outfit` says in which of the model's slots the sketch's characters lie, in their order; the slots must stay theirs
-    until the drawing is done. What references leave is not shown to other tenants than `tenant`.
+    until the drawing is done. `words` are those that they taught. What references leave is not shown to other tenants
+    than `tenant`.
     Raises TextTooLong when a description does not fit.
     """
     if len(outfit) != len(sketch.characters):
@@ -145,7 +147,7 @@ def begin(model: FrameModel, sketch: Sketch, outfit: Outfit = (), tenant: str = 
     if sketch.policy.shared_noise:
         around = Randomness(_SHARED_SEED)
         reference_noise = around.normal(*shape)
-    texts = model.text.encode(["", sketch.description, *(seen.description for seen in sketch.references)])
+    texts = model.text.encode(["", sketch.description, *(seen.description for seen in sketch.references)], words)
     if count:
         blank = codec.encode_blank(sketch.height_px, sketch.width_px, around.normal(1, *shape).to(device))[0]
         pixels = np.stack([seen.pixels for seen in sketch.references])

@@ -1,7 +1,9 @@
-"""Low-rank adapters of a UNet, a different one for every row of a batch.
+"""What a character changes of a pack's networks, and low-rank adapters that differ for every row of a batch.
 
 A character is a small change of many weights: W + scale · up · down (Hu et al., "LoRA"), or, for the keys and values of
-text attention, a whole difference (Kumari et al., "Custom Diffusion"). `AdapterSlots` keeps a few of them side by side
+text attention, a whole difference (Kumari et al., "Custom Diffusion"); or words that the text encoder is taught (Gal
+et al., "Textual Inversion"); or another UNet altogether (Ruiz et al., "DreamBooth"). The first two share a forward with
+everybody else's: `AdapterSlots` keeps a few of them side by side
 on the device, stacked by slot, and every linear layer and convolution adds to each row what that row's slot says: two
 batched matrix products per layer, however many adapters there are. Slot 0 is nobody and adds exactly nothing.
 
@@ -37,6 +39,8 @@ from services.models.errors import AdapterDamaged, AdapterWrongBase, AdapterWron
 
 BASE_DIGEST = "fabula.base_digest"  # key of a file's metadata: which UNet it was trained on
 ALPHA = "lora_alpha"  # key of a file's metadata; without it, or `.alpha` tensors, the scale is 1
+WORDS = "words."  # a file's keys of learned words: "words.Zoe"; diffusers names them by the word alone, "<zoe>"
+_WORD = re.compile(r"^words\.(?P<ours>\S.*)$|^(?P<theirs><[^<>]+>)$")
 _PREFIXES = ("base_model.model.", "unet.", "transformer.")
 # PEFT's names, diffusers' older ones, and ours for a whole difference.
 _PART = re.compile(
@@ -66,14 +70,23 @@ class Adapter:
     factors: Mapping[str, LowRank]
     deltas: Mapping[str, Tensor]  # `[O, I]` by layer
     size_bytes: int
+    words: Mapping[str, Tensor] = field(default_factory=dict)  # `[n, D]` in the text encoder's embedding, by word
+    unet: Any = None  # instead of the pack's, on its device and of its type; then there is nothing else
 
     @property
     def rank(self) -> int:
         """The largest of its layers' ranks."""
         return max((one.rank for one in self.factors.values()), default=0)
 
+    @property
+    def needs_slot(self) -> bool:
+        """It changes layers of the pack's UNet."""
+        return bool(self.factors or self.deltas)
 
-def read_adapter_file(path: Path, unet: nn.Module, *, base_digest: str = "", rank_max: int = 256) -> Adapter:
+
+def read_adapter_file(
+    path: Path, unet: nn.Module, *, base_digest: str = "", rank_max: int = 256, text_width: int = 0
+) -> Adapter:
     """Read an adapter from a file, with the alpha that PEFT keeps in an `adapter_config.json` beside it.
 
     Raises what `read_adapter` raises, and AdapterDamaged for a file that cannot be read.
@@ -86,7 +99,15 @@ def read_adapter_file(path: Path, unet: nn.Module, *, base_digest: str = "", ran
         raise AdapterDamaged(f"{path.name} cannot be read: {error}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterDamaged(f"the {ALPHA} in {beside.name} is no number: {error}") from None
-    return read_adapter(payload, unet, name=path.name, base_digest=base_digest, rank_max=rank_max, alpha=alpha)
+    return read_adapter(
+        payload,
+        unet,
+        name=path.name,
+        base_digest=base_digest,
+        rank_max=rank_max,
+        text_width=text_width,
+        alpha=alpha,
+    )
 
 
 def read_adapter(
@@ -96,13 +117,16 @@ def read_adapter(
     name: str = "the adapter",
     base_digest: str = "",
     rank_max: int = 256,
+    text_width: int = 0,
     alpha: float | None = None,
 ) -> Adapter:
     """Check the bytes of a safetensors file in PEFT's or diffusers' layout against `unet`.
 
-    `alpha` counts where the file says nothing of its own. Raises AdapterDamaged for what cannot be read or is not
-    finite, AdapterWrongBase when it says it was trained on another UNet than `base_digest`, and AdapterWrongShape for
-    layers that the UNet does not have or that have another size there. Nothing of what is refused is kept.
+    A file that holds every weight of such a UNet is one. `text_width` is that of the text encoder's embedding; 0: it
+    takes no words. `alpha` counts where the file says nothing of its own. Raises AdapterDamaged for what cannot be read
+    or is not finite, AdapterWrongBase when it says it was trained on another UNet than `base_digest`, and
+    AdapterWrongShape for layers that the UNet does not have or that have another size there. Nothing of what is refused
+    is kept.
     """
     try:
         tensors = load(payload)
@@ -119,17 +143,66 @@ def read_adapter(
         alpha = float(metadata[ALPHA]) if ALPHA in metadata else alpha
     except ValueError:
         raise AdapterDamaged(f"the {ALPHA} of {name} is no number: {metadata[ALPHA][:20]!r}") from None
-    parts = _sorted_parts(name, tensors)
+    digest = hashlib.sha256(payload).hexdigest()
+    if (whole := _whole_unet(name, tensors, unet)) is not None:
+        size_bytes = sum(value.nbytes for value in whole.state_dict().values())
+        return Adapter(digest=digest, factors={}, deltas={}, size_bytes=size_bytes, unet=whole)
+    words = _words(name, tensors, text_width)
+    parts = _sorted_parts(name, {key: value for key, value in tensors.items() if not _WORD.match(key)})
+    if not parts and not words:
+        raise AdapterDamaged(f"{name} is empty")
     factors = _factors(name, parts, alpha)
     deltas = {layer: part["whole"].float() for layer, part in parts.items() if "whole" in part}
     _check_shapes(name, unet, factors, deltas, rank_max)
     return Adapter(
-        digest=hashlib.sha256(payload).hexdigest(),
+        digest=digest,
         factors=factors,
         deltas=deltas,
+        words=words,
         size_bytes=sum(one.down.nbytes + one.up.nbytes for one in factors.values())
-        + sum(one.nbytes for one in deltas.values()),
+        + sum(one.nbytes for one in (*deltas.values(), *words.values())),
     )
+
+
+def _whole_unet(name: str, tensors: Mapping[str, Tensor], unet: nn.Module) -> nn.Module | None:
+    """Another UNet of the same kind, with these weights; None when they are not all of one's."""
+    plain = {key.removeprefix("unet."): value for key, value in tensors.items()}
+    wanted = unet.state_dict()
+    if plain.keys() != wanted.keys():
+        return None
+    faults = [
+        f"{key} is {tuple(value.shape)} and should be {tuple(wanted[key].shape)}"
+        for key, value in sorted(plain.items())
+        if value.shape != wanted[key].shape
+    ]
+    if faults:
+        raise AdapterWrongShape(f"{name} does not fit: {_some(faults)}")
+    kind: Any = type(unet)
+    with torch.device("meta"):  # neither the memory nor the time of weights that are thrown away
+        whole: nn.Module = kind.from_config(unet.config)
+    like = next(unet.parameters())
+    whole.load_state_dict({key: value.to(like) for key, value in plain.items()}, assign=True)
+    return whole.requires_grad_(False).eval()
+
+
+def _words(name: str, tensors: Mapping[str, Tensor], text_width: int) -> dict[str, Tensor]:
+    """Learned words, `[n, D]` each."""
+    words = {}
+    for key, value in tensors.items():
+        if (found := _WORD.match(key)) is None:
+            continue
+        vectors = value.float() if value.ndim == 2 else value.float()[None]
+        if vectors.ndim != 2 or vectors.shape[1] != text_width or not len(vectors):
+            raise AdapterWrongShape(
+                f"{name}: {key} is {tuple(value.shape)}, the text encoder's words are {text_width} wide"
+            )
+        words[found["ours"] or found["theirs"]] = vectors
+    return words
+
+
+def _some(faults: Sequence[str]) -> str:
+    more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+    return f"{'; '.join(faults[:5])}{more}"
 
 
 def _metadata(payload: bytes) -> dict[str, str]:
@@ -150,8 +223,6 @@ def _sorted_parts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[st
             module = module.removeprefix(prefix)
         kind = "down" if found["down"] else "up" if found["up"] else "whole" if found["whole"] else "alpha"
         parts.setdefault(module, {})[kind] = value
-    if not parts:
-        raise AdapterDamaged(f"{name} is empty")
     return parts
 
 
@@ -193,8 +264,7 @@ def _check_shapes(
     faults += [f"{name} is a convolution, whole differences are for linear layers" for name in sorted(deltas)
                if name in layers and isinstance(layers[name], nn.Conv2d)]  # fmt: skip
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise AdapterWrongShape(f"{whose} does not fit: {'; '.join(faults[:5])}{more}")
+        raise AdapterWrongShape(f"{whose} does not fit: {_some(faults)}")
 
 
 def adapted_layers(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -215,7 +285,8 @@ class Worn(NamedTuple):
 
 Outfit = Sequence[Worn]
 """All that a row wears. Empty: the network as it is."""
-_NOBODY = Worn(0, 0.0)
+NOBODY = Worn(0, 0.0)
+"""What a row wears of a character that changes no layer."""
 
 
 @dataclass
@@ -292,13 +363,14 @@ class AdapterSlots:
             self._rows = None
 
     def _prepared(self, outfits: Sequence[Outfit]) -> _Rows | None:
+        outfits = [[one for one in outfit if one.slot != NOBODY.slot] for outfit in outfits]
         most = max(map(len, outfits), default=0)
         if most == 0:
             return None
         unknown = sorted({one.slot for outfit in outfits for one in outfit} - self._held.keys())
         if unknown:
             raise ValueError(f"nobody lies in the slots {unknown}")
-        whole = [[*outfit, *[_NOBODY] * (most - len(outfit))] for outfit in outfits]
+        whole = [[*outfit, *[NOBODY] * (most - len(outfit))] for outfit in outfits]
         device = next(iter(self._layers.values())).weight.device
         return _Rows(
             torch.tensor([[one.slot for one in outfit] for outfit in whole], device=device),

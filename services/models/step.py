@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from services.models.drawing import Drawing, Pixels, Randomness, Sketch, begin, finish
-from services.models.lora import Outfit
+from services.models.lora import NOBODY, Outfit
 from services.models.references import Pages, ReferenceCache, ReferenceKey, ReferenceRow
 from services.models.registry import FrameModel
 from services.models.samplers import SAMPLERS, History
@@ -236,7 +236,7 @@ def _predict(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> Tensor:
 
 def _wearing(model: FrameModel, outfits: Sequence[Outfit]) -> AbstractContextManager[None]:
     """The rows of a forward wear what they wear."""
-    if not any(outfits):
+    if not any(one.slot != NOBODY.slot for outfit in outfits for one in outfit):
         return nullcontext()
     if model.slots is None:
         raise ValueError("a drawing wears something, and the model has no slots")

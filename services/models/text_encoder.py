@@ -8,8 +8,11 @@ Shapes: S positions (always the whole window, padded, as Stable Diffusion does),
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from services.models.errors import TextTooLong
 from services.models.shape import config_values
+
+Words = Mapping[str, Tensor]
+"""Words that a character taught: `[n, D]` vectors each, which stand where the word does (textual inversion)."""
+NO_WORDS: Words = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +94,23 @@ class TextEncoder:
         self.bidirectional = bidirectional
 
     @property
+    def width(self) -> int:
+        """D of its words: what a learned one must have."""
+        return int(self.model.config.hidden_size)
+
+    @property
     def window(self) -> int:
         """Positions, the begin and end marks included."""
         return int(self.model.config.max_position_embeddings)
 
-    def token_ids(self, texts: Sequence[str]) -> Tensor:
-        """`[B, S]`: begin, the text, end, padding.
+    def token_ids(self, texts: Sequence[str], words: Words = NO_WORDS) -> Tensor:
+        """`[B, S]`: begin, the text, end, padding. Of `words` each vector is a token behind those of the vocabulary.
 
         Raises TextTooLong when a text does not fit.
         """
         rows = []
         for text in texts:
-            ids = self.tokenizer.encode(text)
+            ids = self._ids(text, words)
             room = self.window - 2
             if len(ids) > room:
                 raise TextTooLong(token_count=len(ids), limit=room)
@@ -106,8 +118,29 @@ class TextEncoder:
             rows.append([self.tokenizer.bos_id, *ids, self.tokenizer.eos_id, *padding])
         return torch.tensor(rows, dtype=torch.long)
 
-    def fitting(self, text: str) -> str:
+    def _ids(self, text: str, words: Words) -> list[int]:
+        if not words:
+            return self.tokenizer.encode(text)
+        behind = int(self.model.config.vocab_size)
+        places = {}
+        for word, vectors in words.items():
+            places[word] = list(range(behind, behind + len(vectors)))
+            behind += len(vectors)
+        longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+        ids: list[int] = []
+        # A word stands alone: "Zoe" is not in "Zoey". The space before it goes with it, as with any other word.
+        for piece in re.split(rf"(?: |(?<!\w))({longest_first})(?!\w)", text):
+            ids += places[piece] if piece in places else self.tokenizer.encode(piece)
+        return ids
+
+    def fitting(self, text: str, words: Words = NO_WORDS) -> str:
         """`text` itself, or as much of its beginning as fits the window."""
+        if words:
+            parts, room = text.split(" "), self.window - 2
+            while len(parts) > 1 and len(self._ids(" ".join(parts), words)) > room:
+                parts.pop()
+            if len(self._ids(" ".join(parts), words)) <= room:
+                return " ".join(parts)
         ids, room = self.tokenizer.encode(text), self.window - 2
         while len(ids) > room:
             # The beginning alone may be split into other, and more, tokens than it was within the whole.
@@ -115,15 +148,15 @@ class TextEncoder:
             ids, room = self.tokenizer.encode(text), room - 1
         return text
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
+    def encode(self, texts: Sequence[str], words: Words = NO_WORDS) -> Tensor:
         """`[B, S, D]`, the last layer's states after its norm.
 
         Raises TextTooLong when a text does not fit.
         """
-        return self.states(self.token_ids(texts))
+        return self.states(self.token_ids(texts, words), words)
 
-    def states(self, ids_BS: Tensor) -> Tensor:
-        """The same for token ids, with gradients where they are on (training)."""
+    def states(self, ids_BS: Tensor, words: Words = NO_WORDS) -> Tensor:
+        """The same for token ids, with gradients where they are on (training). Not thread-safe with `words`."""
         weight = next(self.model.parameters())
         ids_BS = ids_BS.to(weight.device)
         mask_B11S: Tensor | None = None  # transformers then masks what comes after
@@ -131,5 +164,31 @@ class TextEncoder:
             hidden_BS = ids_BS == self.tokenizer.pad_id
             mask_B11S = torch.zeros(ids_BS.shape, dtype=weight.dtype, device=weight.device)
             mask_B11S = mask_B11S.masked_fill(hidden_BS, torch.finfo(weight.dtype).min)[:, None, None]
-        states: Tensor = self.model(input_ids=ids_BS, attention_mask=mask_B11S).last_hidden_state
+        with _learned(self.model, words) if words else nullcontext():
+            states: Tensor = self.model(input_ids=ids_BS, attention_mask=mask_B11S).last_hidden_state
         return states
+
+
+@contextmanager
+def _learned(model: CLIPTextModel, words: Words) -> Iterator[None]:
+    """Within, ids behind the vocabulary are the vectors of `words`, in order. (The model takes no embeddings.)"""
+    embedding: Any = model.get_input_embeddings()
+    vectors = torch.cat(list(words.values())).to(embedding.weight)
+    known = embedding.num_embeddings
+    asked: list[Tensor] = []
+
+    def before(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        asked.append(given[0])
+        return (given[0].clamp_max(known - 1), *given[1:])
+
+    def after(_: Any, __: tuple[Tensor, ...], answer: Tensor) -> Tensor:
+        ids = asked.pop()
+        own = vectors[(ids - known).clamp_min(0)]
+        return torch.where((ids >= known)[..., None], own, answer)
+
+    hooks = (embedding.register_forward_pre_hook(before), embedding.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -250,3 +250,83 @@ def test_who_watches_is_told_of_weights(tiny_model: FrameModel, files: Files) ->
         engine.stop()
     assert sum(loads for _, loads in watcher.told) == 2
     assert watcher.told[-1][0] == 2
+
+
+def a_whole_unet(model: FrameModel, seed: int) -> bytes:
+    generator = torch.Generator().manual_seed(seed)
+    return save(
+        {
+            name: (value + 0.1 * torch.randn(value.shape, generator=generator)).contiguous()
+            for name, value in model.denoiser.unet.state_dict().items()
+        }
+    )
+
+
+def test_whole_unets_are_drawn_in_forwards_of_their_own_beside_the_others(
+    tiny_model: FrameModel,
+    files: Files,
+    started: Callable[..., FrameEngine],
+    gate: Gate,  # noqa: F811
+) -> None:
+    whole = [files.keep(a_whole_unet(tiny_model, seed)) for seed in (1, 2)]
+    light = files.keep(weights(tiny_model, 3))
+    jobs = [
+        job(9, references=2),
+        wearing(9, light, references=2),
+        wearing(9, whole[0], references=2),
+        wearing(8, whole[0], references=2),
+        wearing(9, whole[1], references=2),
+    ]
+    gate.open()
+    engine = started(max_running=5)
+    alone = [Inbox(engine, one).frame().image for one in jobs]
+    assert len(set(alone)) == len(jobs), "each has its own look"
+    before = len(gate.turns)
+    images = [inbox.frame().image for inbox in [Inbox(engine, one) for one in jobs]]
+    assert max(len(turn) for turn in gate.turns[before:]) == 2, "those of one network, and no others"
+    assert [_differs(a, b) for a, b in zip(alone, images, strict=True)] == [False] * len(jobs)
+    assert sorted(files.asked) == sorted([*whole, light]), "each file was read once"
+
+
+def test_a_whole_unet_counts_fully_and_beside_nobody_elses(
+    tiny_model: FrameModel, files: Files, started: Callable[..., FrameEngine]
+) -> None:
+    whole, light = files.keep(a_whole_unet(tiny_model, 1)), files.keep(weights(tiny_model, 3))
+    engine = started(max_running=2)
+    for refused in (wearing(1, whole, scale=0.5), wearing(1, whole, light), wearing(1, light, whole)):
+        with pytest.raises(CharacterWeightsUnusable, match="counts fully") as error:
+            engine.submit(refused, lambda _: None)
+        assert error.value.metadata["cause"] == "NOT_COMBINABLE"
+    assert not engine.tickets
+
+
+def a_word(model: FrameModel, word: str, seed: int) -> bytes:
+    generator = torch.Generator().manual_seed(seed)
+    return save({f"words.{word}": 3.0 * torch.randn(2, model.text.width, generator=generator)})
+
+
+def test_a_learned_word_stands_for_its_character_and_only_where_it_is_said(
+    tiny_model: FrameModel, files: Files, started: Callable[..., FrameEngine]
+) -> None:
+    zoe, other = (files.keep(a_word(tiny_model, "Zoe", seed)) for seed in (1, 2))
+    with_layers = files.keep(weights(tiny_model, 3))
+    engine = started(max_running=4)
+
+    def picture(description: str, *digests: str) -> str:
+        return Inbox(engine, wearing(4, *digests, description=description)).frame().sha256
+
+    said = "A dog and Zoe run."
+    looks = [picture(said), picture(said, zoe), picture(said, other), picture(said, zoe, with_layers)]
+    assert len(set(looks)) == 4
+    assert picture("A dog and Zoey run.", zoe) == picture("A dog and Zoey run.")
+    with pytest.raises(CharacterWeightsUnusable, match="two characters of the frame taught the word 'Zoe'"):
+        engine.submit(wearing(1, zoe, other, description=said), lambda _: None)
+
+
+def test_a_whole_unet_may_bring_company_that_only_taught_a_word(
+    tiny_model: FrameModel, files: Files, started: Callable[..., FrameEngine]
+) -> None:
+    whole, zoe = files.keep(a_whole_unet(tiny_model, 1)), files.keep(a_word(tiny_model, "Zoe", 1))
+    engine = started(max_running=1)
+    jobs = [wearing(4, *digests, description="Zoe runs.") for digests in ((whole,), (whole, zoe))]
+    assert len({Inbox(engine, one).frame().sha256 for one in jobs}) == 2

@@ -582,7 +582,7 @@ def test_a_story_finds_what_its_last_frame_left(tiny_model: FrameModel) -> None:
     settings = EngineSettings(references=ReferencePolicy(shared_noise=True, levels_count=1))
     with running(tiny_model, settings) as engine:
         Inbox(engine, job(1, references=2)).frame()
-        cache = engine._caches["tiny"]
+        cache = engine._cache_of(tiny_model)
         missed = cache.misses_count
         Inbox(engine, job(2, references=3)).frame()
         assert cache.misses_count - missed == 1, "only the new picture"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.models.errors import AdapterDamaged, AdapterWrongBase, AdapterWrongShape
-from services.models.lora import ALPHA, BASE_DIGEST, AdapterSlots, Worn, adapted_layers, read_adapter_file
+from services.models.lora import ALPHA, BASE_DIGEST, NOBODY, AdapterSlots, Worn, adapted_layers, read_adapter_file
 from services.models.storygen import References, StoryGenUNet, build_storygen
 from services.models.tiny import UNET
 
@@ -246,6 +247,59 @@ def test_what_does_not_fit_is_refused_by_name(unet: StoryGenUNet, files: dict[st
         read_adapter_file(path, unet)
     with pytest.raises(AdapterDamaged, match="cannot be read"):
         read_adapter_file(tmp_path / "nowhere.safetensors", unet)
+
+
+def test_a_file_of_a_whole_unet_is_one(unet: StoryGenUNet, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        other = build_storygen(UNET)
+    path = tmp_path / "x.safetensors"
+    state = {name: value.half().contiguous() for name, value in other.state_dict().items()}
+    save_file(state, str(path))
+    adapter = read_adapter_file(path, unet)
+    assert not adapter.needs_slot
+    assert adapter.size_bytes == sum(4 * value.numel() for value in state.values()), "of the pack's type"
+    with torch.no_grad():
+        mine, theirs = adapter.unet.predict(*inputs(2)), unet.predict(*inputs(2))
+        expected = other.half().float().predict(*inputs(2))
+    assert torch.equal(mine, expected)
+    assert not torch.allclose(mine, theirs, atol=1e-3)
+    first = sorted(state)[0]
+    save_file({**state, first: torch.zeros(3)}, str(path))
+    with pytest.raises(AdapterWrongShape, match=re.escape(f"{first} is (3,)")):
+        read_adapter_file(path, unet)
+    save_file({name: value for name, value in state.items() if name != first}, str(path))
+    with pytest.raises(AdapterWrongShape, match="no part of an adapter"):
+        read_adapter_file(path, unet)
+
+
+def test_words_that_were_learned_are_read(unet: StoryGenUNet, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"words.Zoe": torch.ones(2, 16), "<cat-toy>": torch.zeros(16)}, str(path))
+    adapter = read_adapter_file(path, unet, text_width=16)
+    assert {word: tuple(vectors.shape) for word, vectors in adapter.words.items()} == {
+        "Zoe": (2, 16),
+        "<cat-toy>": (1, 16),
+    }
+    assert not adapter.needs_slot
+    assert adapter.size_bytes == 4 * 48
+    for width in (0, 8):
+        with pytest.raises(AdapterWrongShape, match=f"words are {width} wide"):
+            read_adapter_file(path, unet, text_width=width)
+
+
+def test_who_changes_no_layer_may_be_among_those_who_do(slots: tuple[StoryGenUNet, AdapterSlots]) -> None:
+    own, held = slots
+    with torch.no_grad():
+        with held.rows([(Worn(1, 1.0),), (NOBODY,)]):
+            mixed = own.predict(*inputs(2))
+        with held.rows([(Worn(1, 1.0),), ()]):
+            expected = own.predict(*inputs(2))
+        with held.rows([(NOBODY,), (NOBODY,)]):
+            nobody = own.predict(*inputs(2))
+        plain = own.predict(*inputs(2))
+    assert torch.equal(mixed, expected)
+    assert torch.equal(nobody, plain)
 
 
 def test_announced_rows_must_be_the_rows_that_come(slots: tuple[StoryGenUNet, AdapterSlots]) -> None:
