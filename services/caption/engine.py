@@ -31,6 +31,7 @@ from services.caption.driver import Ask, Driver
 from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob, Written
 from services.models import llava, prompts, repetition, thread
+from services.models import looks as look_lock
 from services.models.cast import Cast, name_tokens
 from services.models.eyes import Eyes, load_eyes, new_looks
 from services.models.pack import Pack
@@ -59,6 +60,7 @@ class Guards:
     """Which guards are on. Off is for measuring what a guard is worth."""
 
     name_lock: bool = True  # costs up to NAME_LOCK_TRIES more descriptions where names are wrong
+    look_lock: bool = True  # costs nothing more: looks are mended, and better tries than the first share the above
     repetition: bool = True  # costs up to CAPTION_TRIES more captions where something is said again
     thread: bool = True  # costs as many where the hero has long been out of sight; never more for both
 
@@ -124,7 +126,7 @@ class Observer(Protocol):
         """A request has ended. `outcome` is `written` or an error's reason in lower case."""
 
     def text_guarded(self, *, guard: str, outcome: str) -> None:
-        """A guard, `name_lock`, `repetition` or `thread`, found a fault in the first try.
+        """A guard, `name_lock`, `look_lock`, `repetition` or `thread`, found a fault in the first try.
 
         `outcome` is `second_choice` (another try has none), `repaired`, or `kept_faulty`.
         """
@@ -260,9 +262,13 @@ class CaptionEngine:
             return len(text) <= TEXT_CHARACTERS_MAX and len(tokenizer.encode(text)) <= room_tokens
 
         def repair(text: str) -> str:
-            return cast.repaired(text, *captions, fits, looks)
+            text = cast.repaired(text, *captions, fits, looks) if locked else text
+            mended = look_lock.repaired(text, looks) if self._guards.look_lock else text
+            return mended if fits(mended) or not fits(text) else text
 
         rules: dict[str, Rule] = {"name_lock": lambda text: cast.faults(text, *captions)} if locked else {}
+        if self._guards.look_lock:
+            rules["look_lock"] = lambda text: look_lock.faults(text, looks)
         return await self._guarded(rules, NAME_LOCK_TRIES, job.sampling, write, repair)
 
     async def _seen_looks(self, job: DescribeJob, known: Mapping[str, str]) -> dict[str, str]:

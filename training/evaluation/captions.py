@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from services.models import llava, prompts, repetition, thread
+from services.models import looks as look_lock
 from services.models.cast import Cast, name_tokens
 from services.models.eyes import load_eyes, new_looks
 from services.models.repetition import is_near_copy
@@ -165,12 +166,17 @@ class Captioner:
         texts = self.answer("descriptive", questions, temperature=temperature)
         if not guarded:
             return texts
-        faults = [partial(self.cast.faults, previous_caption=a, caption=b) for a, b in contexts]
+        faults = [
+            partial(self._description_faults, context, known) for context, known in zip(contexts, looks, strict=True)
+        ]
         best = self._best_of("descriptive", questions, texts, faults, NAME_LOCK_TRIES)
         return [
-            self.cast.repaired(text, *pair, looks=known)
+            look_lock.repaired(self.cast.repaired(text, *pair, looks=known), known)
             for text, pair, known in zip(best, contexts, looks, strict=True)
         ]
+
+    def _description_faults(self, context: tuple[str, str], looks: Mapping[str, str], text: str) -> int:
+        return self.cast.faults(text, *context) + look_lock.faults(text, looks)
 
     def _best_of(
         self,

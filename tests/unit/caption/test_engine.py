@@ -516,3 +516,19 @@ async def test_captions_that_name_nobody_are_about_whom_the_story_names() -> Non
     assert "Cast: Mina, a rabbit; Pip, an orange cat. Previous" in MODEL.tokenizer.decode(driver.asks[1].ids)
     with pytest.raises(CaptionEmpty, match="caption"):
         await engine.describe(replace(silent, earlier_captions=("",)))
+
+
+async def test_a_look_that_was_miscopied_is_mended() -> None:
+    right = "Tessa, a red duck with a teal hat, runs."
+    wrong = right.replace("duck", "dragon")
+    model = replace(MODEL, world=WORLD_OF_PIP, eyes=FixedEyes(DUCK))
+    job = replace(DESCRIBE, previous_caption="Tessa came.", caption="Tessa ran.")
+    notes = Notes()
+    driver = ScriptedDriver([wrong] * (1 + NAME_LOCK_TRIES))
+    written = await CaptionEngine(model, driver, observer=notes).describe(job)
+    assert written.text == right
+    assert notes.guarded == [("look_lock", "repaired")]
+    driver = ScriptedDriver([wrong, wrong, right, *[wrong] * NAME_LOCK_TRIES])
+    assert (await CaptionEngine(model, driver).describe(job)).text == right, "a better try needs no mending"
+    guards = Guards(look_lock=False)
+    assert (await CaptionEngine(model, ScriptedDriver([wrong]), guards=guards).describe(job)).text == wrong
