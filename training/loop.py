@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from training.optimizer import MuonAdam, OptimizerRecipe, Pace
+from training.peers import Peers, joined
 from training.precision import default_device, device_of
 from training.storage import (
     Checkpoint,
@@ -86,9 +87,9 @@ class Average:
         return held
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The generator of one step: depends on the run's seed and the step, not on what ran before."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
+    """The generator of one step: depends on the run's seed, the step and the process, not on what ran before."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step + rank * 1_000_000_007)
 
 
 def train(
@@ -101,13 +102,18 @@ def train(
     until_step: int | None = None,
     device: str | None = None,
     clock: Callable[[], float] = time.monotonic,
+    peers: Peers | None = None,
 ) -> RunResult:
     """Train from the checkpoint at `path` (or from nothing) to the end of `recipe`, or to `until_step`.
+
+    With `peers` (those this process was started with, if None) every process draws batches of its own. A trainee may
+    then draw from `generator` alone, or all of them would draw the same.
 
     Computes on `device` (the default one if None) and leaves the networks on the CPU.
     On return `path` holds the last state; `networks` hold the average where one is kept. Raises FloatingPointError when
     the loss is not a number: the last checkpoint is then from before.
     """
+    peers = joined() if peers is None else peers
     networks = trainee.networks.to(device or default_device())
     optimizer = MuonAdam(
         [(name, p) for name, p in networks.named_parameters() if p.requires_grad], recipe.optimizer, adam_only
@@ -135,6 +141,8 @@ def train(
         return before_s + clock() - start
 
     def keep(done: bool) -> None:
+        if not peers.is_first:
+            return
         tensors = with_prefix("networks", networks.state_dict()) | with_prefix(
             "optimizer", optimizer_tensors(optimizer)
         )
@@ -157,14 +165,18 @@ def train(
     networks.train()
     recent: list[float] = []
     last_report, last_step = clock(), step
-    while recipe.pace.progress(step, elapsed_s()) < 1.0 and (until_step is None or step < until_step):
-        factor = recipe.pace.factor(step, elapsed_s())
-        loss = trainee.loss(step, recipe.pace.progress(step, elapsed_s()), step_generator(recipe.seed, step))
+    while until_step is None or step < until_step:
+        now_s = peers.agreed(elapsed_s())
+        progress, factor = recipe.pace.progress(step, now_s), recipe.pace.factor(step, now_s)
+        if progress >= 1.0:
+            break
+        loss = trainee.loss(step, progress, step_generator(recipe.seed, step, peers.rank))
         value = float(loss.detach())
         if value != value:
             raise FloatingPointError(f"the loss is not a number at step {step}")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        peers.share(networks.parameters())
         torch.nn.utils.clip_grad_norm_(networks.parameters(), recipe.optimizer.clip_norm)
         optimizer.scale_rates(factor)
         optimizer.step()
@@ -172,20 +184,20 @@ def train(
             average.follow(networks, step)
         step += 1
         recent.append(value)
-        if step % REPORT_EVERY_STEPS == 0:
+        if step % REPORT_EVERY_STEPS == 0 and peers.is_first:
             now = clock()
             rate = (step - last_step) / max(now - last_report, 1e-9)
             mean = sum(recent) / len(recent)
             say(f"step {step} {elapsed_s() / 60:.1f} min loss {mean:.5f} {rate:.2f} steps/s lr x{factor:.2f}")
             recent, last_report, last_step = [], now, step
-        if clock() - measured > recipe.measure_every_s:
+        if clock() - measured > recipe.measure_every_s and peers.is_first:
             figures = look()
             measured = clock()
         if clock() - saved > recipe.save_every_s:
             keep(done=False)
             saved = clock()
     done = until_step is None or recipe.pace.progress(step, elapsed_s()) >= 1.0
-    if done:
+    if done and peers.is_first:
         figures = look()
     keep(done=done)
     if average is not None and done:
