@@ -136,7 +136,8 @@ class FrameTrainee:
         return device_of(self.networks)
 
     @torch.no_grad()
-    def _states(self, ids_BS: Tensor) -> Tensor:
+    def states(self, ids_BS: Tensor) -> Tensor:
+        """What the text encoder says of token ids, `[B, S, D]`."""
         self.text.model.to(self.device)
         return self.text.states(ids_BS)
 
@@ -148,7 +149,8 @@ class FrameTrainee:
         told, plain = (torch.from_numpy(t[picks]).long() for t in (corpus.texts.told, corpus.texts.plain))
         return torch.from_numpy(corpus.latents[picks]).float(), torch.where(plainly, plain, told)
 
-    def _noise(self, generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def noise(self, generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise levels `[B]`, noise for the frames, noise for their references."""
         steps = SCHEDULE.train_steps
         # Stratified: the noise levels of a batch are spread evenly, which makes the loss less noisy for nothing.
         spread = (torch.randperm(len(like), generator=generator) + torch.rand(len(like), generator=generator)) / len(
@@ -163,11 +165,11 @@ class FrameTrainee:
         latents, ids = self._take(corpus, rows, self.recipe.plain_share, generator)
         hidden = torch.rand(len(rows), generator=generator) < self.recipe.text_dropped
         ids = torch.where(hidden[:, None], self.nothing_ids_S, ids)
-        timesteps, noise, other = self._noise(generator, latents)
+        timesteps, noise, other = self.noise(generator, latents)
         latents = latents.to(self.device)
         example = Example(
             latents_BCHW=latents,
-            text_BSD=self._states(ids),
+            text_BSD=self.states(ids),
             reference_latents_BNCHW=latents[:, None][:, :0],
             reference_text_BNSD=torch.zeros(len(rows), 0, *self.text_shape, device=self.device),
             present_BN=torch.zeros(len(rows), 0, dtype=torch.bool, device=self.device),
@@ -179,7 +181,31 @@ class FrameTrainee:
         return self.text.window, int(self.text.model.config.hidden_size)
 
     def _story_loss(self, corpus: Corpus, rows: int, generator: torch.Generator, drops: bool = True) -> Tensor:
-        """Frames 2 to 5 of stories with earlier ones, and single frames with an unrelated one."""
+        """The network's error about `story_example`s."""
+        recipe = self.recipe
+        example = self.story_example(corpus, rows, generator, varied=drops)
+        nothing = self.states(self.nothing_ids_S[None])[0].float()
+        timesteps, noise, reference_noise = self.noise(generator, example.latents_BCHW)
+        chance = torch.rand(2, rows, generator=generator) if drops else torch.ones(2, rows)
+        never = torch.zeros(rows, dtype=torch.bool)
+        return self.denoiser.loss(
+            example,
+            timesteps_B=timesteps,
+            noise_BCHW=noise,
+            reference_noise_BCHW=reference_noise,
+            dropped=Dropped(
+                text_B=chance[0] < recipe.text_dropped,
+                references_B=chance[1] < recipe.references_dropped,
+                no_references_B=never,
+            ),
+            unconditional=Unconditional(text_SD=nothing, blank_CHW=self.blank_CHW.to(self.device)),
+        ).mean()
+
+    def story_example(self, corpus: Corpus, rows: int, generator: torch.Generator, *, varied: bool = True) -> Example:
+        """Frames 2 to 5 of stories with earlier ones, and single frames with an unrelated one.
+
+        `varied`: some descriptions in the captioner's wording, some first frames with their caption.
+        """
         recipe = self.recipe
         story = torch.randint(corpus.stories_count, (rows,), generator=generator)
         beat = torch.randint(1, STORY_FRAMES, (rows,), generator=generator)
@@ -196,7 +222,7 @@ class FrameTrainee:
         present = distance[None] <= seen[:, None]
         earlier = torch.where(unrelated[:, None], anything[:, None], target[:, None] - distance[None])
         earlier = torch.where(present, earlier, 0).flatten()  # row 0 stands in slots that are not looked at
-        plain_share, caption_share = (recipe.plain_share, recipe.caption_share) if drops else (0.0, 0.0)
+        plain_share, caption_share = (recipe.plain_share, recipe.caption_share) if varied else (0.0, 0.0)
         latents, ids = self._take(corpus, target, plain_share, generator)
         reference_latents, reference_ids = self._take(corpus, earlier, plain_share, generator)
         given = (earlier >= corpus.stories_from) & ((earlier - corpus.stories_from) % STORY_FRAMES == 0)
@@ -205,27 +231,14 @@ class FrameTrainee:
         reference_ids = torch.where(given[:, None], captions, reference_ids)
         reference_text = torch.zeros(rows * slots, *self.text_shape, device=self.device)
         filled = present.flatten()
-        reference_text[filled.to(self.device)] = self._states(reference_ids[filled]).float()
-        nothing = self._states(self.nothing_ids_S[None])[0].float()
-        timesteps, noise, reference_noise = self._noise(generator, latents)
-        chance = torch.rand(2, rows, generator=generator) if drops else torch.ones(2, rows)
-        ids = torch.where((chance[0] < recipe.text_dropped)[:, None], self.nothing_ids_S, ids)
-        never = torch.zeros(rows, dtype=torch.bool)
-        example = Example(
+        reference_text[filled.to(self.device)] = self.states(reference_ids[filled]).float()
+        return Example(
             latents_BCHW=latents.to(self.device),
-            text_BSD=self._states(ids),
+            text_BSD=self.states(ids),
             reference_latents_BNCHW=reference_latents.view(rows, slots, *latents.shape[1:]).to(self.device),
             reference_text_BNSD=reference_text.view(rows, slots, *self.text_shape),
             present_BN=present.to(self.device),
         )
-        return self.denoiser.loss(
-            example,
-            timesteps_B=timesteps,
-            noise_BCHW=noise,
-            reference_noise_BCHW=reference_noise,
-            dropped=Dropped(text_B=never, references_B=chance[1] < recipe.references_dropped, no_references_B=never),
-            unconditional=Unconditional(text_SD=nothing, blank_CHW=self.blank_CHW.to(self.device)),
-        ).mean()
 
     def measure(self) -> dict[str, float]:
         """Loss on held-out stories, over evenly spread noise levels; the same frames and noise at every call."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from services.models.pack import Sampling
 from training.clip import ClipRecipe
+from training.draft import DraftRecipe
 from training.eyes import EyesRecipe
 from training.frame import FrameRecipe
 from training.loop import LoopRecipe
@@ -16,6 +18,11 @@ from training.optimizer import OptimizerRecipe, Pace
 from training.pictures import ShelfRecipe
 from training.text import TextRecipe
 from training.vae import VaeRecipe
+
+TOON_SAMPLING = Sampling(
+    sampler="dpm_solver_pp_2m", default_steps=6, default_text_guidance=2.0, default_image_guidance=1.0
+)
+DRAFT_STEPS = 4
 
 
 def toon_vae(minutes: float | None = None, *, gpu: bool = False) -> VaeRecipe:
@@ -96,6 +103,23 @@ def toon_frame(minutes: float | None = None, *, gpu: bool = False) -> FrameRecip
             ShelfRecipe(split="train", breadth="strangers", count=4_000 if gpu else 1_500),
         ),
         held_out=ShelfRecipe(split="validation", breadth="story", count=60),
+    )
+
+
+def toon_draft(minutes: float | None = None, *, gpu: bool = False) -> DraftRecipe:
+    """The LoRA of the draft quality: guidance and steps as `toon_pack` says how frames are drawn."""
+    return DraftRecipe(
+        loop=LoopRecipe(
+            pace=Pace(steps=1_500, warmup_steps=20, minutes=minutes, decay_share=0.6),
+            optimizer=OptimizerRecipe(matrix_rate=0.0, rate=2e-3, weight_decay=0.0),
+            seed=8,
+            ema=0.98,
+        ),
+        frame=toon_frame(gpu=gpu),
+        text_guidance=TOON_SAMPLING.default_text_guidance,
+        image_guidance=TOON_SAMPLING.default_image_guidance,
+        steps=DRAFT_STEPS,
+        rows=192 if gpu else 24,
     )
 
 

@@ -20,7 +20,7 @@ import torch
 
 from services.models.eyes import FOLDER as EYES_FOLDER
 from services.models.eyes import save_eyes
-from services.models.pack import Pack, PackSettings, Sampling, write_pack
+from services.models.pack import Pack, PackSettings, write_pack
 from services.models.registry import save_network
 from services.models.storygen import build_storygen
 from services.models.toon import FRAME_PX, MAX_REFERENCES, SCHEDULE, TEXT, UNET, VAE
@@ -33,14 +33,22 @@ from training.frame import train_frame, trained_frame
 from training.latents import scaling_of
 from training.pictures import shelf
 from training.precision import on_gpu
-from training.recipes import toon_clip, toon_decoder, toon_eyes, toon_frame, toon_judge, toon_text, toon_vae
+from training.recipes import (
+    TOON_SAMPLING,
+    toon_clip,
+    toon_decoder,
+    toon_eyes,
+    toon_frame,
+    toon_judge,
+    toon_text,
+    toon_vae,
+)
 from training.storage import training_dir
 from training.text import train_text, trained_text
 from training.toon.knowledge import write_knowledge
 from training.vae import encoding_vae, train_vae, trained_vae
 
 PACK = Path(__file__).resolve().parents[1] / "services" / "models" / "packs" / "toon"
-SAMPLING = Sampling(sampler="dpm_solver_pp_2m", default_steps=6, default_text_guidance=2.0, default_image_guidance=1.0)
 
 
 def write_networks(folder: Path) -> PackSettings:
@@ -70,7 +78,7 @@ def write_networks(folder: Path) -> PackSettings:
         sample_latents=False,  # trained on posterior means
         latents=scaling_of(encoding_vae(), shelf(toon_frame(gpu=on_gpu()).singles[0])),
         schedule=SCHEDULE,
-        sampling=SAMPLING,
+        sampling=TOON_SAMPLING,
     )
 
 

@@ -139,11 +139,19 @@ class StoryDenoiser:
             if unconditional is None:
                 raise ValueError("dropping text or references needs `unconditional`")
             example = apply_dropout(example, dropped, unconditional)
-        noisy = self.schedule.add_noise(example.latents_BCHW, noise_BCHW, timesteps_B)
         target = self.schedule.target(example.latents_BCHW, noise_BCHW, timesteps_B)
-        references = self._training_references(example, timesteps_B, reference_noise_BCHW)
-        answer = self.unet.predict(noisy, timesteps_B, example.text_BSD, references)
+        answer = self.answer(
+            example, timesteps_B=timesteps_B, noise_BCHW=noise_BCHW, reference_noise_BCHW=reference_noise_BCHW
+        )
         return F.mse_loss(answer.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+
+    def answer(
+        self, example: Example, *, timesteps_B: Tensor, noise_BCHW: Tensor, reference_noise_BCHW: Tensor
+    ) -> Tensor:
+        """The network's answer, `[B, C, H, W]`, about the example with noise added. Shared noise as in `loss`."""
+        noisy = self.schedule.add_noise(example.latents_BCHW, noise_BCHW, timesteps_B)
+        references = self._training_references(example, timesteps_B, reference_noise_BCHW)
+        return self.unet.predict(noisy, timesteps_B, example.text_BSD, references)
 
     def _training_references(self, example: Example, timesteps_B: Tensor, noise_BCHW: Tensor) -> References | None:
         """What the slots that are filled leave; empty ones cost nothing."""
