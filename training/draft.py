@@ -10,7 +10,8 @@ with the LoRA on, because that is how it is served.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +28,9 @@ from services.models.denoiser import Example, guidance
 from services.models.lora import ALPHA, BASE_DIGEST
 from training.command import run_arguments, run_parser
 from training.frame import FrameRecipe, FrameTrainee, frame_trainee, trained_frame
-from training.loop import LoopRecipe, RunResult, train
+from training.loop import STARTED_FROM, LoopRecipe, RunResult, train
 from training.precision import autocast, default_device, on_gpu
-from training.storage import load_checkpoint, training_dir
+from training.storage import Checkpoint, load_checkpoint, save_checkpoint, training_dir, with_prefix
 
 CHECKPOINT = "draft.safetensors"
 _NAME = "draft"
@@ -138,14 +139,36 @@ def draft_trainee(recipe: DraftRecipe) -> DraftTrainee:
 def train_draft(recipe: DraftRecipe) -> RunResult:
     """Train, or continue, the LoRA; its checkpoint is `draft.safetensors` in the training folder."""
     torch.manual_seed(recipe.loop.seed)
-    return train(draft_trainee(recipe), recipe.loop, training_dir() / CHECKPOINT)
+    path, taught_by = training_dir() / CHECKPOINT, fingerprint(trained_frame())
+    found = load_checkpoint(path)
+    if found is not None and found.facts.get(STARTED_FROM) != taught_by:
+        raise ValueError(f"{path} is about another frame model: move it away to start anew")
+    trainee = draft_trainee(recipe)
+    if found is None:  # the run then goes on from here, and remembers who teaches
+        weights = trainee.networks.state_dict()
+        facts = {"step": 0, "elapsed_s": 0.0, "figures": {}, "done": False, STARTED_FROM: taught_by}
+        save_checkpoint(path, Checkpoint(with_prefix("networks", weights) | with_prefix("average", weights), facts))
+    return train(trainee, recipe.loop, path)
 
 
-def export_draft(file: Path, base_digest: str, rank: int, checkpoint: Path | None = None) -> None:
-    """Write the trained LoRA as `services.models.lora` reads it. Raises FileNotFoundError when there is none."""
-    found = load_checkpoint(checkpoint or training_dir() / CHECKPOINT)
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """64 hex digits of a network's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def export_draft(file: Path, unet: Mapping[str, Tensor], base_digest: str, rank: int) -> None:
+    """Write the trained LoRA as `services.models.lora` reads it, for the pack's UNet with these weights.
+
+    Raises FileNotFoundError when there is none, and ValueError when it was taught by another UNet.
+    """
+    found = load_checkpoint(training_dir() / CHECKPOINT)
     if found is None:
         raise FileNotFoundError("no trained draft: run `python -m training.draft`")
+    if found.facts.get(STARTED_FROM) != fingerprint(unet):
+        raise ValueError("the trained draft is about another frame model: run `python -m training.draft` anew")
     weights = found.part("average") or found.part("networks")
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(

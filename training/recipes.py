@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from services.models.pack import Sampling
+from services.models.pack import QualitySettings, Sampling
 from training.clip import ClipRecipe
 from training.draft import DraftRecipe
 from training.eyes import EyesRecipe
@@ -20,9 +20,14 @@ from training.text import TextRecipe
 from training.vae import VaeRecipe
 
 TOON_SAMPLING = Sampling(
-    sampler="dpm_solver_pp_2m", default_steps=6, default_text_guidance=2.0, default_image_guidance=1.0
+    sampler="dpm_solver_pp_2m",
+    default_steps=6,
+    default_text_guidance=2.0,
+    default_image_guidance=1.0,
+    qualities={"best": QualitySettings(steps=20, text_guidance=2.0, image_guidance=1.0)},
 )
-DRAFT_STEPS = 4
+DRAFT_FILE = "draft/adapter.safetensors"
+TOON_DRAFT = QualitySettings(steps=4, text_guidance=1.0, image_guidance=1.0, adapter=DRAFT_FILE)
 
 
 def toon_vae(minutes: float | None = None, *, gpu: bool = False) -> VaeRecipe:
@@ -118,7 +123,7 @@ def toon_draft(minutes: float | None = None, *, gpu: bool = False) -> DraftRecip
         frame=toon_frame(gpu=gpu),
         text_guidance=TOON_SAMPLING.default_text_guidance,
         image_guidance=TOON_SAMPLING.default_image_guidance,
-        steps=DRAFT_STEPS,
+        steps=TOON_DRAFT.steps,
         rows=192 if gpu else 24,
     )
 

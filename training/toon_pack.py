@@ -9,6 +9,7 @@ same command. Order matters: the tokenizer comes first, the frame model needs au
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,14 @@ import torch
 from services.models.eyes import FOLDER as EYES_FOLDER
 from services.models.eyes import save_eyes
 from services.models.pack import Pack, PackSettings, write_pack
-from services.models.registry import save_network
+from services.models.registry import UNET_WEIGHTS, save_network
 from services.models.storygen import build_storygen
 from services.models.toon import FRAME_PX, MAX_REFERENCES, SCHEDULE, TEXT, UNET, VAE
 from training.card import model_card
 from training.clip import CHECKPOINT as CLIP_CHECKPOINT
 from training.clip import export_clip, train_clip, trained_clip
+from training.draft import CHECKPOINT as DRAFT_CHECKPOINT
+from training.draft import export_draft, train_draft
 from training.evaluation.judge import train_and_ship
 from training.eyes import train_eyes, trained_eyes
 from training.frame import train_frame, trained_frame
@@ -34,9 +37,12 @@ from training.latents import scaling_of
 from training.pictures import shelf
 from training.precision import on_gpu
 from training.recipes import (
+    DRAFT_FILE,
+    TOON_DRAFT,
     TOON_SAMPLING,
     toon_clip,
     toon_decoder,
+    toon_draft,
     toon_eyes,
     toon_frame,
     toon_judge,
@@ -57,9 +63,15 @@ def write_networks(folder: Path) -> PackSettings:
     Raises FileNotFoundError when a network is not trained yet (a CLIP may be missing).
     """
     unet: Any = build_storygen(UNET)
-    unet.load_state_dict(trained_frame())
+    weights = trained_frame()
+    unet.load_state_dict(weights)
     vae: Any = trained_vae()
     save_network(folder / "unet", unet, UNET, torch.float16)
+    sampling = TOON_SAMPLING
+    if (training_dir() / DRAFT_CHECKPOINT).is_file():  # without it, a draft takes fewer steps and no less guidance
+        digest = hashlib.sha256((folder / "unet" / UNET_WEIGHTS).read_bytes()).hexdigest()
+        export_draft(folder / DRAFT_FILE, weights, digest, toon_draft(gpu=on_gpu()).rank)
+        sampling = sampling.model_copy(update={"qualities": {**sampling.qualities, "draft": TOON_DRAFT}})
     save_network(folder / "text_encoder", trained_text().model, TEXT, torch.float16)
     save_network(folder / "vae", vae, VAE, torch.float16)
     save_eyes(trained_eyes(), folder / EYES_FOLDER)
@@ -78,7 +90,7 @@ def write_networks(folder: Path) -> PackSettings:
         sample_latents=False,  # trained on posterior means
         latents=scaling_of(encoding_vae(), shelf(toon_frame(gpu=on_gpu()).singles[0])),
         schedule=SCHEDULE,
-        sampling=TOON_SAMPLING,
+        sampling=sampling,
     )
 
 
@@ -117,6 +129,7 @@ def stages(folder: Path) -> dict[str, Callable[[], object]]:
         "text": lambda: train_text(toon_text(gpu=on_gpu())),
         "decoder": lambda: train_vae(toon_decoder(gpu=on_gpu())),
         "frame": lambda: train_frame(toon_frame(gpu=on_gpu())),
+        "draft": lambda: train_draft(toon_draft(gpu=on_gpu())),
         "clip": lambda: train_clip(toon_clip(gpu=on_gpu())),
         "captions": lambda: _module("training.captions", "--out", str(folder)),
         "judge": lambda: train_and_ship(toon_judge(gpu=on_gpu())),

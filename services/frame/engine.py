@@ -34,6 +34,7 @@ from services.frame.job import Event, FrameJob, Preview, Progress, Queued, Refer
 from services.frame.picture import png, webp
 from services.frame.scheduler import Job, Refusal, Scheduler, SchedulerSettings
 from services.frame.sketch import CHARACTERS_MAX, checked_characters, sketch_of
+from services.models.character import CharacterWeights
 from services.models.cost import flops_of_a_row, peak_flops
 from services.models.denoiser import StoryDenoiser
 from services.models.drawing import Drawing, Pixels, Sketch, begin, finish, preview, rows_of_a_frame
@@ -195,9 +196,9 @@ class FrameEngine:
             raise ValueError(f"the default pack {default_pack!r} is not loaded")
         self.settings = settings or EngineSettings()
         slots = self.settings.adapter_slots or self.settings.max_running * CHARACTERS_MAX
-        rank_max = self.settings.adapter_rank_max
+        slots += max(len(model.adapters) for model in models.values())  # the pack's own, and the same for everybody
         self.models = {
-            name: replace(model, slots=AdapterSlots(model.denoiser.unet, slots, rank_max))
+            name: replace(model, slots=AdapterSlots(model.denoiser.unet, slots, self._rank_max(model)))
             for name, model in models.items()
         }
         self.default_pack = default_pack
@@ -220,6 +221,10 @@ class FrameEngine:
         self._row_flops: dict[str, float] = {}  # by pack, once warmed up
         self._busy_since_s: float | None = None  # start of the unit of work in hand; None while idle
         self._thread = threading.Thread(target=self._run, name="frame-engine", daemon=True)
+
+    def _rank_max(self, model: FrameModel) -> int:
+        """Of what may lie in a slot: characters' weights, and the pack's own."""
+        return max(self.settings.adapter_rank_max, *(own.rank for own in model.adapters.values()), 1)
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -260,8 +265,10 @@ class FrameEngine:
         if model is None:
             raise PackUnknown(f"no pack {job.pack!r} here; loaded: {', '.join(sorted(self.models))}", field="pack")
         adapters = tuple(self._adapter(model, one.digest) for one in checked_characters(job))
-        sketch = sketch_of(job, model, self.settings.references, _words(adapters))
-        whole = _whole(adapters, sketch)
+        whole = _whole(adapters, job.characters)
+        sketch = sketch_of(job, model, self.settings.references, _words(adapters), adapters=whole is None)
+        own = {adapter.digest: adapter for adapter in model.adapters.values()}
+        adapters += tuple(own[one.digest] for one in sketch.characters[len(adapters) :])
         if whole is not None:
             model = replace(model, denoiser=StoryDenoiser(whole.unet, model.denoiser.schedule), slots=None)
         if job.deadline_s is not None and self._clock() >= job.deadline_s:
@@ -693,9 +700,9 @@ def _words(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
     return words
 
 
-def _whole(adapters: Sequence[Adapter], sketch: Sketch) -> Adapter | None:
+def _whole(adapters: Sequence[Adapter], characters: Sequence[CharacterWeights]) -> Adapter | None:
     """The one that brings a UNet instead of the pack's. Raises CharacterWeightsUnusable when it is not alone."""
-    for adapter, character in zip(adapters, sketch.characters, strict=True):
+    for adapter, character in zip(adapters, characters, strict=True):
         if adapter.unet is None:
             continue
         others = [other for other in adapters if other is not adapter]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from services.frame.scheduler import Priority
 from services.models.character import CharacterWeights
+from services.models.quality import Quality
 from services.models.world import Unfamiliar
 
 if TYPE_CHECKING:  # torch comes with it
@@ -38,6 +39,7 @@ class FrameJob:
     steps: int = 0
     text_guidance: float | None = None
     image_guidance: float | None = None
+    quality: Quality = Quality.STANDARD  # what it leaves to the pack besides
     sampler: str = ""  # one of `services.models.samplers.SAMPLERS`
     preview_every_steps: int = 0
     characters: tuple[CharacterWeights, ...] = ()  # those with weights of their own

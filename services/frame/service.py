@@ -23,6 +23,7 @@ from services.frame.job import Event, FrameJob, Preview, Progress, Queued, Refer
 from services.frame.metrics import MeteredObserver, ServeMeters
 from services.frame.scheduler import Priority
 from services.models.character import CharacterWeights
+from services.models.quality import Quality
 from services.models.world import Unfamiliar
 from services.runtime.call import current_call
 from services.runtime.config import Installation
@@ -79,6 +80,7 @@ def job_from_pb(request: pb.RenderFrameRequest) -> FrameJob:
         steps=request.steps,
         text_guidance=request.text_guidance if request.HasField("text_guidance") else None,
         image_guidance=request.image_guidance if request.HasField("image_guidance") else None,
+        quality=_QUALITIES.get(request.quality, Quality.STANDARD),
         sampler=request.sampler,
         preview_every_steps=request.preview_every_steps,
         characters=tuple(
@@ -91,6 +93,7 @@ def job_from_pb(request: pb.RenderFrameRequest) -> FrameJob:
 
 
 _PRIORITIES = {pb.PRIORITY_BATCH: Priority.BATCH, pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE}
+_QUALITIES = {pb.QUALITY_DRAFT: Quality.DRAFT, pb.QUALITY_BEST: Quality.BEST}
 TENANT_CHARACTERS_MAX = 255
 
 

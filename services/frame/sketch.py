@@ -12,6 +12,7 @@ from services.frame.picture import read_reference
 from services.models.character import CharacterWeights
 from services.models.drawing import Seen, Sketch
 from services.models.errors import TextTooLong
+from services.models.pack import QualitySettings
 from services.models.references import EXACT, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.samplers import SAMPLERS
@@ -28,10 +29,19 @@ MAX_CHARACTER_SCALE = 2.0
 DESCRIPTION_CHARACTERS = 10_000  # more than any window holds; keeps the tokenizer from reading megabytes
 
 
-def sketch_of(job: FrameJob, model: FrameModel, policy: ReferencePolicy = EXACT, words: Words = NO_WORDS) -> Sketch:
+def sketch_of(
+    job: FrameJob,
+    model: FrameModel,
+    policy: ReferencePolicy = EXACT,
+    words: Words = NO_WORDS,
+    *,
+    adapters: bool = True,
+) -> Sketch:
     """What `model` is to draw for `job`, with every default filled in.
 
-    `policy` is the engine's, `words` are those that the job's characters taught the text encoder.
+    `policy` is the engine's, `words` are those that the job's characters taught the text encoder. Without `adapters`
+    (a character that is a whole UNet cannot wear the pack's) a quality is what it is in a pack that has none for it.
+    The pack's adapter of the quality is the last of the sketch's characters.
 
     Raises InvalidArgument or one of its kin, naming the field, when it cannot be drawn.
     """
@@ -44,7 +54,8 @@ def sketch_of(job: FrameJob, model: FrameModel, policy: ReferencePolicy = EXACT,
         )
     width_px, height_px = job.width_px or manifest.width_px, job.height_px or manifest.height_px
     _check_size(width_px, height_px, model)
-    steps = job.steps or manifest.sampling.default_steps
+    quality = manifest.sampling.at(job.quality, adapters=adapters)
+    steps = job.steps or quality.steps
     limit = min(MAX_STEPS, manifest.schedule.train_steps)
     if not 1 <= steps <= limit:
         raise ValueOutOfRange(f"steps is {steps}; it must be between 1 and {limit}", field="steps")
@@ -58,8 +69,8 @@ def sketch_of(job: FrameJob, model: FrameModel, policy: ReferencePolicy = EXACT,
         width_px=width_px,
         height_px=height_px,
         steps=steps,
-        text_guidance=_scale(job.text_guidance, manifest.sampling.default_text_guidance, "text_guidance"),
-        image_guidance=_scale(job.image_guidance, manifest.sampling.default_image_guidance, "image_guidance"),
+        text_guidance=_scale(job.text_guidance, quality.text_guidance, "text_guidance"),
+        image_guidance=_scale(job.image_guidance, quality.image_guidance, "image_guidance"),
         references=tuple(
             Seen(
                 pixels=read_reference(reference.image, width_px, height_px, field=f"references[{index}].image"),
@@ -69,10 +80,15 @@ def sketch_of(job: FrameJob, model: FrameModel, policy: ReferencePolicy = EXACT,
             )
             for index, reference in enumerate(job.references)
         ),
-        characters=checked_characters(job),
+        characters=(*checked_characters(job), *_own(model, quality)),
         sampler=job.sampler or manifest.sampling.sampler,
         policy=policy,
     )
+
+
+def _own(model: FrameModel, quality: QualitySettings) -> tuple[CharacterWeights, ...]:
+    """The pack's own adapter for a quality."""
+    return (CharacterWeights(model.adapters[quality.adapter].digest),) if quality.adapter else ()
 
 
 def checked_characters(job: FrameJob) -> tuple[CharacterWeights, ...]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -36,6 +37,7 @@ from services.models.errors import (
     PackManifestInvalid,
     PackNotFound,
 )
+from services.models.quality import Quality
 from services.models.schedule import ScheduleConfig
 from services.models.vae import LatentScaling, ReferenceRange
 
@@ -57,6 +59,15 @@ class FileEntry(_Strict):
     size_bytes: int = Field(ge=0)
 
 
+class QualitySettings(_Strict):
+    """How frames of one quality are drawn."""
+
+    steps: int = Field(ge=1, le=1000)
+    text_guidance: float = Field(ge=0.0, le=30.0)
+    image_guidance: float = Field(ge=0.0, le=30.0)
+    adapter: str = ""  # a file of the pack: a LoRA of its UNet that every such frame wears
+
+
 class Sampling(_Strict):
     """How the pack's frames are drawn, unless a request says otherwise."""
 
@@ -64,6 +75,20 @@ class Sampling(_Strict):
     default_steps: int = Field(ge=1, le=1000)
     default_text_guidance: float = Field(ge=0.0, le=30.0)
     default_image_guidance: float = Field(ge=0.0, le=30.0)
+    # What other qualities than the standard one are; without a word here a draft takes half the steps, the best twice.
+    qualities: dict[Literal["draft", "best"], QualitySettings] = Field(default_factory=dict)
+
+    def at(self, quality: Quality, *, adapters: bool = True) -> QualitySettings:
+        """How frames of a quality are drawn; without `adapters` as if the pack had none for it."""
+        told = next((settings for name, settings in self.qualities.items() if name == quality.value), None)
+        if told is not None and (adapters or not told.adapter):
+            return told
+        factor = {Quality.DRAFT: 0.5, Quality.STANDARD: 1.0, Quality.BEST: 2.0}[quality]
+        return QualitySettings(
+            steps=min(1000, math.ceil(self.default_steps * factor)),
+            text_guidance=self.default_text_guidance,
+            image_guidance=self.default_image_guidance,
+        )
 
 
 class PackSettings(_Strict):
@@ -115,10 +140,20 @@ class Manifest(PackSettings):
                 raise ValueError(f"{path!r} is not a plain path inside the pack")
         return files
 
+    @model_validator(mode="after")
+    def _adapters_are_there(self) -> Manifest:
+        for quality, settings in self.sampling.qualities.items():
+            if settings.adapter and settings.adapter not in self.files:
+                raise ValueError(f"sampling.qualities.{quality}: {settings.adapter!r} is no file of the pack")
+        return self
+
     @property
     def digest(self) -> str:
         """Lower-case hex SHA-256 of the manifest in canonical form. Changes when any file or setting changes."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        document = self.model_dump(mode="json")
+        if not document["sampling"]["qualities"]:  # came later: packs that say nothing there keep their digest
+            del document["sampling"]["qualities"]
+        canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

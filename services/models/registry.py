@@ -6,8 +6,8 @@ Knows where the networks lie in a pack's folder, and nothing about serving.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from services.models.denoiser import StoryDenoiser
-from services.models.errors import PackManifestInvalid, PackWeightsMismatch
-from services.models.lora import AdapterSlots
+from services.models.errors import AdapterError, PackManifestInvalid, PackWeightsMismatch
+from services.models.lora import Adapter, AdapterSlots, read_adapter_file
 from services.models.pack import Manifest, Pack
 from services.models.samplers import SAMPLERS, Sampler
 from services.models.schedule import Schedule
@@ -44,6 +44,7 @@ class FrameModel:
     sampler: Sampler
     device: torch.device
     dtype: torch.dtype  # of the UNet's arithmetic; latents are always float32 between steps
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)  # of the pack's own, by file: see `pack.Sampling`
     slots: AdapterSlots | None = None  # where characters' weights lie; None: it draws nobody but its own
 
     @property
@@ -99,8 +100,15 @@ def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> Frame
         reference_range=manifest.reference_range,
         sample_latents=manifest.sample_latents,
     )
+    adapters = {settings.adapter for settings in manifest.sampling.qualities.values() if settings.adapter}
+    base_digest = manifest.files[f"unet/{UNET_WEIGHTS}"].sha256
+    try:
+        own = {file: read_adapter_file(pack.path(file), unet, base_digest=base_digest) for file in sorted(adapters)}
+    except AdapterError as error:
+        raise PackWeightsMismatch(str(error)) from None
     return FrameModel(
         manifest=manifest,
+        adapters=own,
         denoiser=StoryDenoiser(nn.Module.to(unet, device, dtype), Schedule(manifest.schedule)),
         codec=codec,
         text=TextEncoder(nn.Module.to(text, device), tokenizer, bidirectional=text_shape.bidirectional),

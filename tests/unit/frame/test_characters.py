@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from safetensors.torch import save
 from services.frame.engine import EngineSettings, FrameEngine, _Silence
 from services.frame.job import FrameJob
 from services.models.character import CharacterWeights
-from services.models.lora import ALPHA, BASE_DIGEST, AdapterSlots, adapted_layers
+from services.models.lora import ALPHA, BASE_DIGEST, AdapterSlots, adapted_layers, read_adapter
+from services.models.pack import QualitySettings
+from services.models.quality import Quality
 from services.models.registry import FrameModel
 from services.runtime.errors import (
     CharacterWeightsUnknown,
@@ -330,3 +333,52 @@ def test_a_whole_unet_may_bring_company_that_only_taught_a_word(
     engine = started(max_running=1)
     jobs = [wearing(4, *digests, description="Zoe runs.") for digests in ((whole,), (whole, zoe))]
     assert len({Inbox(engine, one).frame().sha256 for one in jobs}) == 2
+
+
+@pytest.fixture
+def drafting(tiny_model: FrameModel) -> FrameModel:
+    """A pack with an adapter for drafts."""
+    own = read_adapter(weights(tiny_model, 5), tiny_model.denoiser.unet, base_digest=tiny_model.base_digest)
+    draft = QualitySettings(steps=2, text_guidance=1.0, image_guidance=1.0, adapter="draft/adapter.safetensors")
+    sampling = tiny_model.manifest.sampling.model_copy(update={"qualities": {"draft": draft}})
+    manifest = tiny_model.manifest.model_copy(update={"sampling": sampling})
+    return replace(tiny_model, manifest=manifest, adapters={draft.adapter: own})
+
+
+def test_a_draft_takes_the_packs_steps_and_wears_its_adapter(drafting: FrameModel, files: Files) -> None:
+    character, whole = files.keep(weights(drafting, 6)), files.keep(a_whole_unet(drafting, 1))
+    engine = FrameEngine({"tiny": drafting}, "tiny", EngineSettings(max_running=2), fetch=files.fetch)
+    engine.start()
+    try:
+        draft = Inbox(engine, job(1, quality=Quality.DRAFT)).frame()
+        own = drafting.adapters["draft/adapter.safetensors"].digest
+        assert (draft.sketch.steps, draft.sketch.text_guidance) == (2, 1.0)
+        assert [one.digest for one in draft.sketch.characters] == [own]
+        plain = Inbox(engine, job(1, steps=2, text_guidance=1.0, image_guidance=1.0)).frame()
+        assert draft.sha256 != plain.sha256
+        same = Inbox(
+            engine, wearing(1, files.keep(weights(drafting, 5)), steps=2, text_guidance=1.0, image_guidance=1.0)
+        )
+        assert draft.sha256 == same.frame().sha256
+        both = Inbox(engine, wearing(1, character, quality=Quality.DRAFT)).frame().sketch
+        assert [one.digest for one in both.characters] == [character, own]
+        mine = Inbox(engine, job(1, quality=Quality.DRAFT, steps=3, text_guidance=2.0)).frame().sketch
+        assert (mine.steps, mine.text_guidance) == (3, 2.0)
+        alone = Inbox(engine, wearing(1, whole, quality=Quality.DRAFT)).frame().sketch
+        assert (alone.steps, alone.text_guidance) == (2, drafting.manifest.sampling.default_text_guidance)
+        assert [one.digest for one in alone.characters] == [whole], "the adapter is of another UNet"
+        assert Inbox(engine, job(1, quality=Quality.BEST)).frame().sketch.steps == 8
+    finally:
+        engine.stop()
+
+
+def test_a_draft_and_everybodys_characters_find_room(drafting: FrameModel, files: Files) -> None:
+    digests = [files.keep(weights(drafting, seed)) for seed in range(10, 14)]
+    engine = FrameEngine({"tiny": drafting}, "tiny", EngineSettings(max_running=2), fetch=files.fetch)
+    engine.start()
+    try:
+        jobs = [wearing(1, *digests[:2], quality=Quality.DRAFT), wearing(1, *digests[2:], quality=Quality.DRAFT)]
+        for inbox in [Inbox(engine, one) for one in jobs]:
+            assert inbox.frame().sketch.steps == 2
+    finally:
+        engine.stop()

@@ -26,6 +26,7 @@ from services.models.errors import (
     TextTooLong,
 )
 from services.models.pack import MANIFEST, Pack, PackSettings, find_pack, load_pack, write_pack
+from services.models.quality import Quality
 from services.models.registry import FrameModel, load_frame_model, save_network
 from services.models.text_encoder import TextEncoder
 from services.models.tiny import UNET, build_tiny_pack, byte_tokenizer
@@ -263,3 +264,32 @@ def test_a_tiny_pack_is_complete(tmp_path: Path) -> None:
     for name in ("llava/config.json", "llava/model.safetensors", "adapters/story/adapter_model.safetensors"):
         assert name in files
     assert "adapters/descriptive/adapter_config.json" in files
+
+
+def test_a_pack_that_says_nothing_of_qualities_has_them_all(tiny_pack: Pack) -> None:
+    sampling = tiny_pack.manifest.sampling
+    steps = {quality: sampling.at(quality).steps for quality in Quality}
+    assert steps == {Quality.DRAFT: 2, Quality.STANDARD: 4, Quality.BEST: 8}
+    assert {sampling.at(quality).text_guidance for quality in Quality} == {sampling.default_text_guidance}
+    assert not any(sampling.at(quality).adapter for quality in Quality)
+
+
+def test_a_pack_says_what_its_qualities_are(pack_folder: Path, tiny_pack: Pack) -> None:
+    told = {"steps": 3, "text_guidance": 1.0, "image_guidance": 1.0, "adapter": "tokenizer/tokenizer.json"}
+    edit_manifest(pack_folder, lambda d: d["sampling"].update(qualities={"draft": told}))
+    pack = load_pack(pack_folder)
+    assert pack.manifest.sampling.at(Quality.DRAFT).model_dump() == told
+    assert pack.manifest.sampling.at(Quality.DRAFT, adapters=False).steps == 2, "as if it had said nothing"
+    assert pack.manifest.sampling.at(Quality.BEST).steps == 8
+    assert pack.digest != tiny_pack.digest
+    with pytest.raises(PackWeightsMismatch, match="cannot be read"):
+        load_frame_model(pack)
+    edit_manifest(pack_folder, lambda d: d["sampling"]["qualities"]["draft"].update(adapter="draft/no.safetensors"))
+    with pytest.raises(PackManifestInvalid, match="no file of the pack"):
+        load_pack(pack_folder)
+
+
+def test_an_empty_word_of_qualities_changes_no_digest(pack_folder: Path, tiny_pack: Pack) -> None:
+    """They came later: packs that were sealed before keep the digest that stories have stored."""
+    edit_manifest(pack_folder, lambda d: d["sampling"].pop("qualities"))
+    assert load_pack(pack_folder).digest == tiny_pack.digest

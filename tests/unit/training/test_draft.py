@@ -11,10 +11,11 @@ import torch
 from services.models.lora import AdapterSlots, Worn, read_adapter_file
 from services.models.storygen import build_storygen
 from services.models.toon import UNET
-from training.draft import DraftTrainee, export_draft
+from training.draft import CHECKPOINT, DraftTrainee, export_draft, fingerprint
 from training.frame import FrameTrainee
-from training.loop import step_generator, train
+from training.loop import STARTED_FROM, step_generator, train
 from training.recipes import toon_draft
+from training.storage import FOLDER_VARIABLE, Checkpoint, load_checkpoint, save_checkpoint
 
 from .test_frame import trainee  # noqa: F401 - a fixture
 
@@ -35,17 +36,26 @@ def test_before_it_learned_it_is_the_network_without_guidance(draft: DraftTraine
     assert all("lora_" in name for name in trained)
 
 
-def test_what_it_learns_is_guidance_and_is_what_is_shipped(draft: DraftTrainee, tmp_path: Path) -> None:
+def test_what_it_learns_is_guidance_and_is_what_is_shipped(
+    draft: DraftTrainee, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loop = replace(RECIPE.loop, pace=replace(RECIPE.loop.pace, steps=15, warmup_steps=1), measure_every_s=1e9)
-    path = tmp_path / "draft.safetensors"
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    path = tmp_path / CHECKPOINT
     result = train(draft, loop, path, say=lambda line: None, device="cpu")
     assert result.figures["loss"] < 0.8 * result.figures["unguided"]
-    export_draft(tmp_path / "shipped.safetensors", "d" * 64, RECIPE.rank, path)
     unet = build_storygen(UNET)
     adapted = draft.base.denoiser.unet.state_dict()
     unet.load_state_dict({name.replace("base_layer.", ""): v for name, v in adapted.items() if "lora_" not in name})
+    shipped = tmp_path / "shipped.safetensors"
+    with pytest.raises(ValueError, match="another frame model"):  # nobody wrote down who taught it
+        export_draft(shipped, unet.state_dict(), "d" * 64, RECIPE.rank)
+    found = load_checkpoint(path)
+    assert found is not None
+    save_checkpoint(path, Checkpoint(found.tensors, {**found.facts, STARTED_FROM: fingerprint(unet.state_dict())}))
+    export_draft(shipped, unet.state_dict(), "d" * 64, RECIPE.rank)
     slots = AdapterSlots(unet, 1, RECIPE.rank)
-    slots.put(1, read_adapter_file(tmp_path / "shipped.safetensors", unet, base_digest="d" * 64))
+    slots.put(1, read_adapter_file(shipped, unet, base_digest="d" * 64))
     example = draft.base.story_example(draft.base.held_out, 2, step_generator(0, 0))
     noisy, levels = example.latents_BCHW + 0.5, torch.tensor([900, 300])
     with torch.no_grad():
