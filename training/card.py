@@ -12,6 +12,7 @@ from services.models.pack import Pack, PackSettings, write_pack
 from services.models.toon import LATENT_CHANNELS
 from training.captions import FOLDER as CAPTIONS
 from training.clip import CHECKPOINT as CLIP
+from training.draft import CHECKPOINT as DRAFT
 from training.evaluation.judge import CHECKPOINT as JUDGE
 from training.eyes import CHECKPOINT as EYES
 from training.frame import CHECKPOINT as FRAME
@@ -35,6 +36,7 @@ _RUNS = {
     "captioner, told": f"{CAPTIONS}/told.safetensors",
     "LoRA `story`": f"{CAPTIONS}/story.safetensors",
     "LoRA `descriptive`": f"{CAPTIONS}/descriptive.safetensors",
+    "LoRA of drafts": DRAFT,
     "CLIP": CLIP,
     "judge": JUDGE,
 }
@@ -105,6 +107,7 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 | `unet/` | StoryGen UNet (96, 160): diffusers' conditional UNet with `attn3` and `norm4` in every transformer block |
 | `tokenizer/` | byte-level BPE, 2,048 entries, shared by all |
 | `eyes/` | convolutions and attention that read who stands where, looking how: for the captioner |
+| `draft/` | LoRA of the UNet that answers with guidance in one pass: what the draft quality wears |
 | `llava/`, `adapters/` | LLaVA base, LoRA adapters `story` and `descriptive` |
 | `clip/` | small CLIP, for metrics only |
 

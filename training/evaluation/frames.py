@@ -20,9 +20,12 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPModel
 
+from services.models.character import CharacterWeights
 from services.models.drawing import Drawing, Pixels, Seen, Sketch, begin, finish
 from services.models.eyes import as_input
+from services.models.lora import AdapterSlots, Outfit, Worn
 from services.models.pack import Pack
+from services.models.quality import Quality
 from services.models.references import EXACT, ReferenceCache, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.step import advance
@@ -120,11 +123,21 @@ class Dials:
     image_guidance: float | None = None
     policy: ReferencePolicy = EXACT
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    quality: Quality = Quality.STANDARD
 
 
 def draw_all(model: FrameModel, tasks: Sequence[Task], dials: Dials | None = None) -> list[Pixels]:
     """Every task's picture, several at a time."""
-    sampling, dials = model.manifest.sampling, dials or Dials()
+    dials = dials or Dials()
+    quality = model.manifest.sampling.at(dials.quality)
+    characters: tuple[CharacterWeights, ...] = ()
+    outfit: Outfit = ()
+    if quality.adapter:
+        own = model.adapters[quality.adapter]
+        slots = AdapterSlots(model.denoiser.unet, 1, own.rank)
+        slots.put(1, own)
+        model = replace(model, slots=slots)
+        characters, outfit = (CharacterWeights(own.digest),), (Worn(1, 1.0),)
     pictures: list[Pixels] = []
     for first in range(0, len(tasks), _TOGETHER):
         drawings: list[Drawing] = [
@@ -135,17 +148,15 @@ def draw_all(model: FrameModel, tasks: Sequence[Task], dials: Dials | None = Non
                     seed=task.seed,
                     width_px=model.manifest.width_px,
                     height_px=model.manifest.height_px,
-                    steps=dials.steps or sampling.default_steps,
-                    text_guidance=sampling.default_text_guidance
-                    if dials.text_guidance is None
-                    else dials.text_guidance,
-                    image_guidance=sampling.default_image_guidance
-                    if dials.image_guidance is None
-                    else dials.image_guidance,
+                    steps=dials.steps or quality.steps,
+                    text_guidance=quality.text_guidance if dials.text_guidance is None else dials.text_guidance,
+                    image_guidance=quality.image_guidance if dials.image_guidance is None else dials.image_guidance,
                     references=task.references,
+                    characters=characters,
                     guidance_interval=dials.guidance_interval,
                     policy=dials.policy,
                 ),
+                outfit,
             )
             for task in tasks[first : first + _TOGETHER]
         ]

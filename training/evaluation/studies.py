@@ -25,6 +25,7 @@ import torch
 
 from services.models.denoiser import REFERENCE_LEVEL_DIVISOR
 from services.models.pack import Pack, load_pack
+from services.models.quality import Quality
 from services.models.references import ReferencePolicy
 from services.models.registry import FrameModel, load_frame_model
 from training.evaluation.arcs import drops_hero, has_arc, places_of
@@ -120,6 +121,13 @@ def steps_study(pack: Pack, count: int, say: Say) -> None:
     say(rows("steps", [(str(n), drawn_figures(model, judge, tasks, Dials(steps=n))) for n in STEPS]))
 
 
+def qualities_study(pack: Pack, count: int, say: Say) -> None:
+    """The qualities that a request may ask for."""
+    model, judge, tasks = _frames(pack, count)
+    lines = [(quality.value, drawn_figures(model, judge, tasks, Dials(quality=quality))) for quality in Quality]
+    say(rows("quality", lines))
+
+
 def guidance_study(pack: Pack, count: int, say: Say) -> None:
     """Text guidance, then image guidance."""
     model, judge, tasks = _frames(pack, count)
@@ -192,6 +200,7 @@ def guards_study(pack: Pack, count: int, say: Say) -> None:
 
 STUDIES: dict[str, Callable[[Pack, int, Say], None]] = {
     "steps": steps_study,
+    "qualities": qualities_study,
     "guidance": guidance_study,
     "references": references_study,
     "shortcuts": shortcuts_study,
@@ -199,7 +208,7 @@ STUDIES: dict[str, Callable[[Pack, int, Say], None]] = {
     "history": history_study,
     "guards": guards_study,
 }
-_OF_FRAMES = ("steps", "guidance", "references", "shortcuts")
+_OF_FRAMES = ("steps", "qualities", "guidance", "references", "shortcuts")
 
 
 def main() -> None:
