@@ -52,6 +52,9 @@ class FrameSettings(Settings):
     # Noise levels of earlier frames during a frame: 0 is StoryGen's, one a step and distance. With a few of them and
     # shared noise a picture passes through the network only so often; what that costs in quality is not measured yet.
     reference_levels: int = Field(default=0, ge=0, le=1000)
+    # Of so many steps one computes the UNet's deep blocks, the others use what it left (DeepCache): for packs that take
+    # dozens of steps. 1: every step computes all.
+    deep_every: int = Field(default=1, ge=1, le=16)
     references_bytes: int = Field(default=REFERENCES_BYTES, ge=0)  # of what passes over earlier frames left
     prefill_rows: int = Field(default=PREFILL_ROWS, ge=0, le=4096)  # rows of such a pass that takes later steps' along
     # The same picture bit for bit, whoever is drawn at the same time: every frame steps in forwards of its own.

@@ -89,6 +89,7 @@ class EngineSettings:
     adapter_rank_max: int = ADAPTER_RANK_MAX  # of their weights
     adapters_bytes: int = ADAPTERS_BYTES  # of weights that are kept in memory for later
     references: ReferencePolicy = EXACT  # how earlier frames are noised
+    deep_every: int = 1  # steps of a frame of which one computes the UNet's deep blocks
     references_bytes: int = REFERENCES_BYTES  # of what their passes left, for each of two picture sizes
     prefill_rows: int = PREFILL_ROWS  # rows of a reference pass that takes later steps' along; 0: a step's own only
     # Every job steps in forwards of its own, so that its picture is bit for bit the same whoever is drawn beside it.
@@ -96,7 +97,7 @@ class EngineSettings:
     stall_s: float = STALL_S  # a step that takes longer means the thread hangs
 
     def __post_init__(self) -> None:
-        if self.stall_s <= 0 or self.adapter_rank_max < 1:
+        if self.stall_s <= 0 or self.adapter_rank_max < 1 or self.deep_every < 1:
             raise ValueError("every limit of the frame engine must be positive")
         if min(self.adapters_bytes, self.references_bytes, self.prefill_rows) < 0:
             raise ValueError("every limit of the frame engine must be positive")
@@ -266,7 +267,14 @@ class FrameEngine:
             raise PackUnknown(f"no pack {job.pack!r} here; loaded: {', '.join(sorted(self.models))}", field="pack")
         adapters = tuple(self._adapter(model, one.digest) for one in checked_characters(job))
         whole = _whole(adapters, job.characters)
-        sketch = sketch_of(job, model, self.settings.references, _words(adapters), adapters=whole is None)
+        sketch = sketch_of(
+            job,
+            model,
+            self.settings.references,
+            _words(adapters),
+            adapters=whole is None,
+            deep_every=self.settings.deep_every,
+        )
         own = {adapter.digest: adapter for adapter in model.adapters.values()}
         adapters += tuple(own[one.digest] for one in sketch.characters[len(adapters) :])
         if whole is not None:
@@ -315,6 +323,7 @@ class FrameEngine:
             torch.__version__,
             repr(settings.references),
             f"strict={settings.strict}",
+            *((f"deep_every={settings.deep_every}",) if settings.deep_every > 1 else ()),
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

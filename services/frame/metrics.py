@@ -103,7 +103,8 @@ class MeteredObserver:
     def step_done(self, *, jobs: int, rows: StepRows, seconds: float, flops: float) -> None:
         self._meters.add("frame_steps_total", 1.0, {})
         self._meters.add("frame_job_steps_total", float(jobs), {})
-        self._meters.add("frame_rows_total", float(rows.main), {"kind": "frame"})
+        self._meters.add("frame_rows_total", float(rows.main - rows.shallow), {"kind": "frame"})
+        self._meters.add("frame_rows_total", float(rows.shallow), {"kind": "shallow"})
         self._meters.add("frame_rows_total", float(rows.computed), {"kind": "reference"})
         self._meters.add("frame_reference_rows_found_total", float(rows.found), {})
         self._meters.add("frame_flops_total", flops, {})

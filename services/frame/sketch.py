@@ -36,12 +36,13 @@ def sketch_of(
     words: Words = NO_WORDS,
     *,
     adapters: bool = True,
+    deep_every: int = 1,
 ) -> Sketch:
     """What `model` is to draw for `job`, with every default filled in.
 
-    `policy` is the engine's, `words` are those that the job's characters taught the text encoder. Without `adapters`
-    (a character that is a whole UNet cannot wear the pack's) a quality is what it is in a pack that has none for it.
-    The pack's adapter of the quality is the last of the sketch's characters.
+    `policy` and `deep_every` are the engine's, `words` are those that the job's characters taught the text encoder.
+    Without `adapters` (a character that is a whole UNet cannot wear the pack's) a quality is what it is in a pack that
+    has none for it. The pack's adapter of the quality is the last of the sketch's characters.
 
     Raises InvalidArgument or one of its kin, naming the field, when it cannot be drawn.
     """
@@ -83,6 +84,7 @@ def sketch_of(
         characters=(*checked_characters(job), *_own(model, quality)),
         sampler=job.sampler or manifest.sampling.sampler,
         policy=policy,
+        deep_every=deep_every,
     )
 
 

@@ -61,6 +61,8 @@ class Sketch:
     # is computed (Kynkäänniemi et al., arXiv 2404.07724).
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     policy: ReferencePolicy = EXACT
+    # The deep blocks are computed in every so many steps, and their states used again in those between.
+    deep_every: int = 1
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Drawing:
     done: int = 0
     history: History | None = field(default=None, repr=False)
     outfit: Outfit = ()  # where the sketch's characters lie in the model's slots
+    deep: dict[int, Tensor] = field(default_factory=dict, repr=False)  # by branch, of the last step that computed them
 
     @property
     def finished(self) -> bool:

@@ -36,6 +36,7 @@ class StepRows(NamedTuple):
     main: int
     computed: int  # of reference passes, those for later steps too
     found: int  # reference rows that were needed and lay in the cache
+    shallow: int = 0  # of the main rows, those that used an earlier step's deep states
 
     @property
     def total(self) -> int:
@@ -46,7 +47,7 @@ class StepRows(NamedTuple):
         """Of two steps together."""
         if not isinstance(other, StepRows):
             return NotImplemented
-        return StepRows(self.main + other.main, self.computed + other.computed, self.found + other.found)
+        return StepRows(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class _Row(NamedTuple):
@@ -57,6 +58,8 @@ class _Row(NamedTuple):
     drawing: Drawing
     text_SD: Tensor
     sees: tuple[ReferenceRow, ...]
+    branch: int
+    deep_CHW: Tensor | None  # an earlier step's; None: this step computes its own
 
 
 @torch.inference_mode()
@@ -71,7 +74,7 @@ def advance(
     rows = [row for owner, drawing in enumerate(drawings) for row in _rows(owner, drawing)]
     pages = cache.of(_size(drawings[0]))
     computed, found = _look(model, rows, drawings, pages, cache, prefill_rows)
-    answers = _predict(model, rows, pages)
+    answers, deep = _predict(model, rows, pages)
     stepped = [
         _sample(model, drawing, output)
         for drawing, output in zip(drawings, _combine(rows, answers, len(drawings)), strict=True)
@@ -80,7 +83,10 @@ def advance(
         pages.discard(seen.key for seen in references_of(drawing, drawing.done) if not seen.is_shared)
         drawing.latents_CHW, drawing.history = latents, history
         drawing.done += 1
-    return StepRows(len(rows), computed, found)
+    for row, states in zip(rows, deep, strict=True):
+        if states is not None:
+            row.drawing.deep[row.branch] = states
+    return StepRows(len(rows), computed, found, sum(row.deep_CHW is not None for row in rows))
 
 
 def forget(drawing: Drawing, cache: ReferenceCache, *, everything: bool = False) -> None:
@@ -102,28 +108,30 @@ def draw(model: FrameModel, sketch: Sketch) -> Pixels:
 
 def references_of(drawing: Drawing, done: int) -> list[ReferenceRow]:
     """The reference rows that step number `done` of a drawing looks at."""
-    return [row for _, _, sees in _branches(drawing, done) for row in sees]
+    return [row for _, _, _, sees in _branches(drawing, done) for row in sees]
 
 
 def _size(drawing: Drawing) -> tuple[int, int]:
     return int(drawing.latents_CHW.shape[1]), int(drawing.latents_CHW.shape[2])
 
 
-def _branches(drawing: Drawing, done: int) -> Iterator[tuple[float, Tensor, tuple[ReferenceRow, ...]]]:
-    """Weight, text and references of each branch that counts in a step."""
+def _branches(drawing: Drawing, done: int) -> Iterator[tuple[int, float, Tensor, tuple[ReferenceRow, ...]]]:
+    """Number, weight, text and references of each branch that counts in a step."""
     sketch = drawing.sketch
     branches = drawing.branches_at(done)
     count = len(sketch.references)
     levels = [sketch.policy.level(drawing.steps, done, count - index) for index in range(count)]
     blanks = tuple(_blank(drawing, level) for level in levels) if branches.nothing != 0.0 else ()
     seen = tuple(_earlier(drawing, index, level) for index, level in enumerate(levels))
-    for weight, text, sees in (
-        (branches.nothing, drawing.nothing_SD, blanks),
-        (branches.images, drawing.nothing_SD, seen),
-        (branches.everything, drawing.description_SD, seen),
+    for number, (weight, text, sees) in enumerate(
+        (
+            (branches.nothing, drawing.nothing_SD, blanks),
+            (branches.images, drawing.nothing_SD, seen),
+            (branches.everything, drawing.description_SD, seen),
+        )
     ):
         if weight != 0.0:
-            yield weight, text, sees
+            yield number, weight, text, sees
 
 
 def _key(drawing: Drawing, picture: str, text: str, level: int, noise: tuple[int, ...], tenant: str) -> ReferenceKey:
@@ -156,7 +164,12 @@ def _earlier(drawing: Drawing, index: int, level: int) -> ReferenceRow:
 
 def _rows(owner: int, drawing: Drawing) -> list[_Row]:
     """The main rows of one drawing's next step."""
-    return [_Row(owner, weight, drawing, text, sees) for weight, text, sees in _branches(drawing, drawing.done)]
+    # Each drawing counts its own steps, so those that compute are spread over a batch's drawings as they came.
+    reuses = drawing.done % drawing.sketch.deep_every != 0
+    return [
+        _Row(owner, weight, drawing, text, sees, number, drawing.deep.get(number) if reuses else None)
+        for number, weight, text, sees in _branches(drawing, drawing.done)
+    ]
 
 
 def _look(
@@ -209,8 +222,23 @@ def _ahead(drawings: Sequence[Drawing]) -> Iterator[ReferenceRow]:
             yield from rows
 
 
-def _predict(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> Tensor:
-    """The network's answer for every row of the main pass, float32."""
+def _predict(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Tensor, list[Tensor | None]]:
+    """The network's answer for every row of the main pass, float32; and the deep states of those who will use them."""
+    fresh = [number for number, row in enumerate(rows) if row.deep_CHW is None]
+    shallow = [number for number, row in enumerate(rows) if row.deep_CHW is not None]
+    answers: list[Tensor] = [torch.empty(0)] * len(rows)
+    kept: list[Tensor | None] = [None] * len(rows)
+    for numbers in filter(None, (fresh, shallow)):
+        some, deep = _pass(model, [rows[number] for number in numbers], pages)
+        for place, number in enumerate(numbers):
+            answers[number] = some[place]
+            if deep is not None and rows[number].drawing.sketch.deep_every > 1:
+                kept[number] = deep[place].clone()  # a view would keep the whole batch's alive
+    return torch.stack(answers), kept
+
+
+def _pass(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Tensor, Tensor | None]:
+    """One forward over rows that all compute their deep states, or all use earlier ones; the former's states."""
     device, dtype = model.device, model.dtype
     looked_at: References | None = None
     slots = max(len(row.sees) for row in rows)
@@ -226,12 +254,19 @@ def _predict(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> Tensor:
             None if complete else torch.tensor(present, device=device),
         )
     with _wearing(model, [row.drawing.outfit for row in rows]):
-        return model.denoiser.unet.predict(
+        unet = model.denoiser.unet
+        given = (
             torch.stack([row.drawing.latents_CHW for row in rows]).to(dtype),
             torch.tensor([row.drawing.steps[row.drawing.done] for row in rows], device=device),
             torch.stack([row.text_SD for row in rows]).to(dtype),
-            looked_at,
-        ).float()
+        )
+        earlier = [row.deep_CHW for row in rows if row.deep_CHW is not None]
+        if earlier:
+            return unet.predict_shallow(*given, torch.stack(earlier), looked_at).float(), None
+        if all(row.drawing.sketch.deep_every == 1 for row in rows):
+            return unet.predict(*given, looked_at).float(), None
+        answer, deep = unet.predict_and_keep(*given, looked_at)
+        return answer.float(), deep
 
 
 def _wearing(model: FrameModel, outfits: Sequence[Outfit]) -> AbstractContextManager[None]:

@@ -103,6 +103,7 @@ class _Pass:
     collected: dict[str, Tensor] | None = None
     blocks_count: int = 0  # that are to leave features
     references: References | None = None
+    deep: list[Tensor] | None = None  # where the states that enter the last block are to be put
     # The same for all blocks of a main pass, so computed once.
     any_present_B: Tensor | None = field(init=False, default=None)
 
@@ -220,6 +221,9 @@ class StoryGenUNet(_Base):
             if isinstance(module, BasicTransformerBlock):
                 parent, _, child = name.rpartition(".")
                 self.get_submodule(parent).register_module(child, StoryGenBlock(module, key=name))
+        up_blocks: Any = self.up_blocks
+        last: nn.Module = up_blocks[-1]
+        last.register_forward_pre_hook(_keep_deep, with_kwargs=True)
 
     @property
     def block_keys(self) -> tuple[str, ...]:
@@ -252,12 +256,64 @@ class StoryGenUNet(_Base):
         )[0]
         return out
 
+    def predict_and_keep(
+        self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSD: Tensor, references: References | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`predict`, and the states `[B, C', h, w]` that entered the last block: all that the deep blocks made."""
+        current = _Pass(references=references, deep=[])
+        out: Tensor = self(
+            latents_BCHW, timesteps_B, text_BSD, cross_attention_kwargs={_ARGUMENT: current}, return_dict=False
+        )[0]
+        assert current.deep
+        return out, current.deep[0]
+
+    def predict_shallow(
+        self,
+        latents_BCHW: Tensor,
+        timesteps_B: Tensor,
+        text_BSD: Tensor,
+        deep_BCHW: Tensor,
+        references: References | None = None,
+    ) -> Tensor:
+        """`predict` with the deep blocks' states of an earlier step: only the first and the last block are computed.
+
+        Ma et al., "DeepCache" (arXiv 2312.00858), with the branch at the outermost skip connection.
+        """
+        shared: dict[str, Any] = {
+            "encoder_hidden_states": text_BSD,
+            "cross_attention_kwargs": {_ARGUMENT: _Pass(references=references)},
+        }
+        net: Any = self  # torch types a module's children as tensors, too
+        time = net.time_embedding(net.get_time_embed(sample=latents_BCHW, timestep=timesteps_B))
+        first, last = net.down_blocks[0], net.up_blocks[-1]
+        states = net.conv_in(latents_BCHW)
+        _, skipped = first(states, time, **_for(first, shared))
+        # What the first block shrank belongs to the deeper blocks.
+        skips = (states, *skipped)[: len(last.resnets)]
+        states = last(deep_BCHW, skips, time, **_for(last, shared))
+        if net.conv_norm_out:
+            states = net.conv_act(net.conv_norm_out(states))
+        out: Tensor = net.conv_out(states)
+        return out
+
     def start_references_from_self_attention(self) -> None:
         """Copy `attn1` into `attn3` and `norm1` into `norm4`, as StoryGen does when it starts from a plain UNet."""
         for block in self.modules():
             if isinstance(block, StoryGenBlock):
                 block.attn3.load_state_dict(block.attn1.state_dict())
                 block.norm4.load_state_dict(block.norm1.state_dict())
+
+
+def _keep_deep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """What torch calls before the last block."""
+    current: _Pass | None = (named.get("cross_attention_kwargs") or {}).get(_ARGUMENT)
+    if current is not None and current.deep is not None:
+        current.deep.append(named["hidden_states"] if "hidden_states" in named else given[0])
+
+
+def _for(block: nn.Module, shared: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that only a block with attention takes."""
+    return shared if getattr(block, "has_cross_attention", False) else {}
 
 
 def build_storygen(config: StoryGenConfig) -> StoryGenUNet:

@@ -123,6 +123,7 @@ class Dials:
     image_guidance: float | None = None
     policy: ReferencePolicy = EXACT
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    deep_every: int = 1
     quality: Quality = Quality.STANDARD
 
 
@@ -154,6 +155,7 @@ def draw_all(model: FrameModel, tasks: Sequence[Task], dials: Dials | None = Non
                     references=task.references,
                     characters=characters,
                     guidance_interval=dials.guidance_interval,
+                    deep_every=dials.deep_every,
                     policy=dials.policy,
                 ),
                 outfit,

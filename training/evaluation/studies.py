@@ -156,6 +156,7 @@ def shortcuts_study(pack: Pack, count: int, say: Say) -> None:
         ("nothing", Dials()),
         ("noise of one's own", Dials(policy=ReferencePolicy(shared_noise=True))),
         *((f"all but {n} levels", Dials(policy=ReferencePolicy(shared_noise=True, levels_count=n))) for n in LEVELS),
+        ("deep blocks in every second step", Dials(deep_every=2)),
         *((f"guidance outside {a:g} to {b:g}", Dials(guidance_interval=(a, b))) for a, b in INTERVALS),
     ]
     say(rows("left out", [(name, drawn_figures(model, judge, tasks, dials)) for name, dials in variants]))

@@ -572,10 +572,11 @@ class TestStrict:
             EngineSettings(strict=True),
             EngineSettings(references=ReferencePolicy(shared_noise=True)),
             EngineSettings(references=ReferencePolicy(levels_count=2)),
+            EngineSettings(deep_every=2),
         ):
             engine = FrameEngine({"tiny": tiny_model}, "tiny", settings)
             told.add(engine.fingerprint(tiny_model))
-        assert len(told) == 4
+        assert len(told) == 5
 
 
 def test_a_story_finds_what_its_last_frame_left(tiny_model: FrameModel) -> None:

@@ -436,3 +436,40 @@ def test_golden_latents_of_the_tiny_pack(tiny_model: FrameModel) -> None:
         advance(tiny_model, [drawing])
     found = [*drawing.latents_CHW[:, 1, 2].tolist(), drawing.latents_CHW.std().item()]
     assert found == pytest.approx([0.31881, -0.75126, -0.55898, 0.5563, 0.93778], abs=2e-3)
+
+
+def test_deep_states_are_used_again_in_the_steps_between(tiny_model: FrameModel) -> None:
+    job = sketch(2, steps=5, deep_every=2)
+    drawing, counts = begin(tiny_model, job), []
+    while not drawing.finished:
+        taken = advance(tiny_model, [drawing])
+        counts.append((taken.main, taken.shallow))
+    assert counts == [(3, 0), (3, 3), (3, 0), (3, 3), (3, 0)]
+    whole = draw(tiny_model, replace(job, deep_every=1)).astype(int)
+    assert not np.array_equal(finish(tiny_model, drawing), whole)
+
+
+def test_every_drawing_counts_its_own_steps(tiny_model: FrameModel) -> None:
+    """Whoever joins late is drawn as alone, beside rows that are at another place of their turn."""
+    first, late, all_of_it = sketch(1, deep_every=2), sketch(2, seed=8, deep_every=3), sketch(1, seed=9)
+    drawings = [begin(tiny_model, first)]
+    advance(tiny_model, drawings)
+    drawings += [begin(tiny_model, late), begin(tiny_model, all_of_it)]
+    mixed = 0
+    while unfinished := [one for one in drawings if not one.finished]:
+        taken = advance(tiny_model, unfinished)
+        mixed += 0 < taken.shallow < taken.main
+    assert mixed >= 3
+    for one in drawings:
+        difference = finish(tiny_model, one).astype(int) - draw(tiny_model, one.sketch)
+        assert np.abs(difference).max() <= 1
+
+
+def test_a_branch_that_begins_to_count_computes_its_own_deep_states(tiny_model: FrameModel) -> None:
+    """Guidance that sets in at a step that reuses has nothing to reuse."""
+    drawing = begin(tiny_model, sketch(1, steps=4, deep_every=4, guidance_interval=(0.25, 1.0)))
+    counts = []
+    while not drawing.finished:
+        taken = advance(tiny_model, [drawing])
+        counts.append((taken.main, taken.shallow))
+    assert counts == [(1, 0), (3, 1), (3, 3), (3, 3)]

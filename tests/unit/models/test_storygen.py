@@ -215,3 +215,48 @@ def test_config_refuses_what_it_does_not_know() -> None:
     with pytest.raises(ValueError, match="dropout"):
         StoryGenConfig.from_dict({"dropout": 0.1})
     assert StoryGenConfig.from_dict(toon.UNET.to_dict()) == toon.UNET
+
+
+@pytest.mark.parametrize("references", [False, True])
+@torch.no_grad()
+def test_a_shallow_pass_with_its_own_deep_states_is_the_whole_pass(unet: StoryGenUNet, references: bool) -> None:
+    latents, timesteps, text = rows(3)
+    seen = None
+    if references:
+        seen = References(unet.project(unet.features(latents, timesteps // 10, text)), torch.tensor([[0], [1], [2]]))
+    whole = unet.predict(latents, timesteps, text, seen)
+    answer, deep = unet.predict_and_keep(latents, timesteps, text, seen)
+    assert torch.equal(answer, whole)
+    assert deep.shape[0] == 3
+    torch.testing.assert_close(unet.predict_shallow(latents, timesteps, text, deep, seen), whole, atol=1e-6, rtol=1e-5)
+    other = unet.predict_shallow(latents, timesteps, text, deep.flip(0), seen)
+    assert not torch.allclose(other, whole, atol=1e-3), "the deep states count"
+
+
+@torch.no_grad()
+def test_deep_states_are_all_but_the_first_and_last_block() -> None:
+    """In a network of four levels, as Stable Diffusion's is."""
+    torch.manual_seed(0)
+    unet = build_storygen(
+        StoryGenConfig(
+            sample_size=16,
+            block_out_channels=(8, 8, 16, 16),
+            layers_per_block=2,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+    )
+    given = rows(2, h=16, w=16)
+    whole, deep = unet.predict_and_keep(*given)
+    assert deep.shape == (2, 8, 16, 16)
+    computed: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: computed.append(name))
+        for name, module in unet.named_modules()
+        if re.fullmatch(r"(down_blocks|up_blocks)\.\d|mid_block", name)
+    ]
+    torch.testing.assert_close(unet.predict_shallow(*given, deep), whole, atol=1e-5, rtol=1e-4)
+    for hook in hooks:
+        hook.remove()
+    assert computed == ["down_blocks.0", "up_blocks.3"]
