@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from fabula.story.v1 import story_pb2
 from fabula.story.v1 import story_service_pb2 as pb
 from fabula.story.v1 import story_service_pb2_grpc as pb_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -19,6 +20,7 @@ from services.story.config import port_refused
 from services.story.intake import MOST_IMAGE_BYTES, StoryRequest
 from services.story.metrics import REQUEST_SECONDS
 from services.story.protobuf import event_to_pb, story_to_pb
+from services.story.records import DEFAULT_QUALITY
 
 SERVICE = pb.DESCRIPTOR.services_by_name["StoryService"].full_name
 CHUNK_BYTES = 64 * 1024
@@ -82,11 +84,22 @@ def story_request_from_pb(request: Any) -> StoryRequest:
         image=request.image,
         caption=request.caption,
         pack=request.pack,
+        quality=_quality_from_pb(request.quality),
         **{
             name: optional(name)
             for name in ("frame_count", "seed", "steps", "text_guidance", "image_guidance", "temperature")
         },
     )
+
+
+def _quality_from_pb(number: int) -> str:
+    """The word for a quality; a number without one stays a number, to be refused with the other options."""
+    if number == story_pb2.QUALITY_UNSPECIFIED:
+        return DEFAULT_QUALITY
+    try:
+        return str(story_pb2.Quality.Name(number)).removeprefix("QUALITY_").lower()
+    except ValueError:
+        return str(number)
 
 
 class RequestMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg]  # the stubs make it generic

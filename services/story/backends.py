@@ -15,7 +15,7 @@ from fabula.warning.v1 import warning_pb2
 
 from services.runtime.channel import ServiceChannel
 from services.runtime.errors import ReplicaLost
-from services.story.records import FramePreview, FrameProgress, FrameQueued, Passing, StoryWarning
+from services.story.records import FramePreview, FrameProgress, FrameQueued, Passing, Quality, StoryWarning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,7 @@ class FrameBackend:
         steps: int | None,
         text_guidance: float | None,
         image_guidance: float | None,
+        quality: Quality,
         on_passing: Callable[[Passing], None],
     ) -> DrawnFrame:
         """One picture. `references` are earlier pictures with their descriptions, oldest first; the one numbered
@@ -135,6 +136,7 @@ class FrameBackend:
             text_guidance=text_guidance,
             image_guidance=image_guidance,
             preview_every_steps=self._preview_every_steps,
+            quality=f"QUALITY_{quality.upper()}",
         )
         drawn: DrawnFrame | None = None
         started = time.monotonic()

@@ -15,10 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from services.runtime.errors import FabulaError, FieldViolation, ImageUnreadable, InvalidArgument, UnknownField
 from services.story.intake import StoryRequest
 from services.story.records import (
+    DEFAULT_QUALITY,
+    QUALITIES,
     Event,
     Frame,
     FrameFinished,
     FramePreview,
+    Quality,
     StateChanged,
     Story,
     StoryWarning,
@@ -49,6 +52,12 @@ class CreateStoryBody(BaseModel):
     text_guidance: float | None = Field(default=None, description="0 to 30. Default: the pack's.")
     image_guidance: float | None = Field(default=None, description="0 to 30. Default: the pack's.")
     temperature: float | None = Field(default=None, description="Of the captions, 0 to 2. Default 0.2.")
+    quality: str = Field(  # checked with the other options, to be refused as they are
+        default=DEFAULT_QUALITY,
+        description="How much time a frame is worth. draft is fastest, best takes longest. Steps and guidance that are "
+        "set count more.",
+        json_schema_extra={"enum": list(QUALITIES)},
+    )
 
 
 class CreateStoryForm(CreateStoryBody):
@@ -67,6 +76,7 @@ class StorySettingsDocument(BaseModel):
     text_guidance: float | None
     image_guidance: float | None
     temperature: float
+    quality: Quality
 
 
 class StoryErrorDocument(BaseModel):

@@ -28,7 +28,7 @@ from services.runtime.errors import (
 )
 from services.story.backends import CaptionBackend, FrameBackend
 from services.story.plan import SEED_LIMIT
-from services.story.records import Options
+from services.story.records import DEFAULT_QUALITY, QUALITIES, Options, Quality
 
 MOST_IMAGE_BYTES = 8 * 1024 * 1024
 MOST_CAPTION_CHARACTERS = 1000
@@ -56,10 +56,13 @@ class StoryRequest:
     text_guidance: float | None = None
     image_guidance: float | None = None
     temperature: float | None = None
+    quality: str = DEFAULT_QUALITY
 
     def body_sha256(self) -> str:
         """The same for the same request, however it came: what an idempotency key is compared by."""
         body = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("image", "request_id")}
+        if self.quality == DEFAULT_QUALITY:
+            del body["quality"]  # as in requests of before there was a choice, whose keys are still remembered
         body["image"] = hashlib.sha256(self.image).hexdigest()
         return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
@@ -126,6 +129,7 @@ def check_options(request: StoryRequest, *, default_pack: str) -> Options:
         steps=_integer("steps", request.steps, 1, 100),
         text_guidance=_number("text_guidance", request.text_guidance, 0.0, 30.0),
         image_guidance=_number("image_guidance", request.image_guidance, 0.0, 30.0),
+        quality=_quality(request.quality),
     )
 
 
@@ -139,6 +143,17 @@ def _number(field: str, value: float | None, least: float, most: float) -> float
     if value is not None and not (math.isfinite(value) and least <= value <= most):
         raise _out_of_range(field, value, least, most)
     return None if value is None else value + 0.0  # -0.0 becomes 0.0
+
+
+def _quality(value: str) -> Quality:
+    for known in QUALITIES:
+        if value == known:
+            return known
+    raise ValueOutOfRange(
+        f"quality is {value[:100]!r}; it must be {', '.join(QUALITIES[:-1])} or {QUALITIES[-1]}",
+        field="quality",
+        metadata={"value": value[:100], "known": ",".join(QUALITIES)},
+    )
 
 
 def _out_of_range(field: str, value: float, least: float, most: float) -> ValueOutOfRange:

@@ -18,6 +18,7 @@ from services.story.records import (
     FramePreview,
     FrameProgress,
     FrameQueued,
+    Quality,
     State,
     StateChanged,
     Story,
@@ -40,6 +41,7 @@ def story_to_pb(story: Story) -> Any:
             text_guidance=options.text_guidance or 0.0,
             image_guidance=options.image_guidance or 0.0,
             temperature=options.temperature,
+            quality=quality_to_pb(options.quality),
         ),
         frames=[frame_to_pb(frame) for frame in story.frames],
         create_time=timestamp(story.create_us),
@@ -105,6 +107,11 @@ def event_to_pb(event: Event) -> Any:
 def state_to_pb(state: State) -> Any:
     """The enum value."""
     return pb.Story.State.Value(f"STATE_{state.value}")
+
+
+def quality_to_pb(quality: Quality) -> Any:
+    """The enum value."""
+    return pb.Quality.Value(f"QUALITY_{quality.upper()}")
 
 
 def error_to_pb(reason: str, message: str) -> Any:

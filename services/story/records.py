@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal, get_args
 
 
 class State(StrEnum):
@@ -28,10 +28,18 @@ class State(StrEnum):
 ENDED = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
 ACTIVE = frozenset(State) - ENDED
 
+# How much time a frame is worth; the same words as in the proto, without its prefix.
+Quality = Literal["draft", "standard", "best"]
+QUALITIES: tuple[Quality, ...] = get_args(Quality)
+DEFAULT_QUALITY: Quality = "standard"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a story was asked for. None means the pack's default, which the first drawn frame reveals."""
+    """What a story was asked for. None means the pack's default, which the first drawn frame reveals.
+
+    A new option needs a default: what stories did whose record has not got it.
+    """
 
     frame_count: int
     seed: int  # below 2^53; every other seed derives from it
@@ -40,6 +48,7 @@ class Options:
     steps: int | None = None
     text_guidance: float | None = None
     image_guidance: float | None = None
+    quality: Quality = DEFAULT_QUALITY
 
 
 @dataclass(frozen=True, kw_only=True)

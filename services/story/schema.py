@@ -20,6 +20,8 @@ from sqlalchemy import (
     Text,
 )
 
+from services.story.records import DEFAULT_QUALITY
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -42,6 +44,7 @@ stories = Table(
     Column("steps", Integer),
     Column("text_guidance", Float),
     Column("image_guidance", Float),
+    Column("quality", String(16), nullable=False, default=DEFAULT_QUALITY, server_default=DEFAULT_QUALITY),
     Column("last_sequence", BigInteger, nullable=False),
     Column("create_us", BigInteger, nullable=False),
     Column("update_us", BigInteger, nullable=False),

@@ -14,7 +14,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import structlog
@@ -317,7 +317,13 @@ class StoryWorkflows:
             raise Stopped
         given, options = story.frames[0], story.options
         return {
-            "options": {name: getattr(options, name) for name in Options.__dataclass_fields__},
+            # Without what has its default, so that a process of the version before an option was added can take over
+            # a story that does not use it.
+            "options": {
+                field.name: value
+                for field in fields(options)
+                if (value := getattr(options, field.name)) != field.default
+            },
             "caption": given.caption,
             "image_sha256": given.image_sha256,
         }
@@ -386,6 +392,7 @@ class StoryWorkflows:
             steps=options.steps,
             text_guidance=options.text_guidance,
             image_guidance=options.image_guidance,
+            quality=options.quality,
             on_passing=pass_on,
         )
         # Kept apart from drawing: when the disk is full, only this is tried again and the picture is not drawn twice.

@@ -100,6 +100,18 @@ def test_bad_input_is_refused_alike_on_both_protocols(
     assert len(story.http.get("/v1/stories?page_size=200").json()["stories"]) == before
 
 
+def test_a_quality_that_there_is_not_is_refused_alike_on_both_protocols(story: StoryProcess) -> None:
+    code, reason, fields, metadata, retry = refusal(lambda: story.create(pictures.plain(), quality=99))
+    assert (code, reason, fields, retry) == (INVALID, "VALUE_OUT_OF_RANGE", ["quality"], None)
+    assert (metadata["value"], metadata["known"]) == ("99", "draft,standard,best")
+    files = {"image": ("a.png", pictures.plain())}
+    document = {"image": base64.b64encode(pictures.plain()).decode(), "caption": "x", "quality": "ultra"}
+    for sent in ({"json": document}, {"data": {"caption": "x", "quality": "ultra"}, "files": files}):
+        answer = story.http.post("/v1/stories", **sent)
+        assert (answer.status_code, answer.json()["reason"]) == (400, "VALUE_OUT_OF_RANGE")
+        assert [error["field"] for error in answer.json()["errors"]] == ["quality"]
+
+
 def test_a_story_can_be_made_after_all_that(story: StoryProcess) -> None:
     made = story.create(pictures.plain(), frame_count=1)
     story.wait_state(made.story_id, State.STATE_SUCCEEDED)
@@ -123,6 +135,8 @@ def test_numbers_that_are_none_are_refused(story: StoryProcess) -> None:
         ({"seed": 10**400}, "VALUE_OUT_OF_RANGE", "seed"),
         ({"caption": None}, "INVALID_ARGUMENT", "caption"),
         ({"image": "not base64!"}, "IMAGE_UNREADABLE", "image"),
+        ({"quality": None}, "INVALID_ARGUMENT", "quality"),
+        ({"quality": 3}, "INVALID_ARGUMENT", "quality"),
     ],
 )
 def test_json_is_strict(story: StoryProcess, body: dict[str, Any], reason: str, field: str) -> None:
@@ -270,7 +284,8 @@ def test_the_same_request_id_makes_one_story(story: StoryProcess) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"caption": "y"}, {"seed": 5}, {"frame_count": 2}, {"steps": 3}, {"image": b"other"}]
+    "change",
+    [{"caption": "y"}, {"seed": 5}, {"frame_count": 2}, {"steps": 3}, {"quality": "QUALITY_BEST"}, {"image": b"other"}],
 )
 def test_the_same_request_id_with_another_body_is_refused(story: StoryProcess, change: dict[str, Any]) -> None:
     body: dict[str, Any] = {"image": pictures.plain(), "caption": "x", "frame_count": 1, "seed": 4}

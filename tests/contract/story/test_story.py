@@ -10,6 +10,7 @@ import time
 
 import grpc
 import pytest
+from fabula.frame.v1 import frame_service_pb2
 from fabula.story.v1 import story_pb2, story_service_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -50,7 +51,7 @@ def test_a_story_gets_its_frames(story: StoryProcess, script: Script) -> None:
 
 
 def test_services_are_asked_with_the_right_history(story: StoryProcess, script: Script) -> None:
-    made = finish(story, frame_count=5, seed=3, steps=4, text_guidance=0, temperature=0.7)
+    made = finish(story, frame_count=5, seed=3, steps=4, text_guidance=0, temperature=0.7, quality="QUALITY_DRAFT")
     frames = made.frames
     images = [story.image(made.story_id, frame.image_sha256) for frame in frames]
     captions = [request for method, request, _ in script.calls if method == "WriteCaption"]
@@ -71,7 +72,9 @@ def test_services_are_asked_with_the_right_history(story: StoryProcess, script: 
         assert (drawn.description, drawn.seed, drawn.steps) == (frames[k].description, frames[k].image_seed, 4)
         assert (drawn.HasField("text_guidance"), drawn.text_guidance) == (True, 0.0)
         assert not drawn.HasField("image_guidance")
-        assert drawn.pack == "toon"
+        assert (drawn.pack, frame_service_pb2.Quality.Name(drawn.quality)) == ("toon", "QUALITY_DRAFT")
+    assert story_pb2.Quality.Name(made.settings.quality) == "QUALITY_DRAFT"
+    assert story.http.get(f"/v1/stories/{made.story_id}").json()["settings"]["quality"] == "draft"
 
 
 def test_ids_trace_and_deadline_reach_the_services(story: StoryProcess, script: Script) -> None:

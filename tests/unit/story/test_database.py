@@ -11,7 +11,7 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import insert, inspect
+from sqlalchemy import Connection, inspect
 from sqlalchemy import text as sql
 
 from services.runtime.config import ConfigInvalid
@@ -21,7 +21,7 @@ from services.story.events import Broadcaster, watch
 from services.story.migrate import _config, is_current, upgrade
 from services.story.records import Frame, Options, State, StoryWarning, WarningGiven
 from services.story.repository import Repository
-from services.story.schema import metadata, stories
+from services.story.schema import metadata
 
 OPTIONS = Options(frame_count=2, seed=1, pack="toon", temperature=0.2)
 GIVEN = Frame(index=0, caption="c", description="c", image_sha256="0" * 64, width_px=8, height_px=8)
@@ -60,23 +60,24 @@ def test_migrations_make_the_tables_of_the_schema(tmp_path: Path) -> None:
     engine.dispose()
 
 
-async def test_a_database_of_before_the_warnings_is_brought_up_to_date_with_its_stories(tmp_path: Path) -> None:
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003"])
+async def test_an_older_database_is_brought_up_to_date_with_its_stories(tmp_path: Path, revision: str) -> None:
     urls = database_urls("", tmp_path)
     prepare_sqlite(urls)
     old = open_for_migrations(urls)
     with old.begin() as connection:
         config = _config()
         config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
-        assert "warnings" not in inspect(connection).get_table_names()
+        command.upgrade(config, revision)
+        tables = inspect(connection)
+        assert ("warnings" in tables.get_table_names()) == (revision > "0001")
+        assert "quality" not in [column["name"] for column in tables.get_columns("stories")]
         times = {"create_us": 1, "update_us": 1, "last_sequence": 1}
         options = {"frame_count": 2, "seed": 1, "pack": "toon", "temperature": 0.2}
-        connection.execute(insert(stories).values(story_id="s", state="RUNNING", enqueued=True, **times, **options))
-        # What it had then, in words: today's table has columns that it had not.
+        call = {"traceparent": "", "request_id": "", "reason": "", "message": "", "enqueued": True}
+        _insert(connection, "stories", {"story_id": "s", "state": "RUNNING", **call, **times, **options})
         given = {"width_px": 0, "height_px": 0, "caption_seed": 0, "description_seed": 0, "image_seed": 0}
-        columns = {"story_id": "s", "index": 0, "caption": "c", "pack_digest": "", **given}
-        names, places = (", ".join(f"{mark}{name}{end}" for name in columns) for mark, end in (('"', '"'), (":", "")))
-        connection.execute(sql(f"INSERT INTO frames ({names}) VALUES ({places})"), columns)
+        _insert(connection, "frames", {"story_id": "s", "index": 0, "caption": "c", "pack_digest": "", **given})
     old.dispose()
     assert not is_current(urls)
     await asyncio.to_thread(upgrade, urls)
@@ -88,7 +89,14 @@ async def test_a_database_of_before_the_warnings_is_brought_up_to_date_with_its_
     story = await repository.get("s")
     assert (story.frames[0].caption, story.warnings, story.last_sequence) == ("c", (STRANGE,), 2)
     assert story.frames[0].engine_fingerprint == ""
+    assert story.options.quality == "standard"
     await engine.dispose()
+
+
+def _insert(connection: Connection, table: str, columns: dict[str, object]) -> None:
+    """A row of an older table, in words: today's table has columns that it had not."""
+    names, places = (", ".join(f"{mark}{name}{end}" for name in columns) for mark, end in (('"', '"'), (":", "")))
+    connection.execute(sql(f"INSERT INTO {table} ({names}) VALUES ({places})"), columns)
 
 
 def test_an_empty_database_is_not_current(tmp_path: Path) -> None:
@@ -121,6 +129,15 @@ async def test_a_story_is_whole_or_absent(repository: Repository) -> None:
     await repository.check_room(max_queued=2)
     story = await repository.get("s1")
     assert (story.state, story.last_sequence, len(story.frames)) == (State.QUEUED, 1, 1)
+
+
+async def test_options_are_kept_as_they_were_asked_for(repository: Repository) -> None:
+    asked = replace(OPTIONS, steps=3, text_guidance=0.0, image_guidance=1.5, quality="draft")
+    made, _ = await repository.create(
+        story_id="s", options=asked, given=GIVEN, request_id="", body_sha256="b", max_queued=10
+    )
+    assert made.options == (await repository.get("s")).options == asked
+    assert [story.options for story in await repository.page(limit=5)] == [asked]
 
 
 async def test_events_stay_gapless_under_concurrent_writers(repository: Repository) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -60,8 +61,23 @@ def test_options_are_in_range_or_refused_by_name(
 def test_what_is_not_said_has_its_default() -> None:
     options = check_options(BASE, default_pack="toon")
     assert (options.frame_count, options.pack, options.temperature) == (4, "toon", 0.2)
+    assert options.quality == "standard"
     assert (options.steps, options.text_guidance, options.image_guidance) == (None, None, None)
     assert 0 <= options.seed < SEED_LIMIT
+
+
+@pytest.mark.parametrize("quality", ["draft", "standard", "best"])
+def test_a_quality_with_a_name_is_taken(quality: str) -> None:
+    assert check_options(replace(BASE, quality=quality), default_pack="toon").quality == quality
+
+
+@pytest.mark.parametrize("quality", ["", "Best", "best ", "ultra", "99", "x" * 5000])
+def test_a_quality_without_one_is_refused_by_name(quality: str) -> None:
+    with pytest.raises(ValueOutOfRange) as caught:
+        check_options(replace(BASE, quality=quality), default_pack="toon")
+    assert caught.value.metadata == {"field": "quality", "value": quality[:100], "known": "draft,standard,best"}
+    assert "draft, standard or best" in caught.value.message
+    assert len(caught.value.message) < 200
 
 
 def test_the_body_is_compared_without_its_key_and_with_everything_else() -> None:
@@ -80,11 +96,20 @@ def test_the_body_is_compared_without_its_key_and_with_everything_else() -> None
                 ("text_guidance", 0.0),
                 ("image_guidance", 0.0),
                 ("temperature", 0.2),
+                ("quality", "draft"),
+                ("quality", "best"),
             )
         ],
     ]
     hashes = {request.body_sha256() for request in [BASE, *others]}
     assert len(hashes) == 1 + len(others)
+
+
+def test_a_key_of_before_there_was_a_quality_is_still_known() -> None:
+    # Golden numbers, of the version before: a client that tries again across an update is no other request.
+    assert BASE.body_sha256() == "462e25d039b021e259916e7d55253ae7bc8dca4e7bf953725a877e8f36f246ef"
+    more = replace(BASE, steps=4, seed=7, quality="standard")
+    assert more.body_sha256() == "66e31b2690843fe373deb2e2858153ac23b7c0fd19c15bc266ceea2d32f86f58"
 
 
 class Backend:

@@ -11,10 +11,12 @@ import pytest
 from dbos import DBOS
 
 from services.runtime.errors import FabulaError, StoryNotFound, Unavailable
+from services.story.backends import DrawnFrame
 from services.story.config import StorySettings
 from services.story.database import database_urls, prepare_sqlite
 from services.story.events import Broadcaster
-from services.story.records import State
+from services.story.plan import Reference, Render
+from services.story.records import Frame, Options, State, Story
 from services.story.workflow import StoryWorkflows
 
 
@@ -83,6 +85,100 @@ async def test_a_story_deleted_before_it_starts_just_stops() -> None:
     gone: FabulaError = StoryNotFound()
     tables.failures = [gone]
     assert await workflows_over(tables)._run("s") == "STOPPED"
+
+
+class Easel:
+    """A frame service that notes how it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+
+    async def render(self, **asked: Any) -> DrawnFrame:
+        self.asked.append(asked)
+        return DrawnFrame(
+            image=b"p",
+            width_px=8,
+            height_px=8,
+            steps=2,
+            text_guidance=0.0,
+            image_guidance=0.0,
+            pack_digest="d",
+            engine_fingerprint="f",
+            queue_s=0.0,
+            render_s=0.1,
+            warnings=(),
+        )
+
+
+class Shelf:
+    """An object store."""
+
+    async def get(self, sha256: str) -> bytes:
+        return b"p"
+
+    async def put(self, image: bytes) -> str:
+        return "1" * 64
+
+
+RENDER = Render(
+    frame_index=1,
+    description="d",
+    references=(Reference(image_sha256="0" * 64, description="c", given=True),),
+    seed=5,
+)
+
+
+@pytest.mark.parametrize("options", [{"quality": "draft", "steps": 3}, {"quality": "best"}, {}])
+async def test_a_frame_is_asked_for_in_the_storys_quality(options: dict[str, Any]) -> None:
+    workflows, easel = workflows_over(Tables()), Easel()
+    workflows._frame, workflows._store = easel, Shelf()  # type: ignore[assignment]
+    await workflows._render("s", Options(frame_count=1, seed=1, pack="toon", temperature=0.2, **options), RENDER)
+    (asked,) = easel.asked
+    assert (asked["quality"], asked["steps"]) == (options.get("quality", "standard"), options.get("steps"))
+
+
+@pytest.mark.parametrize("quality", ["draft", "standard"])
+async def test_what_has_its_default_is_not_on_record(monkeypatch: pytest.MonkeyPatch, quality: Any) -> None:
+    tables = Tables()
+    options = Options(frame_count=1, seed=1, pack="toon", temperature=0.2, text_guidance=0.0, quality=quality)
+    given = Frame(index=0, caption="c", image_sha256="0" * 64)
+
+    async def get(story_id: str) -> Story:
+        return Story(
+            story_id=story_id,
+            state=State.RUNNING,
+            options=options,
+            frames=(given,),
+            create_us=0,
+            update_us=0,
+            last_sequence=1,
+        )
+
+    monkeypatch.setattr(tables, "get", get, raising=False)
+    recorded = (await workflows_over(tables)._begin("s"))["options"]
+    assert Options(**recorded) == options
+    # The version before knows no quality, and is to take over stories that need none.
+    assert ("quality" in recorded) == (quality == "draft")
+    assert "steps" not in recorded
+
+
+async def test_a_story_begun_before_there_was_a_quality_is_finished_as_it_was_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workflows = workflows_over(Tables())
+    began = {"frame_count": 1, "seed": 1, "pack": "toon", "temperature": 0.2}
+    began |= {"steps": None, "text_guidance": None, "image_guidance": None}
+    asked: list[Options] = []
+
+    async def step(name: str, _function: Any, _story_id: str, *arguments: Any) -> Any:
+        if name == "begin":
+            return {"options": began, "caption": "c", "image_sha256": "0" * 64}
+        asked.extend(each for each in arguments if isinstance(each, Options))
+        return {"image_sha256": "1" * 64} if name == "render" else "t"
+
+    monkeypatch.setattr(workflows, "_step", step)
+    assert await workflows._make("s") == "SUCCEEDED"
+    assert [options.quality for options in asked] == ["standard"] * 4
 
 
 @pytest.fixture
