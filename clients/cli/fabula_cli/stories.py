@@ -13,6 +13,7 @@ import typer
 from fabula_client import (
     Client,
     FabulaError,
+    Quality,
     State,
     Story,
     StoryEvent,
@@ -83,6 +84,13 @@ def continue_(
     text_guidance: Annotated[float | None, typer.Option(help="0 to 30.", show_default="the pack's")] = None,
     image_guidance: Annotated[float | None, typer.Option(help="0 to 30.", show_default="the pack's")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the captions, 0 to 2.", show_default="0.2")] = None,
+    quality: Annotated[
+        Quality,
+        typer.Option(
+            help="How much time a frame is worth: draft is fastest, best takes longest; steps and guidance set "
+            "explicitly count more."
+        ),
+    ] = "standard",
     key: Annotated[
         str | None, typer.Option("--idempotency-key", help="Calling again with the same key gives the same story.")
     ] = None,
@@ -111,6 +119,7 @@ def continue_(
             text_guidance=text_guidance,
             image_guidance=image_guidance,
             temperature=temperature,
+            quality=quality,
             idempotency_key=key,
         )
         if not wait:

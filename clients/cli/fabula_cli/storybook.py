@@ -149,12 +149,13 @@ def frame_facts(frame: Frame) -> list[tuple[str, str]]:
 
 
 def story_facts(story: Story) -> list[tuple[str, str]]:
-    """What the story was asked for; what is zero was left to the pack."""
+    """What the story was asked for; what is zero was left to the pack, and what is standard needs no word."""
     settings = story.settings
     facts = [
         ("Story", story.story_id),
         ("Seed", str(settings.seed)),
         ("Pack", settings.pack),
+        ("Quality", settings.quality if settings.quality != "standard" else ""),
         ("Steps a frame", str(settings.steps) if settings.steps else ""),
         ("Text guidance", f"{settings.text_guidance:g}" if settings.text_guidance else ""),
         ("Image guidance", f"{settings.image_guidance:g}" if settings.image_guidance else ""),

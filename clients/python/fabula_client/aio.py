@@ -18,9 +18,10 @@ import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, get_args
 
 import grpc
+from fabula.story.v1 import story_pb2
 from fabula.story.v1 import story_service_pb2 as pb
 from fabula.story.v1.story_service_pb2_grpc import StoryServiceStub
 
@@ -38,6 +39,7 @@ from fabula_client.errors import (
 from fabula_client.retrying import RetryPolicy
 from fabula_client.story import (
     Frame,
+    Quality,
     State,
     StateChanged,
     Story,
@@ -103,6 +105,7 @@ class AsyncStories:
         text_guidance: float | None = None,
         image_guidance: float | None = None,
         temperature: float | None = None,
+        quality: Quality = "standard",
         idempotency_key: str | None = None,
         timeout_s: float | None = None,
     ) -> AsyncStory:
@@ -111,6 +114,8 @@ class AsyncStories:
 
         `frame_count` is 1 to 20 frames to add (4 if unset); `seed` is below 2^53 (the server picks one if unset);
         `steps` 1 to 100, guidance 0 to 30 and `temperature` 0 to 2 are the pack's defaults if unset.
+        `quality` says how much time a frame is worth: draft is fastest, best takes longest; `steps` and guidance that
+        are set count more.
         `idempotency_key` names this request: the same key with the same body gives the same story. Without one, a
         fresh key makes the retries of this call safe. Raises InvalidArgument, IdempotencyKeyReused,
         ResourceExhausted, Unavailable, and OSError for an unreadable path. A picture has at most 8 MiB; a larger one
@@ -128,6 +133,7 @@ class AsyncStories:
             text_guidance=text_guidance,
             image_guidance=image_guidance,
             temperature=temperature,
+            quality=_quality_to_pb(quality),
         )
         answer = await self._connection.call(self._stub.CreateStory, request, timeout_s=timeout_s)
         return AsyncStory(self._connection, story_from_pb(answer.story))
@@ -321,3 +327,17 @@ def _check_size(size_bytes: int) -> None:
             metadata={"field": "image", "limit_bytes": str(MOST_IMAGE_BYTES)},
             field_violations=(FieldViolation("image", message),),
         )
+
+
+def _quality_to_pb(quality: Quality) -> Any:
+    """The enum value. A word that has none is refused here, as the service would: the wire could not carry it."""
+    known = get_args(Quality)
+    if quality not in known:
+        message = f"quality is {quality!r}; it must be {', '.join(known[:-1])} or {known[-1]}"
+        raise InvalidArgument(
+            message,
+            reason="VALUE_OUT_OF_RANGE",
+            metadata={"field": "quality", "value": str(quality), "known": ",".join(known)},
+            field_violations=(FieldViolation("quality", message),),
+        )
+    return story_pb2.Quality.Value(f"QUALITY_{quality.upper()}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from fabula.story.v1 import story_pb2 as pb
 from fabula.warning.v1 import warning_pb2
@@ -31,6 +31,10 @@ class State(StrEnum):
         return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
 
 
+# How much time a frame is worth: draft is fastest, best takes longest.
+Quality = Literal["draft", "standard", "best"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StorySettings:
     """What a story was asked for, defaults filled in."""
@@ -42,6 +46,7 @@ class StorySettings:
     text_guidance: float
     image_guidance: float
     temperature: float
+    quality: str = "standard"  # one of Quality; "unknown" is one newer than this client
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +213,7 @@ def story_from_pb(message: pb.Story) -> Story:
             text_guidance=message.settings.text_guidance,
             image_guidance=message.settings.image_guidance,
             temperature=message.settings.temperature,
+            quality=quality_from_pb(message.settings.quality),
         ),
         frames=tuple(frame_from_pb(frame) for frame in message.frames),
         created=_time(message.create_time),
@@ -258,6 +264,16 @@ def state_from_pb(number: pb.Story.State) -> State:
         return State(pb.Story.State.Name(number).removeprefix("STATE_").lower())
     except ValueError:
         return State.UNKNOWN
+
+
+def quality_from_pb(number: pb.Quality) -> str:
+    """A quality from the wire; a service of before there was a choice says none and means standard."""
+    if number == pb.QUALITY_UNSPECIFIED:
+        return "standard"
+    try:
+        return str(pb.Quality.Name(number)).removeprefix("QUALITY_").lower()
+    except ValueError:
+        return "unknown"
 
 
 def event_from_pb(message: pb.StoryEvent) -> StoryEvent:

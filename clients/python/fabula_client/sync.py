@@ -19,7 +19,7 @@ import grpc
 from fabula_client.aio import DEFAULT_TARGET, AsyncClient, AsyncStories, AsyncStory, ImageSource
 from fabula_client.calls import Metadata
 from fabula_client.retrying import RetryPolicy
-from fabula_client.story import Frame, State, Story, StoryEvent, StoryWarning
+from fabula_client.story import Frame, Quality, State, Story, StoryEvent, StoryWarning
 
 T = TypeVar("T")
 
@@ -121,6 +121,7 @@ class Stories:
         text_guidance: float | None = None,
         image_guidance: float | None = None,
         temperature: float | None = None,
+        quality: Quality = "standard",
         idempotency_key: str | None = None,
         timeout_s: float | None = None,
     ) -> StoryHandle:
@@ -135,6 +136,7 @@ class Stories:
             text_guidance=text_guidance,
             image_guidance=image_guidance,
             temperature=temperature,
+            quality=quality,
             idempotency_key=idempotency_key,
             timeout_s=timeout_s,
         )

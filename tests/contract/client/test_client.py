@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from fabula.frame.v1 import frame_service_pb2
 from fabula_client import (
     AsyncClient,
     CaptionWritten,
@@ -68,6 +69,18 @@ def test_the_sync_client_does_the_same(process: StoryProcess, script: Script, fi
             client.stories.get(story.story_id)
         assert missing.value.reason == "STORY_NOT_FOUND"
         assert missing.value.request_id
+
+
+def test_a_story_is_drawn_in_the_quality_it_was_asked_for(
+    process: StoryProcess, script: Script, first_picture: bytes
+) -> None:
+    with Client(process.grpc_target) as client:
+        story = client.stories.create(image=first_picture, caption="Once.", frame_count=1, seed=7, quality="best")
+        assert story.wait(timeout_s=60).settings.quality == "best"
+        plainly = client.stories.create(image=first_picture, caption="Once.", frame_count=1, seed=7)
+        assert plainly.wait(timeout_s=60).settings.quality == "standard"
+    drawn = [request.quality for method, request, _ in script.calls if method == "RenderFrame"]
+    assert drawn == [frame_service_pb2.QUALITY_BEST, frame_service_pb2.QUALITY_STANDARD]
 
 
 def test_a_story_tells_what_was_beyond_its_pack(process: StoryProcess, script: Script, first_picture: bytes) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fabula_cli.storybook import contact_sheet, index_page, story_page, write_storybook
+from fabula_cli.storybook import contact_sheet, index_page, story_facts, story_page, write_storybook
 from fabula_client import Reason, State
 from PIL import Image
 
@@ -67,6 +68,14 @@ def test_the_page_tells_how_each_frame_was_made() -> None:
     words = Page(story_page(story, images)).words
     for fact in ("1001", "2001", "3001", "5.2 s", "sha256:feed", "A fox on a hill.", story.frames[1].image_sha256):
         assert fact in words
+
+
+def test_the_page_tells_the_quality_unless_it_is_the_usual_one() -> None:
+    story, images = made_story(["One.", "Two."])
+    assert "Quality" not in Page(story_page(story, images)).words
+    quick = replace(story, settings=replace(story.settings, quality="draft"))
+    assert ("Quality", "draft") in story_facts(quick)
+    assert "Quality" in Page(story_page(quick, images)).words
 
 
 def test_what_the_pack_did_not_know_is_a_quiet_note(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import get_args
 
 import pytest
 from fabula.story.v1 import story_pb2 as pb
@@ -16,7 +17,9 @@ def test_a_story_keeps_every_field() -> None:
     message = pb.Story(
         story_id="s1",
         state=pb.Story.STATE_WAITING,
-        settings=pb.StorySettings(frame_count=4, seed=2**53 - 1, pack="toon", steps=25, text_guidance=7.5),
+        settings=pb.StorySettings(
+            frame_count=4, seed=2**53 - 1, pack="toon", steps=25, text_guidance=7.5, quality=pb.QUALITY_DRAFT
+        ),
         frames=[
             pb.Frame(
                 index=1,
@@ -45,6 +48,7 @@ def test_a_story_keeps_every_field() -> None:
     assert story.state is nouns.State.WAITING
     assert not story.ended
     assert story.settings.seed == 2**53 - 1
+    assert story.settings.quality == "draft"
     assert story.created == datetime.fromtimestamp(1_700_000_000, UTC)
     assert story.updated is None
     assert story.error == nouns.Reason(reason="UNAVAILABLE", message="away")
@@ -75,6 +79,19 @@ def test_every_state_of_the_proto_is_known(state: int) -> None:
 def test_a_state_of_a_newer_service_is_unknown_and_has_not_ended() -> None:
     assert nouns.state_from_pb(99) is nouns.State.UNKNOWN  # type: ignore[arg-type]
     assert not nouns.State.UNKNOWN.ended
+
+
+@pytest.mark.parametrize("number", list(pb.Quality.values()))
+def test_every_quality_of_the_proto_is_known(number: int) -> None:
+    known = nouns.quality_from_pb(number)  # type: ignore[arg-type]
+    assert known in get_args(nouns.Quality)
+    if number != pb.QUALITY_UNSPECIFIED:
+        assert pb.Quality.Value(f"QUALITY_{known.upper()}") == number
+
+
+def test_an_older_service_means_standard_and_a_newer_one_something_unknown() -> None:
+    assert nouns.story_from_pb(pb.Story()).settings.quality == "standard"
+    assert nouns.quality_from_pb(99) == "unknown"  # type: ignore[arg-type]
 
 
 def test_every_event_of_the_proto_has_a_class() -> None:
