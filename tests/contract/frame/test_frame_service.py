@@ -194,6 +194,21 @@ async def test_what_is_asked_for_is_what_is_told(service: Service) -> None:
     assert (frame.steps, frame.text_guidance, frame.image_guidance, frame.seed) == (2, 0.0, 0.0, 2**64 - 1)
 
 
+@pytest.mark.parametrize(
+    ("quality", "count"),
+    [
+        (pb.QUALITY_UNSPECIFIED, 4),
+        (pb.QUALITY_DRAFT, 2),
+        (pb.QUALITY_STANDARD, 4),
+        (pb.QUALITY_BEST, 8),
+        (99, 4),  # a newer peer's
+    ],
+)
+async def test_a_quality_is_what_the_pack_says_it_is(service: Service, quality: Any, count: int) -> None:
+    assert (await service.frame(request(quality=quality))).steps == count
+    assert (await service.frame(request(steps=3, quality=quality))).steps == 3, "what is said exactly counts more"
+
+
 async def test_requests_in_flight_are_drawn_together(service: Service, steps: Steps) -> None:
     steps.hold_after = 0
     calls = [asyncio.create_task(service.frame(request(seed=i, earlier=i % 4))) for i in range(8)]
