@@ -11,6 +11,7 @@ FabulaError
 │   ├── RequestIdInvalid          REQUEST_ID_INVALID              400
 │   ├── PageTokenInvalid          PAGE_TOKEN_INVALID              400
 │   ├── PackUnknown               PACK_UNKNOWN                    400
+│   ├── TensorInvalid             TENSOR_INVALID                  400
 │   ├── CaptionEmpty              CAPTION_EMPTY                   400
 │   ├── CaptionTooLong            CAPTION_TOO_LONG                400
 │   ├── CaptionCharactersInvalid  CAPTION_CHARACTERS_INVALID      400
@@ -30,6 +31,7 @@ FabulaError
 ├── NotFound                      NOT_FOUND                       404
 │   ├── StoryNotFound             STORY_NOT_FOUND                 404
 │   ├── ImageNotFound             IMAGE_NOT_FOUND                 404
+│   ├── ModelUnknown              MODEL_UNKNOWN                   404
 │   ├── CharacterWeightsUnknown   CHARACTER_WEIGHTS_UNKNOWN       404
 │   └── ObjectNotFound            OBJECT_NOT_FOUND                404
 ├── AlreadyExists                 ALREADY_EXISTS                  409
@@ -175,6 +177,12 @@ class PackUnknown(InvalidArgument):
     reason = "PACK_UNKNOWN"
 
 
+class TensorInvalid(InvalidArgument):
+    """A tensor of an inference request is not what its model takes."""
+
+    reason = "TENSOR_INVALID"
+
+
 class CaptionEmpty(InvalidArgument):
     """A caption needs at least one visible character."""
 
@@ -294,6 +302,12 @@ class ImageNotFound(NotFound):
     """This story has no picture with this SHA-256."""
 
     reason = "IMAGE_NOT_FOUND"
+
+
+class ModelUnknown(NotFound):
+    """No model of the inference protocol has this name and version here."""
+
+    reason = "MODEL_UNKNOWN"
 
 
 class CharacterWeightsUnknown(NotFound):

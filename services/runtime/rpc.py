@@ -134,7 +134,16 @@ def _timeout_s(sent_ms: str | None, context: Any) -> float | None:
 
 
 def _set_status(context: Any, error: BaseException, method: str) -> None:
-    """Writes the error on the call; an unexpected one is logged under an id, and only the id is told."""
+    """Writes the error on the call."""
+    public = told_error(error, method)
+    status = status_from_error(public)
+    context.set_code(grpc_code(public.code))
+    context.set_details(public.message)
+    context.set_trailing_metadata([(STATUS_DETAILS, status.SerializeToString())])
+
+
+def told_error(error: BaseException, method: str) -> FabulaError:
+    """What the caller of `method` is told; an unexpected error is logged under an id, and only the id is told."""
     public = public_error(error)
     if isinstance(public, Internal) and not isinstance(error, FabulaError):
         error_id = secrets.token_hex(8)
@@ -144,7 +153,4 @@ def _set_status(context: Any, error: BaseException, method: str) -> None:
         log.error("internal_error", method=method, error_id=error_id, exc_info=error)
     else:
         log.info("call_refused", method=method, reason=public.reason, message=public.message)
-    status = status_from_error(public)
-    context.set_code(grpc_code(public.code))
-    context.set_details(public.message)
-    context.set_trailing_metadata([(STATUS_DETAILS, status.SerializeToString())])
+    return public
