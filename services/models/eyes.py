@@ -33,7 +33,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 LOOK = ("species", "colour", "accessory", "accessory_colour")
 
-SURE = 0.5  # a look that is less sure than this is not told: see `Figure.look_sureness`
+SURE = 0.8  # a look that is less sure than this is not told: see `Figure.look_sureness`
 _ALIKE = 3  # of the four parts of a look make somebody who is known
 _WIDTHS = (32, 64, 128)
 _CELLS = 16  # along each side of what figures are looked for in
@@ -213,7 +213,7 @@ def _article(noun: str) -> str:
 
 def as_input(pictures: npt.NDArray[np.uint8]) -> Tensor:
     """uint8 `[B, H, W, 3]` as floats `[B, 3, H, W]` in −1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # a copy: shelves are read-only
 
 
 def save_eyes(eyes: Eyes, folder: Path) -> None:
