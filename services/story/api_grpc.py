@@ -1,9 +1,10 @@
-"""The public API over gRPC: StoryService, grpc.health.v1, reflection."""
+"""The public API over gRPC: StoryService, the Open Inference Protocol, grpc.health.v1, reflection."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from services.runtime.rpc import stream_method, unary_method
 from services.story.api import MOST_CALLS, StoryApi
 from services.story.config import port_refused
+from services.story.inference import servicer as inference
 from services.story.intake import MOST_IMAGE_BYTES, StoryRequest
 from services.story.metrics import REQUEST_SECONDS
 from services.story.protobuf import event_to_pb, story_to_pb
@@ -103,34 +105,36 @@ def _quality_from_pb(number: int) -> str:
 
 
 class RequestMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg]  # the stubs make it generic
-    """Times every call of StoryService, by method and outcome."""
+    """Times every call of our services, by method and outcome."""
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Wraps the handler of one method."""
         handler = await continuation(details)
-        if handler is None or not details.method.startswith(f"/{SERVICE}/"):
+        service, _, method = details.method.removeprefix("/").partition("/")
+        if handler is None or service not in (SERVICE, inference.SERVICE):
             return handler
-        method = details.method.rsplit("/", 1)[-1]
 
         def observe(started: float, context: Any) -> None:
             code = context.code()
             name = code.name if hasattr(code, "name") else "OK"
             REQUEST_SECONDS.labels(protocol="grpc", method=method, reason=name).observe(time.monotonic() - started)
 
-        if handler.unary_stream:
-            inner_stream = handler.unary_stream
+        if handler.response_streaming:
+            inner_stream = handler.stream_stream or handler.unary_stream
 
             async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
                 started = time.monotonic()
                 try:
-                    async for message in inner_stream(request, context):
-                        yield message
+                    async with aclosing(inner_stream(request, context)) as messages:
+                        async for message in messages:
+                            yield message
                 finally:
                     observe(started, context)
 
-            return grpc.unary_stream_rpc_method_handler(
-                stream, handler.request_deserializer, handler.response_serializer
+            wrapped = (
+                grpc.stream_stream_rpc_method_handler if handler.stream_stream else grpc.unary_stream_rpc_method_handler
             )
+            return wrapped(stream, handler.request_deserializer, handler.response_serializer)
         inner = handler.unary_unary
 
         async def unary(request: Any, context: Any) -> Any:
@@ -146,7 +150,10 @@ class RequestMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg
 class GrpcEdge:
     """The gRPC server and its health. Making one binds its port and raises ConfigInvalid when that is taken."""
 
-    def __init__(self, api: StoryApi, *, host: str, port: int) -> None:
+    def __init__(
+        self, api: StoryApi, *, host: str, port: int, inference_servicer: inference.InferenceServicer | None = None
+    ) -> None:
+        self._inference = inference_servicer
         self._server = grpc.aio.server(
             interceptors=[RequestMetrics()],
             maximum_concurrent_rpcs=MOST_CALLS,
@@ -159,7 +166,12 @@ class GrpcEdge:
         pb_grpc.add_StoryServiceServicer_to_server(StoryServicer(api), self._server)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no types
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._services: tuple[str, ...] = (SERVICE,)
+        if inference_servicer is not None:
+            inference.add_to_server(inference_servicer, self._server)
+            self._services += (inference.SERVICE,)
+        names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
         name = f"[{host}]" if ":" in host else host
         try:
             self.port = self._server.add_insecure_port(f"{name}:{port}")
@@ -172,9 +184,11 @@ class GrpcEdge:
         await self._server.start()
 
     async def serving(self, is_serving: bool) -> None:
-        """What health answers from now on."""
+        """What health answers from now on, and whether inference is accepted."""
+        if self._inference is not None:
+            self._inference.accepting = is_serving
         status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE):
+        for service in ("", *self._services):
             await self._health.set(service, status)
 
     async def stop(self, grace_s: float) -> None:

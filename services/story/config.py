@@ -35,6 +35,7 @@ class StorySettings(Settings):
     lease_s: float = Field(default=20.0, gt=0)  # silence after which a process on another machine counts as dead
     orphan_age_s: float = Field(default=3600.0, gt=0)  # unreferenced pictures are removed when they are older
     heartbeat_s: float = Field(default=15.0, gt=0)  # comment sent on a silent event stream, so that proxies keep it
+    inference: bool = True  # answer clients of the Open Inference Protocol (KServe, Triton) too, on the gRPC port
     drain_s: float = Field(default=5.0, ge=0)  # longest wait for calls in flight at shutdown
     migrate: bool = True  # bring a SQLite database up to date at start; PostgreSQL is migrated by its own command
 

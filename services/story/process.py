@@ -25,6 +25,7 @@ from services.story.caretaker import Caretaker
 from services.story.config import StorySettings, port_refused
 from services.story.database import database_urls, open_database
 from services.story.events import Broadcaster
+from services.story.inference.servicer import InferenceServicer
 from services.story.intake import PackCheck
 from services.story.migrate import is_current, upgrade
 from services.story.repository import Repository
@@ -93,7 +94,12 @@ class StoryProcess:
         )
         # Both ports first: nothing has been started that would have to be stopped again.
         http_sockets = bound_sockets(settings.host, installation.story_http_port)
-        self._grpc = GrpcEdge(self._api, host=settings.host, port=installation.story_grpc_port)
+        self._grpc = GrpcEdge(
+            self._api,
+            host=settings.host,
+            port=installation.story_grpc_port,
+            inference_servicer=self._inference() if settings.inference else None,
+        )
         self._http = _HttpServer(
             uvicorn.Config(
                 http_app(self._api, settings, self._check_ready),
@@ -126,6 +132,16 @@ class StoryProcess:
         await self._sandbox.close()
         with contextlib.suppress(FabulaError):
             await self._caretaker.sign_off()
+
+    def _inference(self) -> InferenceServicer:
+        caption_channel, frame_channel = self._channels
+        return InferenceServicer(
+            caption_channel=caption_channel,
+            frame_channel=frame_channel,
+            sandbox=self._sandbox,
+            caption_timeout_s=self._settings.caption_timeout_s,
+            frame_timeout_s=self._settings.frame_timeout_s,
+        )
 
     async def _launch(self) -> None:
         await self._caretaker.sign_on()
