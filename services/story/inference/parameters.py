@@ -74,7 +74,7 @@ class Parameters:
         for name in self._parameters:
             if name not in self._known:
                 raise UnknownField(
-                    f"no parameter is called {name[:100]!r}; known here: {', '.join(sorted(self._known))}",
+                    f"parameters: none is called {name[:100]!r}; known here: {', '.join(sorted(self._known))}",
                     field=name[:100],
                 )
 

@@ -342,7 +342,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
             elif name == "config" or name.startswith("file:"):
                 raise Unimplemented(f"{name[:100]}: models come with packs, and are not configured or sent by clients")
             elif name != "unload_dependents":  # nothing depends on a character
-                raise UnknownField(f"no parameter is called {name[:100]!r}; known here: character", field=name[:100])
+                raise UnknownField(
+                    f"parameters: none is called {name[:100]!r}; known here: character", field=name[:100]
+                )
         return await self._catalog.find(request.model_name), character
 
     # -- what is not here ----------------------------------------------------------------------------------------------

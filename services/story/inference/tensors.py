@@ -69,7 +69,7 @@ def read_inputs(request: pb.ModelInferRequest, specs: Sequence[TensorSpec]) -> d
     for tensor in request.inputs:
         if tensor.name not in known:
             raise UnknownField(
-                f"no input is called {tensor.name[:100]!r}; this model takes {', '.join(known)}",
+                f"inputs: none is called {tensor.name[:100]!r}; this model takes {', '.join(known)}",
                 field=tensor.name[:100] or "inputs",
             )
         for parameter in tensor.parameters:
@@ -80,7 +80,7 @@ def read_inputs(request: pb.ModelInferRequest, specs: Sequence[TensorSpec]) -> d
         raise _invalid(mixed, "its data is typed, and the request has raw data too: send either")
     if raw and len(raw) != len(request.inputs):
         raise TensorInvalid(
-            f"{len(request.inputs)} inputs and {len(raw)} raw contents: each input needs one",
+            f"raw_input_contents: {len(raw)} for {len(request.inputs)} inputs; each needs one",
             field="raw_input_contents",
         )
     tensors: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ def read_outputs(request: pb.ModelInferRequest, specs: Sequence[TensorSpec], def
     for output in request.outputs:
         if output.name not in known:
             raise UnknownField(
-                f"no output is called {output.name[:100]!r}; this model gives {', '.join(known)}",
+                f"outputs: none is called {output.name[:100]!r}; this model gives {', '.join(known)}",
                 field=output.name[:100] or "outputs",
             )
         if output.name in wanted:

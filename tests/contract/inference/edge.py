@@ -1,6 +1,6 @@
-"""The gRPC edge over a real frame engine with a tiny pack, in a thread of its own, so that both stock clients can call it.
+"""The gRPC edge over a real frame engine with a tiny pack, in a thread of its own, so that stock clients can call it.
 
-The sandbox is the real one; captions come from the scripted service. Tests hold the engine between steps through `Steps`.
+The sandbox is the real one; captions come from the scripted service. `Steps` holds the engine between steps.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def test_references_come_as_files_or_as_pixels(client: InferenceServerClient, ed
 
 
 @pytest.mark.parametrize(
-    "triton,ours", [(0, "STANDARD"), (1, "INTERACTIVE"), (2, "STANDARD"), (3, "BATCH"), (9, "STANDARD")]
+    ("triton", "ours"), [(0, "STANDARD"), (1, "INTERACTIVE"), (2, "STANDARD"), (3, "BATCH"), (9, "STANDARD")]
 )
 def test_priorities_are_the_frame_services(
     client: InferenceServerClient, edge: Edge, monkeypatch: pytest.MonkeyPatch, triton: int, ours: str
