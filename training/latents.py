@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def scaling_of(vae: AutoencoderKL, pictures: Pixels, folder: Path | None = None)
         return LatentScaling(shift=tuple(raw["shift"]), scale=tuple(raw["scale"]))
     scaling = measure_scaling(vae, pictures[:_SCALING_PICTURES])
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps({"shift": scaling.shift, "scale": scaling.scale}))
     part.replace(path)
     return scaling
@@ -83,7 +84,7 @@ def latents_of(
                 codec.encode(_pixels(pictures[first : first + batch])).to(torch.float16).numpy()
                 for first in range(0, len(pictures), batch)
             ]
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         with part.open("wb") as file:
             np.save(file, np.concatenate(chunks))
         part.replace(path)

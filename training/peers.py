@@ -60,6 +60,8 @@ def joined() -> Peers:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return Peers()
+    if torch.cuda.is_available():  # each process a GPU of its own
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     return Peers(dist.get_rank(), dist.get_world_size())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def shelf(recipe: ShelfRecipe, workers: int = 1, folder: Path | None = None) -> 
     home.mkdir(parents=True, exist_ok=True)
     path = home / recipe.file_name
     if not path.exists():
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may draw the same
         empty = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=recipe.shape)  # type: ignore[no-untyped-call]
         empty.flush()
         jobs = [

@@ -248,6 +248,7 @@ class CaptionEngine:
         cast, tokenizer = self.model.cast, self.model.tokenizer
         captions = cast.context(job.earlier_captions, job.previous_caption, job.caption)
         known = {**prompts.told_looks(job.earlier_descriptions), **self.model.world.characters}
+        self._refuse_if_full()  # before the work of looking
         looks = {**await self._seen_looks(job, known), **known}
         lines = prompts.cast_lines(looks, (*job.earlier_captions, job.previous_caption, job.caption))
         prompt = prompts.description_prompt(tokenizer, job.previous_caption, job.caption, budget, lines)
@@ -277,12 +278,17 @@ class CaptionEngine:
         Nothing when the pack has no eyes, or when it is not clear which figure is meant.
         """
         eyes = self.model.eyes
-        names, others = self.model.world.whom((*job.earlier_captions, job.previous_caption), known)
-        if eyes is None or not names:
+        if eyes is None:
             return {}
-        picture = await asyncio.to_thread(read_image, job.image, eyes.shape.image_px)
-        figures = await asyncio.to_thread(eyes.figures, np.asarray(picture))
-        return new_looks(names, others, figures, eyes.phrase)
+
+        def look() -> dict[str, str]:
+            names, others = self.model.world.whom((*job.earlier_captions, job.previous_caption), known)
+            if not names:
+                return {}
+            picture = read_image(job.image, eyes.shape.image_px)
+            return new_looks(names, others, eyes.figures(np.asarray(picture)), eyes.phrase)
+
+        return await asyncio.to_thread(look)
 
     async def _guarded(
         self,
@@ -345,8 +351,7 @@ class CaptionEngine:
         sampling: Sampling,
         forbidden_ids: tuple[int, ...] = (),
     ) -> Written:
-        if self._running >= self._max_requests:
-            raise QueueFull(f"{self._running} captions are being written; try again after a pause")
+        self._refuse_if_full()
         started_s, tokens, outcome = self._clock(), 0, "cancelled"
         self._count(1)
         try:
@@ -377,6 +382,10 @@ class CaptionEngine:
             self._count(-1)
             seconds = self._clock() - started_s
             self._observer.text_done(adapter=adapter, outcome=outcome, tokens=tokens, seconds=seconds)
+
+    def _refuse_if_full(self) -> None:
+        if self._running >= self._max_requests:
+            raise QueueFull(f"{self._running} captions are being written; try again after a pause")
 
     def _ask(self, prompt: prompts.Prompt, picture: Image.Image, adapter: str, sampling: Sampling, attempt: int) -> Ask:
         again = attempt > 0

@@ -76,13 +76,26 @@ class AdapterStore:
         return bool(keys)
 
     def _trim(self, newest: tuple[str, str]) -> None:
-        for key in [key for key, shelf in self._shelves.items() if shelf.adapter is not None and key != newest]:
-            if self._size_bytes() <= self._budget_bytes:
+        for key in [key for key in self._shelves if key != newest]:
+            if self._is_huge(key) and self._is_huge(newest):
+                del self._shelves[key]
+        for key in [key for key in self._shelves if key != newest and not self._is_huge(key)]:
+            if self._size_bytes(huge=False) <= self._budget_bytes:
                 return
-            del self._shelves[key]
+            if self._shelves[key].adapter is not None:
+                del self._shelves[key]
 
-    def _size_bytes(self) -> int:
-        return sum(shelf.adapter.size_bytes for shelf in self._shelves.values() if shelf.adapter is not None)
+    def _is_huge(self, key: tuple[str, str]) -> bool:
+        """Larger than the budget. The newest of those is kept beside it, so that it puts nobody else out."""
+        shelf = self._shelves.get(key)
+        return shelf is not None and shelf.adapter is not None and shelf.adapter.size_bytes > self._budget_bytes
+
+    def _size_bytes(self, *, huge: bool = True) -> int:
+        return sum(
+            shelf.adapter.size_bytes
+            for key, shelf in self._shelves.items()
+            if shelf.adapter is not None and (huge or not self._is_huge(key))
+        )
 
 
 class SlotTable:

@@ -17,6 +17,7 @@ ADAPTERS_BYTES = 256 << 20
 REFERENCES_BYTES = 256 << 20
 PREFILL_ROWS = 24
 STALL_S = 60.0
+NETWORKS_MAX = 4
 
 
 class FrameSettings(Settings):
@@ -52,6 +53,7 @@ class FrameSettings(Settings):
     # Noise levels of earlier frames during a frame: 0 is StoryGen's, one a step and distance. With a few of them and
     # shared noise a picture passes through the network only so often; what that costs in quality is not measured yet.
     reference_levels: int = Field(default=0, ge=0, le=1000)
+    networks_max: int = Field(default=NETWORKS_MAX, ge=1, le=64)  # UNets that characters brought, in memory for jobs
     # Of so many steps one computes the UNet's deep blocks, the others use what it left (DeepCache): for packs that take
     # dozens of steps. 1: every step computes all.
     deep_every: int = Field(default=1, ge=1, le=16)

@@ -29,7 +29,14 @@ import structlog
 import torch
 
 from services.frame.adapters import AdapterStore, SlotTable
-from services.frame.config import ADAPTER_RANK_MAX, ADAPTERS_BYTES, PREFILL_ROWS, REFERENCES_BYTES, STALL_S
+from services.frame.config import (
+    ADAPTER_RANK_MAX,
+    ADAPTERS_BYTES,
+    NETWORKS_MAX,
+    PREFILL_ROWS,
+    REFERENCES_BYTES,
+    STALL_S,
+)
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.picture import png, webp
 from services.frame.scheduler import Job, Refusal, Scheduler, SchedulerSettings
@@ -89,6 +96,7 @@ class EngineSettings:
     adapter_rank_max: int = ADAPTER_RANK_MAX  # of their weights
     adapters_bytes: int = ADAPTERS_BYTES  # of weights that are kept in memory for later
     references: ReferencePolicy = EXACT  # how earlier frames are noised
+    networks_max: int = NETWORKS_MAX  # UNets that characters brought, of all who wait or are drawn
     deep_every: int = 1  # steps of a frame of which one computes the UNet's deep blocks
     references_bytes: int = REFERENCES_BYTES  # of what their passes left, for each of two picture sizes
     prefill_rows: int = PREFILL_ROWS  # rows of a reference pass that takes later steps' along; 0: a step's own only
@@ -97,7 +105,7 @@ class EngineSettings:
     stall_s: float = STALL_S  # a step that takes longer means the thread hangs
 
     def __post_init__(self) -> None:
-        if self.stall_s <= 0 or self.adapter_rank_max < 1 or self.deep_every < 1:
+        if self.stall_s <= 0 or min(self.adapter_rank_max, self.deep_every, self.networks_max) < 1:
             raise ValueError("every limit of the frame engine must be positive")
         if min(self.adapters_bytes, self.references_bytes, self.prefill_rows) < 0:
             raise ValueError("every limit of the frame engine must be positive")
@@ -284,6 +292,10 @@ class FrameEngine:
         manifest = model.manifest
         with self._changed:
             self._refuse_if_stopped()
+            networks = {id(ticket.model.denoiser.unet) for ticket in self._tickets.values()}
+            networks -= {id(own.denoiser.unet) for own in self.models.values()}
+            if whole is not None and len(networks | {id(whole.unet)}) > self.settings.networks_max:
+                self._refuse(Refusal(reason="queue_full", retry_after_s=1.0))  # each is as much memory as the pack's
             offered = Job(
                 number=self._arrivals,
                 # Only those who share a network can share a forward.
@@ -512,7 +524,9 @@ class FrameEngine:
         """What references left in this network; gone with the network."""
         unet = model.denoiser.unet
         if unet not in self._caches:
-            self._caches[unet] = ReferenceCache(self.settings.references_bytes)
+            packs = any(unet is own.denoiser.unet for own in self.models.values())
+            budget_bytes = self.settings.references_bytes // (1 if packs else self.settings.networks_max)
+            self._caches[unet] = ReferenceCache(budget_bytes)
         return self._caches[unet]
 
     def _drop_unwanted(self) -> None:

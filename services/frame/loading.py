@@ -51,6 +51,7 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
             references=ReferencePolicy(
                 shared_noise=settings.references == "shared-noise", levels_count=settings.reference_levels
             ),
+            networks_max=settings.networks_max,
             deep_every=settings.deep_every,
             references_bytes=settings.references_bytes,
             prefill_rows=settings.prefill_rows,

@@ -56,8 +56,8 @@ def sketch_of(
     width_px, height_px = job.width_px or manifest.width_px, job.height_px or manifest.height_px
     _check_size(width_px, height_px, model)
     quality = manifest.sampling.at(job.quality, adapters=adapters)
-    steps = job.steps or quality.steps
     limit = min(MAX_STEPS, manifest.schedule.train_steps)
+    steps = job.steps or min(quality.steps, limit)
     if not 1 <= steps <= limit:
         raise ValueOutOfRange(f"steps is {steps}; it must be between 1 and {limit}", field="steps")
     if job.sampler and job.sampler not in SAMPLERS:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -199,8 +200,14 @@ def new_looks(
     left = list(figures)
     for told in known:
         words = told.split()
-        alike = [sum(part in told for part in figure.look if part.split()[-1] in words) for figure in left]
+        # The very look counts more than its words in another order: a red duck with a blue cap, a blue one with a red.
+        alike = [
+            5 if phrase(figure) == told else sum(part in told for part in figure.look if part.split()[-1] in words)
+            for figure in left
+        ]
         if alike and max(alike) >= _ALIKE:
+            if alike.count(max(alike)) > 1:
+                return {}
             del left[alike.index(max(alike))]
     if len(names) != 1 or len(left) != 1 or left[0].look_sureness < SURE:
         return {}
@@ -235,7 +242,7 @@ def load_eyes(pack_folder: Path) -> Eyes | None:
     try:
         eyes = Eyes(EyesShape.from_dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))))
         eyes.load_state_dict({n: v.float() for n, v in load_file(str(folder / WEIGHTS_FILE)).items()})
-    except (OSError, RuntimeError, TypeError) as error:
+    except (OSError, RuntimeError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         raise ValueError(f"the eyes of {pack_folder.name} cannot be used: {error}") from error
     eyes.requires_grad_(False).eval()
     return eyes

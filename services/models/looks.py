@@ -18,7 +18,9 @@ def faults(description: str, looks: Mapping[str, str]) -> int:
     """How many looks are wrong: of whom `looks` (by name) knows otherwise, and those that somebody unnamed has too."""
     told = told_looks([description])
     lower = description.lower()  # "A red duck" may begin a sentence
-    doubled = (lower.count(look.lower()) - 1 for name, look in told.items() if look == looks.get(name))
+    right = [look for name, look in told.items() if look == looks.get(name)]
+    # Two who are known to look alike, and are both named, double nothing.
+    doubled = (lower.count(look.lower()) - right.count(look) for look in dict.fromkeys(right))
     return len(_wrong(told, looks)) + sum(doubled)
 
 

@@ -106,6 +106,8 @@ def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> Frame
         own = {file: read_adapter_file(pack.path(file), unet, base_digest=base_digest) for file in sorted(adapters)}
     except AdapterError as error:
         raise PackWeightsMismatch(str(error)) from None
+    if useless := [file for file, one in own.items() if not one.needs_slot]:
+        raise PackWeightsMismatch(f"{useless[0]} changes no layer of the UNet")
     return FrameModel(
         manifest=manifest,
         adapters=own,

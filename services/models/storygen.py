@@ -103,7 +103,6 @@ class _Pass:
     collected: dict[str, Tensor] | None = None
     blocks_count: int = 0  # that are to leave features
     references: References | None = None
-    deep: list[Tensor] | None = None  # where the states that enter the last block are to be put
     # The same for all blocks of a main pass, so computed once.
     any_present_B: Tensor | None = field(init=False, default=None)
 
@@ -221,9 +220,6 @@ class StoryGenUNet(_Base):
             if isinstance(module, BasicTransformerBlock):
                 parent, _, child = name.rpartition(".")
                 self.get_submodule(parent).register_module(child, StoryGenBlock(module, key=name))
-        up_blocks: Any = self.up_blocks
-        last: nn.Module = up_blocks[-1]
-        last.register_forward_pre_hook(_keep_deep, with_kwargs=True)
 
     @property
     def block_keys(self) -> tuple[str, ...]:
@@ -260,12 +256,18 @@ class StoryGenUNet(_Base):
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSD: Tensor, references: References | None = None
     ) -> tuple[Tensor, Tensor]:
         """`predict`, and the states `[B, C', h, w]` that entered the last block: all that the deep blocks made."""
-        current = _Pass(references=references, deep=[])
-        out: Tensor = self(
-            latents_BCHW, timesteps_B, text_BSD, cross_attention_kwargs={_ARGUMENT: current}, return_dict=False
-        )[0]
-        assert current.deep
-        return out, current.deep[0]
+        deep: list[Tensor] = []
+
+        def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            deep.append(named["hidden_states"] if "hidden_states" in named else given[0])
+
+        up_blocks: Any = self.up_blocks
+        hook = up_blocks[-1].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            answer = self.predict(latents_BCHW, timesteps_B, text_BSD, references)
+        finally:
+            hook.remove()
+        return answer, deep[0]
 
     def predict_shallow(
         self,
@@ -302,13 +304,6 @@ class StoryGenUNet(_Base):
             if isinstance(block, StoryGenBlock):
                 block.attn3.load_state_dict(block.attn1.state_dict())
                 block.norm4.load_state_dict(block.norm1.state_dict())
-
-
-def _keep_deep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """What torch calls before the last block."""
-    current: _Pass | None = (named.get("cross_attention_kwargs") or {}).get(_ARGUMENT)
-    if current is not None and current.deep is not None:
-        current.deep.append(named["hidden_states"] if "hidden_states" in named else given[0])
 
 
 def _for(block: nn.Module, shared: dict[str, Any]) -> dict[str, Any]:

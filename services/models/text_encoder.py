@@ -135,14 +135,14 @@ class TextEncoder:
 
     def fitting(self, text: str, words: Words = NO_WORDS) -> str:
         """`text` itself, or as much of its beginning as fits the window."""
-        if words:
-            parts, room = text.split(" "), self.window - 2
-            while len(parts) > 1 and len(self._ids(" ".join(parts), words)) > room:
+        room = limit = self.window - 2
+        if words:  # their vectors have no text to be cut within, so whole words go
+            parts = text.split(" ")[:limit]
+            while parts and len(self._ids(" ".join(parts), words)) > limit:
                 parts.pop()
-            if len(self._ids(" ".join(parts), words)) <= room:
-                return " ".join(parts)
-        ids, room = self.tokenizer.encode(text), self.window - 2
-        while len(ids) > room:
+            return " ".join(parts)
+        ids = self.tokenizer.encode(text)
+        while len(ids) > limit:
             # The beginning alone may be split into other, and more, tokens than it was within the whole.
             text = self.tokenizer.decode(ids[:room]).rstrip("\ufffd")
             ids, room = self.tokenizer.encode(text), room - 1

@@ -36,6 +36,7 @@ _ENDINGS = (  # what is taken off, the least letters that must be left, what is 
 _TOKEN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _SHORTENED = re.compile(r"(?:['’](?:s|ll|re|ve|d|m)|n['’]t)$", re.IGNORECASE)
 _DOUBLED = re.compile(r"(\w{2,}(\w))\2(?:ed|ing|y)")  # hopped, running, sunny
+_WHERE = "(?:in|into|at|through|across)"
 _SENTENCE_MARKS = frozenset('.!?…:"“”„«»‘')
 _ARTICLES = ("a", "an", "the", "my", "your", "his", "her", "its", "our", "their", "this", "that")
 # Words that show nothing by themselves: a caption may use them whatever a pack has drawn.
@@ -158,12 +159,19 @@ class World:
         return tuple(dict.fromkeys(found))
 
     def whom(self, captions: Sequence[str], known: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Whom the picture of the last of `captions` shows: names that `known` has no look for, and others' looks.
+        """Whom the picture of the last of `captions` may show: names that `known` has no look for, and others' looks.
 
-        "She ran." is about whom the captions before it name.
+        "She ran." is about whom the captions before it name; and "he" may be anybody known whom they name. Where
+        somebody is ("in Paris") is nobody.
         """
-        named = self.names_in(captions[-1]) or self.names_in("\n".join(captions[:-1]))
-        return tuple(n for n in named if n not in known), tuple(known[n] for n in named if n in known)
+        per_caption = [self.names_in(caption) for caption in captions]
+        everybody = dict.fromkeys(name for names in per_caption for name in names)
+        shown = per_caption[-1] or tuple(everybody)
+        told = " ".join(captions)
+        unknown = tuple(
+            name for name in shown if name not in known and not re.search(rf"\b{_WHERE} {re.escape(name)}\b", told)
+        )
+        return unknown, tuple(known[name] for name in everybody if name in known)
 
     def unfamiliar_texts(self, caption: str, field: str) -> tuple[Unfamiliar, ...]:
         """What to say of a caption: of its words, of its names, or nothing."""

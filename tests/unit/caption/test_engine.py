@@ -532,3 +532,11 @@ async def test_a_look_that_was_miscopied_is_mended() -> None:
     assert (await CaptionEngine(model, driver).describe(job)).text == right, "a better try needs no mending"
     guards = Guards(look_lock=False)
     assert (await CaptionEngine(model, ScriptedDriver([wrong]), guards=guards).describe(job)).text == wrong
+
+
+async def test_a_full_queue_is_asked_before_the_eyes() -> None:
+    eyes = FixedEyes(DUCK)
+    engine = CaptionEngine(replace(MODEL, world=WORLD_OF_PIP, eyes=eyes), ScriptedDriver([]), max_requests=0)
+    with pytest.raises(QueueFull):
+        await engine.describe(replace(DESCRIBE, previous_caption="Tessa came.", caption="Tessa ran."))
+    assert eyes.pictures == []

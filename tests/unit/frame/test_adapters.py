@@ -69,7 +69,7 @@ def test_the_least_recently_used_leave_first() -> None:
     assert store.loads_count == 4
     huge = store.get("toon", "huge", lambda: adapter("huge", 99))
     assert huge.size_bytes == 99, "what is wanted now is read, whatever it weighs"
-    assert store.kept_bytes == 99
+    assert store.kept_bytes == 119, "one such is kept beside what the budget holds"
 
 
 def test_packs_do_not_share_what_was_checked_against_one_of_them() -> None:
@@ -129,3 +129,14 @@ def test_whatever_is_worn_keeps_its_slot(moves: list[tuple[bool, str]], count: i
         now = [places[name] for name in +worn]
         assert len(set(now)) == len(now)
         assert all(1 <= slot <= count for slot in now)
+
+
+def test_of_what_is_larger_than_the_budget_the_newest_is_kept_and_puts_nobody_out() -> None:
+    store = AdapterStore(100)
+    small, large = adapter("a", 60), adapter("b", 101)
+    store.get("toon", "a", lambda: small)
+    assert store.get("toon", "b", lambda: large) is large
+    assert store.kept_bytes == 161
+    store.get("toon", "c", lambda: adapter("c", 200))
+    assert store.kept_bytes == 260
+    assert store.get("toon", "a", lambda: pytest.fail("it was put out")) is small

@@ -13,6 +13,7 @@ from safetensors.torch import save
 
 from services.frame.engine import EngineSettings, FrameEngine, _Silence
 from services.frame.job import FrameJob
+from services.frame.sketch import MAX_STEPS, sketch_of
 from services.models.character import CharacterWeights
 from services.models.lora import ALPHA, BASE_DIGEST, AdapterSlots, adapted_layers, read_adapter
 from services.models.pack import QualitySettings
@@ -23,6 +24,7 @@ from services.runtime.errors import (
     CharacterWeightsUnusable,
     FabulaError,
     InvalidArgument,
+    QueueFull,
     RenderFailed,
     ValueOutOfRange,
 )
@@ -382,3 +384,27 @@ def test_a_draft_and_everybodys_characters_find_room(drafting: FrameModel, files
             assert inbox.frame().sketch.steps == 2
     finally:
         engine.stop()
+
+
+def test_only_so_many_foreign_unets_are_in_memory_for_jobs(
+    tiny_model: FrameModel,
+    files: Files,
+    started: Callable[..., FrameEngine],
+    gate: Gate,  # noqa: F811
+) -> None:
+    digests = [files.keep(a_whole_unet(tiny_model, seed)) for seed in range(3)]
+    engine = started(max_running=1, networks_max=2)
+    held = [Inbox(engine, wearing(seed, digest)) for seed, digest in enumerate(digests[:2])]
+    with pytest.raises(QueueFull):
+        engine.submit(wearing(3, digests[2]), lambda _: None)
+    held.append(Inbox(engine, wearing(4, digests[0])))  # one that is there anyway
+    gate.open()
+    for inbox in held:
+        assert inbox.frame().image
+    assert Inbox(engine, wearing(3, digests[2])).frame().image
+
+
+def test_the_best_quality_takes_no_more_steps_than_the_service_draws(tiny_model: FrameModel) -> None:
+    sampling = tiny_model.manifest.sampling.model_copy(update={"default_steps": 120})
+    slow = replace(tiny_model, manifest=tiny_model.manifest.model_copy(update={"sampling": sampling}))
+    assert sketch_of(job(1, quality=Quality.BEST, steps=0), slow).steps == MAX_STEPS

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from services.models.eyes import CONFIG_FILE, FOLDER, LOOK, Eyes, EyesShape, Figure, load_eyes, new_looks, save_eyes
+from services.models.eyes import (
+    CONFIG_FILE,
+    FOLDER,
+    LOOK,
+    WEIGHTS_FILE,
+    Eyes,
+    EyesShape,
+    Figure,
+    load_eyes,
+    new_looks,
+    save_eyes,
+)
 
 SHAPE = EyesShape(
     figure={
@@ -105,4 +116,25 @@ def test_what_cannot_be_used_is_named(eyes: Eyes, tmp_path: Path, change: dict[s
     file = tmp_path / FOLDER / CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=message):
+        load_eyes(tmp_path)
+
+
+def test_the_same_words_in_another_order_are_somebody_else(eyes: Eyes) -> None:
+    shape = EyesShape(**{**SHAPE.to_dict(), "figure": {**SHAPE.figure, "accessory_colour": ("teal", "blue", "red")}})
+    phrase = Eyes(shape).phrase
+    mine, other = figure("duck", "red", "top hat", "teal"), figure("duck", "teal", "top hat", "red")
+    told = "a red duck with a teal top hat"
+    assert new_looks(["Tessa"], [told], [other, mine], phrase) == {"Tessa": "a teal duck with a red top hat"}
+    assert new_looks(["Tessa"], [told], [mine, mine], phrase) == {}, "which of the two is known?"
+
+
+@pytest.mark.parametrize("document", ["[]", '{"figure": [], "scene": {}}', "no JSON"])
+def test_whatever_is_wrong_with_a_file_is_one_kind_of_error(eyes: Eyes, tmp_path: Path, document: str) -> None:
+    save_eyes(eyes, tmp_path / FOLDER)
+    (tmp_path / FOLDER / CONFIG_FILE).write_text(document)
+    with pytest.raises(ValueError, match=r"eyes|Expecting"):
+        load_eyes(tmp_path)
+    save_eyes(eyes, tmp_path / FOLDER)
+    (tmp_path / FOLDER / WEIGHTS_FILE).write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="cannot be used"):
         load_eyes(tmp_path)

@@ -33,3 +33,10 @@ def test_wrong_looks_become_the_known_ones() -> None:
     assert repaired(RIGHT, LOOKS) == RIGHT
     doubled = f"{RIGHT} On the right, a red duck with a teal top hat jumps."
     assert repaired(doubled, LOOKS) == doubled
+
+
+def test_two_who_look_alike_double_nothing() -> None:
+    twins = {"Tessa": LOOKS["Tessa"], "Tom": LOOKS["Tessa"]}
+    both = "Tessa, a red duck with a teal top hat, runs. Tom, a red duck with a teal top hat, sits."
+    assert faults(both, twins) == 0
+    assert faults(f"{both} A red duck with a teal top hat jumps.", twins) == 1

@@ -284,6 +284,9 @@ def test_a_pack_says_what_its_qualities_are(pack_folder: Path, tiny_pack: Pack) 
     assert pack.digest != tiny_pack.digest
     with pytest.raises(PackWeightsMismatch, match="cannot be read"):
         load_frame_model(pack)
+    edit_manifest(pack_folder, lambda d: d["sampling"]["qualities"]["draft"].update(adapter=WEIGHTS))
+    with pytest.raises(PackWeightsMismatch, match="changes no layer"):  # it is the UNet itself
+        load_frame_model(load_pack(pack_folder))
     edit_manifest(pack_folder, lambda d: d["sampling"]["qualities"]["draft"].update(adapter="draft/no.safetensors"))
     with pytest.raises(PackManifestInvalid, match="no file of the pack"):
         load_pack(pack_folder)

@@ -260,3 +260,22 @@ def test_deep_states_are_all_but_the_first_and_last_block() -> None:
     for hook in hooks:
         hook.remove()
     assert computed == ["down_blocks.0", "up_blocks.3"]
+
+
+@torch.no_grad()
+def test_deep_states_of_a_network_without_attention_outside() -> None:
+    torch.manual_seed(0)
+    unet = build_storygen(
+        StoryGenConfig(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+    )
+    whole, deep = unet.predict_and_keep(*rows(2))
+    torch.testing.assert_close(unet.predict_shallow(*rows(2), deep), whole, atol=1e-5, rtol=1e-4)

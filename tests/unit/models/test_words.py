@@ -43,3 +43,22 @@ def test_learned_vectors_count_for_the_window(tiny_model: FrameModel) -> None:
     assert text.fitting(said, words).startswith("Zoe")
     text.token_ids([text.fitting(said, words)], words)
     assert text.fitting("Zoe.", {"Zoe": torch.zeros(2, text.width)}) == "Zoe."
+
+
+@pytest.mark.parametrize(
+    "text", ["Once upon a time a fox found a lamp. " * 15, "Kite. " * 120, "日本語" * 80, "a" * 500]
+)
+@pytest.mark.parametrize("learned", [False, True])
+def test_of_a_text_that_is_too_long_a_beginning_fits(tiny_model: FrameModel, text: str, learned: bool) -> None:
+    encoder = tiny_model.text
+    words = {"Zoe": torch.zeros(4, encoder.width)} if learned else {}
+    fitted = encoder.fitting(text, words)
+    assert text.startswith(fitted)
+    encoder.token_ids([fitted], words)
+    if not learned:
+        assert len(encoder.tokenizer.encode(fitted)) > encoder.window - 8, "no more than needed is lost"
+
+
+def test_learned_words_that_do_not_fit_even_once_leave_nothing(tiny_model: FrameModel) -> None:
+    words = {"Zoe": torch.zeros(4, tiny_model.text.width)}
+    assert tiny_model.text.fitting(",".join(["Zoe"] * 40), words) == ""

@@ -136,3 +136,19 @@ def test_a_world_that_is_no_json_is_refused(tmp_path: Path) -> None:
 
 def test_words_are_told_as_the_file_has_them() -> None:
     assert list(words_of("Pip's 2 kites weren't RED.")) == ["pip", "kites", "were", "red"]
+
+
+@pytest.mark.parametrize(
+    ("captions", "unknown", "known"),
+    [
+        (("Zed found a kite.",), ("Zed",), ()),
+        (("Pip came.", "He met Zed."), ("Zed",), ("an orange cat with a blue scarf",)),  # Pip is "he"
+        (("Zed found a kite", "Kites dance", "She played."), ("Zed",), ()),
+        (("A dog found a kite", "Snow is on the beach", "She played."), (), ()),
+        (("The dog danced in Paris.",), (), ()),
+        (("Pip and Mina came.",), (), ("an orange cat with a blue scarf", "a pink rabbit with a yellow bow")),
+        (("Tom came.",), ("Tom",), ()),  # a name the pack has read has no look either
+    ],
+)
+def test_whom_a_picture_may_show(captions: tuple[str, ...], unknown: tuple[str, ...], known: tuple[str, ...]) -> None:
+    assert WORLD.whom(captions, WORLD.characters) == (unknown, known)
