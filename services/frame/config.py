@@ -51,7 +51,7 @@ class FrameSettings(Settings):
     # How earlier frames are noised: as StoryGen does, or with one noise for all, so that their passes are used again.
     references: Literal["exact", "shared-noise"] = "exact"
     # Noise levels of earlier frames during a frame: 0 is StoryGen's, one a step and distance. With a few of them and
-    # shared noise a picture passes through the network only so often; what that costs in quality is not measured yet.
+    # shared noise a picture passes through the network only so often; the service's README says what that costs.
     reference_levels: int = Field(default=0, ge=0, le=1000)
     networks_max: int = Field(default=NETWORKS_MAX, ge=1, le=64)  # UNets that characters brought, in memory for jobs
     # Of so many steps one computes the UNet's deep blocks, the others use what it left (DeepCache): for packs that take
