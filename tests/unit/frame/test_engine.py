@@ -452,10 +452,10 @@ async def test_a_task_cancelled_while_its_job_is_checked_leaves_nothing_behind(
 ) -> None:
     checking, go_on = threading.Event(), threading.Event()
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **more: Any) -> Any:
         checking.set()
         assert go_on.wait(WAIT_S)
-        return sketch_of(*arguments)
+        return sketch_of(*arguments, **more)
 
     monkeypatch.setattr(engine_module, "sketch_of", slow)
     with running(tiny_model) as engine:

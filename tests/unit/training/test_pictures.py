@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from training.captions import CaptionsRecipe
 from training.pictures import ShelfRecipe, shelf
 from training.recipes import toon_clip, toon_decoder, toon_frame, toon_judge, toon_vae
 from training.toon.cast import NEW
-from training.toon.render import render
+from training.toon.render import figure_mask, render
+from training.toon.world import sample_frame
 from training.vae import picture_batch
 
 
@@ -72,10 +74,21 @@ def test_the_judge_learned_from_other_seeds_than_the_pack() -> None:
 def test_crops_lie_within_pictures(tmp_path: Path) -> None:
     import torch
 
-    pictures = shelf(ShelfRecipe(split="train", breadth="scene", count=3, size_px=32), folder=tmp_path)
-    batch = picture_batch([pictures], 6, torch.Generator().manual_seed(0), crop_px=16)
+    recipe = ShelfRecipe(split="train", breadth="scene", count=3, size_px=32)
+    shelves = [(shelf(recipe, folder=tmp_path), shelf(replace(recipe, masks=True), folder=tmp_path))]
+    batch, figures = picture_batch(shelves, 6, torch.Generator().manual_seed(0), crop_px=16)
     assert tuple(batch.shape) == (6, 3, 16, 16)
+    assert tuple(figures.shape) == (6, 1, 16, 16)
     assert float(batch.min()) >= -1.0
     assert float(batch.max()) <= 1.0
-    whole = picture_batch([pictures], 2, torch.Generator().manual_seed(0))
+    assert set(figures.unique().tolist()) <= {0.0, 1.0}
+    whole, figures = picture_batch(shelves, 2, torch.Generator().manual_seed(0))
     assert tuple(whole.shape) == (2, 3, 32, 32)
+    assert 0.05 < float(figures.mean()) < 0.7, "somebody is there, and not everywhere"
+
+
+def test_a_mask_is_where_a_picture_would_change_without_its_figures() -> None:
+    scene = sample_frame(3, split="train").scene
+    mask = figure_mask(scene, 64)
+    assert mask.shape == (64, 64)
+    assert mask[20:56].mean() > mask[:8].mean(), "figures stand on the ground and leave the sky alone"

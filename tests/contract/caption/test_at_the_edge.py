@@ -1,4 +1,7 @@
-"""The stock Triton client, our edge, and the real captioner: the words of one are those of the other."""
+"""The stock Triton client, our edge, and the real captioner: the words of one are those of the other.
+
+The name comes before `test_caption_service`, whose last test kills the engine that both share.
+"""
 
 from __future__ import annotations
 
