@@ -78,7 +78,7 @@ class DraftTrainee:
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
         """How far the student is from the guided answer, mean square."""
         with autocast(self.base.device):
-            example = self.base.story_example(self.base.corpus, self.recipe.rows, generator)
+            example, _ = self.base.story_example(self.base.corpus, self.recipe.rows, generator)
             return self._distance(example, generator).mean()
 
     def _distance(self, example: Example, generator: torch.Generator, *, bare: bool = False) -> Tensor:
@@ -120,7 +120,7 @@ class DraftTrainee:
 
     def measure(self) -> dict[str, float]:
         """The same on held-out stories, and how far the network without guidance is."""
-        example = self.base.story_example(
+        example, _ = self.base.story_example(
             self.base.held_out, self.recipe.held_out_rows, torch.Generator().manual_seed(0), varied=False
         )
         with autocast(self.base.device):

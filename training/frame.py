@@ -11,7 +11,7 @@ them is another function, and a network that learned it first has to unlearn it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from services.models.vae import Codec
 from training.command import run_arguments, run_parser
 from training.latents import Latents, latents_of, scaling_of
 from training.loop import LoopRecipe, RunResult, train
-from training.pictures import STORY_FRAMES, ShelfRecipe, shelf
+from training.pictures import FIGURES_SHRINK, STORY_FRAMES, ShelfRecipe, shelf
 from training.precision import autocast, device_of, on_gpu
 from training.storage import load_checkpoint, training_dir
 from training.text import trained_text
@@ -57,6 +57,7 @@ class FrameRecipe:
     # How many references the rows of a step see, as far as their stories have them. The newest one says most.
     references_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
     unrelated_share: float = 0.35  # of the rows with references: single frames, which see any other one
+    figure_weight: float = 1.0  # of the error where a figure is against elsewhere: looks are small, places are large
     plain_share: float = 0.4  # of the descriptions: in the one wording in which the captioner writes
     caption_share: float = 0.5  # of a story's first frames as references: with their caption, as a user gives them
     text_dropped: float = 0.10
@@ -79,6 +80,7 @@ class Corpus:
     latents: Latents
     texts: Texts
     stories_from: int
+    figures: npt.NDArray[np.uint8]  # `[N, h, w]`: 1 where a figure is
 
     @property
     def stories_count(self) -> int:
@@ -99,6 +101,15 @@ def texts_of(text: TextEncoder, shelves: Sequence[ShelfRecipe]) -> Texts:
         token_rows(text, [describe_plainly(frame.scene) for frame in frames]),
         token_rows(text, [frame.caption if isinstance(frame, StoryFrame) else frame.description for frame in frames]),
     )
+
+
+def figures_of(shelves: Sequence[ShelfRecipe], factor: int) -> npt.NDArray[np.uint8]:
+    """Where figures are in the pictures of some shelves, one answer per latent: `[N, h, w]`, 1 or 0."""
+    masks = np.concatenate([shelf(replace(recipe, masks=True)) for recipe in shelves])
+    cells = factor // FIGURES_SHRINK
+    count, rows, columns = masks.shape
+    seen: npt.NDArray[np.uint8] = masks.reshape(count, rows // cells, cells, columns // cells, cells).max(axis=(2, 4))
+    return seen
 
 
 class FrameTrainee:
@@ -167,6 +178,7 @@ class FrameTrainee:
         ids = torch.where(hidden[:, None], self.nothing_ids_S, ids)
         timesteps, noise, other = self.noise(generator, latents)
         latents = latents.to(self.device)
+        weight = self.weight(corpus, rows)
         example = Example(
             latents_BCHW=latents,
             text_BSD=self.states(ids),
@@ -174,7 +186,17 @@ class FrameTrainee:
             reference_text_BNSD=torch.zeros(len(rows), 0, *self.text_shape, device=self.device),
             present_BN=torch.zeros(len(rows), 0, dtype=torch.bool, device=self.device),
         )
-        return self.denoiser.loss(example, timesteps_B=timesteps, noise_BCHW=noise, reference_noise_BCHW=other).mean()
+        return self.denoiser.loss(
+            example, timesteps_B=timesteps, noise_BCHW=noise, reference_noise_BCHW=other, weight_B1HW=weight
+        ).mean()
+
+    def weight(self, corpus: Corpus, rows: Tensor) -> Tensor | None:
+        """What the error at each place of these frames counts, `[B, 1, h, w]`, one in the mean; None: all alike."""
+        if self.recipe.figure_weight == 1.0:
+            return None
+        figures = torch.from_numpy(corpus.figures[rows.numpy()])[:, None].float()
+        weight = 1.0 + (self.recipe.figure_weight - 1.0) * figures
+        return (weight / weight.mean()).to(self.device)
 
     @property
     def text_shape(self) -> tuple[int, int]:
@@ -183,7 +205,7 @@ class FrameTrainee:
     def _story_loss(self, corpus: Corpus, rows: int, generator: torch.Generator, drops: bool = True) -> Tensor:
         """The network's error about `story_example`s."""
         recipe = self.recipe
-        example = self.story_example(corpus, rows, generator, varied=drops)
+        example, targets = self.story_example(corpus, rows, generator, varied=drops)
         nothing = self.states(self.nothing_ids_S[None])[0].float()
         timesteps, noise, reference_noise = self.noise(generator, example.latents_BCHW)
         chance = torch.rand(2, rows, generator=generator) if drops else torch.ones(2, rows)
@@ -199,10 +221,13 @@ class FrameTrainee:
                 no_references_B=never,
             ),
             unconditional=Unconditional(text_SD=nothing, blank_CHW=self.blank_CHW.to(self.device)),
+            weight_B1HW=self.weight(corpus, targets) if drops else None,
         ).mean()
 
-    def story_example(self, corpus: Corpus, rows: int, generator: torch.Generator, *, varied: bool = True) -> Example:
-        """Frames 2 to 5 of stories with earlier ones, and single frames with an unrelated one.
+    def story_example(
+        self, corpus: Corpus, rows: int, generator: torch.Generator, *, varied: bool = True
+    ) -> tuple[Example, Tensor]:
+        """Frames 2 to 5 of stories with earlier ones, and single frames with an unrelated one; and their rows, `[B]`.
 
         `varied`: some descriptions in the captioner's wording, some first frames with their caption.
         """
@@ -232,13 +257,14 @@ class FrameTrainee:
         reference_text = torch.zeros(rows * slots, *self.text_shape, device=self.device)
         filled = present.flatten()
         reference_text[filled.to(self.device)] = self.states(reference_ids[filled]).float()
-        return Example(
+        example = Example(
             latents_BCHW=latents.to(self.device),
             text_BSD=self.states(ids),
             reference_latents_BNCHW=reference_latents.view(rows, slots, *latents.shape[1:]).to(self.device),
             reference_text_BNSD=reference_text.view(rows, slots, *self.text_shape),
             present_BN=present.to(self.device),
         )
+        return example, target
 
     def measure(self) -> dict[str, float]:
         """Loss on held-out stories, over evenly spread noise levels; the same frames and noise at every call."""
@@ -263,9 +289,10 @@ def frame_trainee(recipe: FrameRecipe) -> FrameTrainee:
         np.concatenate([latents_of(s, vae, codec) for s in shelves]),
         texts_of(text, shelves),
         stories_from=sum(s.pictures_count for s in recipe.singles),
+        figures=figures_of(shelves, codec.factor),
     )
     held = recipe.held_out
-    held_out = Corpus(latents_of(held, vae, codec), texts_of(text, [held]), stories_from=0)
+    held_out = Corpus(latents_of(held, vae, codec), texts_of(text, [held]), stories_from=0, figures=figures_of([held], codec.factor))
     with torch.no_grad():
         blank = codec.encode_blank(held.size_px, held.size_px)[0]
     return FrameTrainee(recipe, codec, corpus, held_out, text, blank)

@@ -128,8 +128,11 @@ class StoryDenoiser:
         reference_noise_BCHW: Tensor,
         dropped: Dropped | None = None,
         unconditional: Unconditional | None = None,
+        weight_B1HW: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error per row, `[B]`, of the network's answer at `timesteps_B`.
+
+        `weight_B1HW` is what the error at each place counts; everywhere alike without it.
 
         All references of a row share one noise (as in sampling) at their own levels. The reference passes give no
         gradient: as in StoryGen, features are something to look at, not something to shape.
@@ -143,7 +146,8 @@ class StoryDenoiser:
         answer = self.answer(
             example, timesteps_B=timesteps_B, noise_BCHW=noise_BCHW, reference_noise_BCHW=reference_noise_BCHW
         )
-        return F.mse_loss(answer.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        error = F.mse_loss(answer.float(), target.float(), reduction="none")
+        return (error if weight_B1HW is None else error * weight_B1HW).mean(dim=(1, 2, 3))
 
     def answer(
         self, example: Example, *, timesteps_B: Tensor, noise_BCHW: Tensor, reference_noise_BCHW: Tensor

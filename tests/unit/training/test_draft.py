@@ -56,7 +56,7 @@ def test_what_it_learns_is_guidance_and_is_what_is_shipped(
     export_draft(shipped, unet.state_dict(), "d" * 64, RECIPE.rank)
     slots = AdapterSlots(unet, 1, RECIPE.rank)
     slots.put(1, read_adapter_file(shipped, unet, base_digest="d" * 64))
-    example = draft.base.story_example(draft.base.held_out, 2, step_generator(0, 0))
+    example, _ = draft.base.story_example(draft.base.held_out, 2, step_generator(0, 0))
     noisy, levels = example.latents_BCHW + 0.5, torch.tensor([900, 300])
     with torch.no_grad():
         expected = draft.base.denoiser.unet.predict(noisy, levels, example.text_BSD)

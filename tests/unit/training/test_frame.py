@@ -41,7 +41,8 @@ def trainee() -> FrameTrainee:
     texts = Texts(
         *(frame.token_rows(text, [f"{kind} {row}" for row in range(rows)]) for kind in ("told", "plain", "caption"))
     )
-    corpus = Corpus(latents, texts, stories_from=4)
+    figures = np.tile((np.arange(16) < 4).astype(np.uint8), (rows, 16, 1))  # somebody in the left quarter
+    corpus = Corpus(latents, texts, stories_from=4, figures=figures)
     recipe = replace(toon_frame(), single_rows=1, story_rows=3)
     codec = None  # the blank picture's latent is given
     return FrameTrainee(recipe, codec, corpus, corpus, text, torch.zeros(LATENT_CHANNELS, 16, 16))  # type: ignore[arg-type]
@@ -112,3 +113,14 @@ def test_a_description_that_does_not_fit_is_an_error(trainee: FrameTrainee) -> N
 
     with pytest.raises(TextTooLong):
         frame.token_rows(trainee.text, ["a word " * 40])
+
+
+def test_an_error_where_a_figure_stands_counts_more(trainee: FrameTrainee) -> None:
+    rows = torch.tensor([0, 5])
+    trainee.recipe = replace(trainee.recipe, figure_weight=3.0)
+    weight = trainee.weight(trainee.corpus, rows)
+    assert weight is not None and weight.shape == (2, 1, 16, 16)
+    assert weight.mean() == pytest.approx(1.0)
+    torch.testing.assert_close(weight[..., :4], 3.0 * weight[..., 4:8])
+    trainee.recipe = replace(trainee.recipe, figure_weight=1.0)
+    assert trainee.weight(trainee.corpus, rows) is None
