@@ -292,7 +292,9 @@ def frame_trainee(recipe: FrameRecipe) -> FrameTrainee:
         figures=figures_of(shelves, codec.factor),
     )
     held = recipe.held_out
-    held_out = Corpus(latents_of(held, vae, codec), texts_of(text, [held]), stories_from=0, figures=figures_of([held], codec.factor))
+    held_out = Corpus(
+        latents_of(held, vae, codec), texts_of(text, [held]), stories_from=0, figures=figures_of([held], codec.factor)
+    )
     with torch.no_grad():
         blank = codec.encode_blank(held.size_px, held.size_px)[0]
     return FrameTrainee(recipe, codec, corpus, held_out, text, blank)

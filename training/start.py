@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from training.storage import Checkpoint, save_checkpoint, training_dir, with_pre
 from training.text import CHECKPOINT as TEXT_CHECKPOINT
 from training.text import TextTrainee, fresh_text
 from training.vae import CHECKPOINT as VAE_CHECKPOINT
+from training.widen import widened
 
 # A VAE's moments are its means followed by its log variances, so a grown one has two corners, not one.
 _MOMENTS = ("encoder.conv_out.", "quant_conv.")
@@ -73,8 +75,12 @@ def _place(new: Tensor, old: Tensor, in_halves: list[bool]) -> None:
 def start_vae(pack: Pack) -> None:
     """Write step 0 of the autoencoder's run."""
     torch.manual_seed(1)
-    networks = with_prefix("vae", grown(toon_vae().state_dict(), load_file(pack.path(f"vae/{VAE_WEIGHTS}"))))
-    _save(VAE_CHECKPOINT, networks, pack)
+    fresh, known = toon_vae().state_dict(), load_file(pack.path(f"vae/{VAE_WEIGHTS}"))
+    weights: dict[str, Tensor] = {}
+    for grow, inside in ((partial(widened, generator=torch.Generator().manual_seed(1)), True), (grown, False)):
+        parts = ({n: v for n, v in one.items() if n.startswith("decoder.") is inside} for one in (fresh, known))
+        weights |= grow(*parts)
+    _save(VAE_CHECKPOINT, with_prefix("vae", weights), pack)
 
 
 def start_text(pack: Pack) -> None:

@@ -31,6 +31,7 @@ from training.loop import LoopRecipe, RunResult, train
 from training.pictures import FIGURES_SHRINK, Pixels, ShelfRecipe, shelf
 from training.precision import autocast, device_of, on_gpu
 from training.storage import load_checkpoint, training_dir
+from training.widen import widened
 
 NEAR_WEIGHT = 0.3
 CHECKPOINT = "vae.safetensors"
@@ -200,15 +201,17 @@ def _from_checkpoint(path: Path) -> AutoencoderKL | None:
     if found is None:
         return None
     vae = fresh_vae()
-    vae.load_state_dict(
-        {n.removeprefix("vae."): v for n, v in (found.part("average") or found.part("networks")).items()}
-    )
+    known = {n.removeprefix("vae."): v for n, v in (found.part("average") or found.part("networks")).items()}
+    vae.load_state_dict(widened(vae.state_dict(), known, torch.Generator().manual_seed(0)))
     vae.eval()
     return vae
 
 
 def encoding_vae(folder: Path | None = None) -> AutoencoderKL:
-    """The autoencoder that latents are made with (averaged weights, eval mode). Raises FileNotFoundError."""
+    """The autoencoder that latents are made with (averaged weights, eval mode).
+
+    From a run with a narrower decoder comes a wider one that computes the same. Raises FileNotFoundError.
+    """
     vae = _from_checkpoint((folder or training_dir()) / CHECKPOINT)
     if vae is None:
         raise FileNotFoundError("no trained autoencoder: run `python -m training.vae`")

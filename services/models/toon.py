@@ -48,6 +48,7 @@ VAE = VaeShape(
     norm_num_groups=16,
     sample_size=FRAME_PX,
     latent_channels=LATENT_CHANNELS,
+    decoder_block_out_channels=(32, 64, 64, 96),  # fine lines are drawn in its last two blocks
 )
 
 # v-prediction from pure noise: a night scene and a snow field must both be reachable, and few steps must do.

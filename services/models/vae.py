@@ -9,11 +9,12 @@ Shapes: pixels `[B, 3, H, W]` in 0..1; latents `[B, C, H/f, W/f]`, normalised to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor
 
 from services.models.shape import config_values
@@ -23,13 +24,25 @@ ReferenceRange = Literal["signed", "unit"]
 
 @dataclass(frozen=True, kw_only=True)
 class VaeShape:
-    """The shape of an autoencoder, in diffusers' field names. It shrinks a picture by 2^(blocks − 1)."""
+    """The shape of an autoencoder, in diffusers' field names. It shrinks a picture by 2^(blocks − 1).
+
+    `decoder_block_out_channels` is ours: a decoder of its own width, which can learn on without changing a latent.
+    """
 
     block_out_channels: tuple[int, ...]
     layers_per_block: int
     norm_num_groups: int
     sample_size: int
     latent_channels: int = 4
+    decoder_block_out_channels: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError when the decoder would give pictures of another size."""
+        wide = self.decoder_block_out_channels
+        if wide is not None and len(wide) != len(self.block_out_channels):
+            raise ValueError(
+                f"the decoder of the VAE has {len(wide)} blocks and the encoder {len(self.block_out_channels)}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VaeShape:
@@ -37,20 +50,33 @@ class VaeShape:
         return cls(**config_values(cls, values, "VAE"))
 
     def to_dict(self) -> dict[str, Any]:
-        """The same, for `config.json`."""
-        return asdict(self)
+        """The same, for `config.json`: without what only we know where it says nothing."""
+        values = asdict(self)
+        if self.decoder_block_out_channels is None:
+            del values["decoder_block_out_channels"]
+        return values
 
 
 def build_vae(shape: VaeShape) -> AutoencoderKL:
     """An autoencoder with fresh weights from torch's global generator, in eval mode."""
     depth = len(shape.block_out_channels)
+    up_blocks = ("UpDecoderBlock2D",) * depth
     vae: Any = AutoencoderKL(
-        **shape.to_dict(),
+        **replace(shape, decoder_block_out_channels=None).to_dict(),
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * depth,
-        up_block_types=("UpDecoderBlock2D",) * depth,
+        up_block_types=up_blocks,
     )
+    if shape.decoder_block_out_channels is not None:
+        vae.decoder = Decoder(
+            in_channels=shape.latent_channels,
+            out_channels=3,
+            up_block_types=up_blocks,
+            block_out_channels=shape.decoder_block_out_channels,
+            layers_per_block=shape.layers_per_block,
+            norm_num_groups=shape.norm_num_groups,
+        )
     vae.eval()
     return vae
 
