@@ -119,7 +119,8 @@ def test_an_error_where_a_figure_stands_counts_more(trainee: FrameTrainee) -> No
     rows = torch.tensor([0, 5])
     trainee.recipe = replace(trainee.recipe, figure_weight=3.0)
     weight = trainee.weight(trainee.corpus, rows)
-    assert weight is not None and weight.shape == (2, 1, 16, 16)
+    assert weight is not None
+    assert weight.shape == (2, 1, 16, 16)
     assert weight.mean() == pytest.approx(1.0)
     torch.testing.assert_close(weight[..., :4], 3.0 * weight[..., 4:8])
     trainee.recipe = replace(trainee.recipe, figure_weight=1.0)
