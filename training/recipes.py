@@ -49,6 +49,7 @@ def toon_vae(minutes: float | None = None, *, gpu: bool = False) -> VaeRecipe:
         square_weight=3.0,
         figure_weight=2.0,
         seen_weight=2.0,
+        read_weight=0.01,
         edge_weight=0.5,
         held_out=(
             ("known", ShelfRecipe(split="validation", breadth="scene", count=256)),

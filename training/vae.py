@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from services.models.eyes import Eyes
 from services.models.pack import load_pack
 from services.models.registry import load_frame_model
 from services.models.toon import toon_vae as fresh_vae
@@ -55,6 +56,9 @@ class VaeRecipe:
     figure_weight: float = 1.0  # of a pixel with a figure against one without: that is where looks are told apart
     edge_weight: float = 1.0  # of the gradient loss, once the crops are over; outlines are what faces are made of
     seen_weight: float = 0.0  # of what the pack's eyes (`training.eyes`) see in the decoded frame, against the true one
+    read_weight: float = (
+        0.0  # of what they read off it: their answers' Kullback-Leibler divergence, mean over questions
+    )
     near_weight: float = 0.0  # keeps latents close to a pack's, so that its frame model can go on: see `--near`
     decoder_only: bool = False  # keep the encoder of a finished run as it is
 
@@ -115,6 +119,24 @@ def reconstruction_psnr_db(vae: AutoencoderKL, pictures: Pixels) -> float:
     return float(np.mean(psnr_of_pictures(vae, pictures)[1]))
 
 
+def misread(eyes: Eyes, true_BCHW: Tensor, seen_BCHW: Tensor) -> Tensor:
+    """How far what eyes read off pictures is from what they read off the true ones, in nats a question.
+
+    Small things say who somebody is: the colour of a pair of glasses is a dozen pixels, and an answer of its own.
+    """
+    with torch.no_grad():
+        wanted = eyes.read(true_BCHW)
+    count_B = wanted["count"].argmax(dim=1) + 1
+    said = eyes.read(seen_BCHW, count_B)
+    there_BK = torch.arange(eyes.shape.figures_max, device=count_B.device) < count_B[:, None]
+    parts = []
+    for name, logits in said.items():
+        aims = (logits.float().log_softmax(dim=-1), wanted[name].float().log_softmax(dim=-1))
+        apart = F.kl_div(*aims, log_target=True, reduction="none").sum(dim=-1)
+        parts.append(apart[there_BK].mean() if apart.ndim > 1 else apart.mean())
+    return torch.stack(parts).mean()
+
+
 class VaeTrainee:
     """An autoencoder in training."""
 
@@ -167,8 +189,10 @@ class VaeTrainee:
             loss = loss + recipe.near_weight * (self.near.normalised(mean.cpu()).to(device) - was).square().mean()
         if not crops and self.eyes is not None:
             eyes = self.eyes.to(device)
-            true = eyes.cells(pixels).detach()
-            loss = loss + recipe.seen_weight * (eyes.cells(again) - true).square().mean() / true.var()
+            true, seen = eyes.cells(pixels).detach(), eyes.cells(again)
+            loss = loss + recipe.seen_weight * (seen - true).square().mean() / true.var()
+            if recipe.read_weight > 0:
+                loss = loss + recipe.read_weight * misread(eyes, true, seen)
         if not crops:
             edges = zip(gradients(again), gradients(pixels), strict=True)
             loss = loss + recipe.edge_weight * sum((F.l1_loss(a, b) for a, b in edges), torch.zeros((), device=device))

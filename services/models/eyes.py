@@ -133,7 +133,11 @@ class Eyes(nn.Module):
 
         Without `count_B`, where as many stand as there seem to be.
         """
-        features = self.cells(pixels_B3HW).flatten(2).transpose(1, 2)
+        return self.read(self.cells(pixels_B3HW), count_B)
+
+    def read(self, cells_BCHW: Tensor, count_B: Tensor | None = None) -> dict[str, Tensor]:
+        """The same of what the convolutions saw."""
+        features = cells_BCHW.flatten(2).transpose(1, 2)
         query = self.query[None].expand(len(features), -1, -1)
         seen, _ = self.look(query, features + self.cell, features, need_weights=False)
         seen = seen.unflatten(1, (-1, _GLIMPSES)).flatten(2)
