@@ -56,9 +56,7 @@ class VaeRecipe:
     figure_weight: float = 1.0  # of a pixel with a figure against one without: that is where looks are told apart
     edge_weight: float = 1.0  # of the gradient loss, once the crops are over; outlines are what faces are made of
     seen_weight: float = 0.0  # of what the pack's eyes (`training.eyes`) see in the decoded frame
-    read_weight: float = (
-        0.0  # of what they read off it: see `misread`
-    )
+    read_weight: float = 0.0  # of what they read off it: see `misread`
     near_weight: float = 0.0  # keeps latents close to a pack's, so that its frame model can go on: see `--near`
     decoder_only: bool = False  # keep the encoder of a finished run as it is
 
