@@ -57,6 +57,7 @@ class FrameRecipe:
     # How many references the rows of a step see, as far as their stories have them. The newest one says most.
     references_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
     unrelated_share: float = 0.35  # of the rows with references: single frames, which see any other one
+    crowd_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # how often frames with one, two, three figures come
     figure_weight: float = 1.0  # of the error where a figure is against elsewhere: looks are small, places are large
     plain_share: float = 0.4  # of the descriptions: in the one wording in which the captioner writes
     caption_share: float = 0.5  # of a story's first frames as references: with their caption, as a user gives them
@@ -81,6 +82,7 @@ class Corpus:
     texts: Texts
     stories_from: int
     figures: npt.NDArray[np.uint8]  # `[N, h, w]`: 1 where a figure is
+    counts: npt.NDArray[np.int64]  # `[N]`: how many figures
 
     @property
     def stories_count(self) -> int:
@@ -112,6 +114,11 @@ def figures_of(shelves: Sequence[ShelfRecipe], factor: int) -> npt.NDArray[np.ui
     return seen
 
 
+def counts_of(shelves: Sequence[ShelfRecipe]) -> npt.NDArray[np.int64]:
+    """How many figures are in the pictures of some shelves, `[N]`."""
+    return np.array([len(scene.actors) for recipe in shelves for scene in recipe.scenes(recipe.seeds)])
+
+
 class FrameTrainee:
     """A story UNet in training. The text encoder is only asked: what it says of a description does not change."""
 
@@ -131,6 +138,10 @@ class FrameTrainee:
         self.denoiser = StoryDenoiser(unet, Schedule(SCHEDULE))
         self.networks = nn.ModuleDict({"unet": unet})
         self.nothing_ids_S = text.token_ids([""])[0]
+        often = torch.tensor(recipe.crowd_weights)[torch.from_numpy(corpus.counts) - 1]
+        first = corpus.stories_from
+        follows = (torch.arange(len(often)) - first) % STORY_FRAMES > 0  # a story's first frame is always given
+        self.often_single, self.often_story = often[:first], often[first:] * follows[first:]
 
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
         recipe = self.recipe
@@ -229,16 +240,24 @@ class FrameTrainee:
     ) -> tuple[Example, Tensor]:
         """Frames 2 to 5 of stories with earlier ones, and single frames with an unrelated one; and their rows, `[B]`.
 
-        `varied`: some descriptions in the captioner's wording, some first frames with their caption.
+        `varied`, for training: of `self.corpus`, crowds as often as the recipe says; some descriptions in the
+        captioner's wording, some first frames with their caption.
         """
         recipe = self.recipe
-        story = torch.randint(corpus.stories_count, (rows,), generator=generator)
-        beat = torch.randint(1, STORY_FRAMES, (rows,), generator=generator)
+        if varied:
+            row = torch.multinomial(self.often_story, rows, replacement=True, generator=generator)
+            story, beat = row // STORY_FRAMES, row % STORY_FRAMES
+        else:
+            story = torch.randint(corpus.stories_count, (rows,), generator=generator)
+            beat = torch.randint(1, STORY_FRAMES, (rows,), generator=generator)
         one, two, _ = recipe.references_shares
         chosen = float(torch.rand(1, generator=generator))
         wish = torch.tensor(1 + (chosen > one) + (chosen > one + two))  # one number a step: empty slots cost time
         unrelated = torch.rand(rows, generator=generator) < (recipe.unrelated_share if corpus.stories_from else 0.0)
-        single = torch.randint(max(corpus.stories_from, 1), (rows,), generator=generator)
+        if varied and corpus.stories_from:
+            single = torch.multinomial(self.often_single, rows, replacement=True, generator=generator)
+        else:
+            single = torch.zeros(rows, dtype=torch.long)
         anything = torch.randint(len(corpus.latents), (rows,), generator=generator)
         seen = torch.where(unrelated, 1, torch.minimum(wish, beat))
         target = torch.where(unrelated, single, corpus.stories_from + story * STORY_FRAMES + beat)
@@ -290,10 +309,15 @@ def frame_trainee(recipe: FrameRecipe) -> FrameTrainee:
         texts_of(text, shelves),
         stories_from=sum(s.pictures_count for s in recipe.singles),
         figures=figures_of(shelves, codec.factor),
+        counts=counts_of(shelves),
     )
     held = recipe.held_out
     held_out = Corpus(
-        latents_of(held, vae, codec), texts_of(text, [held]), stories_from=0, figures=figures_of([held], codec.factor)
+        latents_of(held, vae, codec),
+        texts_of(text, [held]),
+        stories_from=0,
+        figures=figures_of([held], codec.factor),
+        counts=counts_of([held]),
     )
     with torch.no_grad():
         blank = codec.encode_blank(held.size_px, held.size_px)[0]

@@ -99,6 +99,7 @@ def toon_frame(minutes: float | None = None, *, gpu: bool = False) -> FrameRecip
             measure_every_s=900.0,  # a look takes half a minute of two cores
         ),
         figure_weight=3.0,
+        crowd_weights=(1.0, 1.5, 6.0),
         single_rows=16 if gpu else 2,
         story_rows=240 if gpu else 30,
         singles=(

@@ -42,7 +42,7 @@ def trainee() -> FrameTrainee:
         *(frame.token_rows(text, [f"{kind} {row}" for row in range(rows)]) for kind in ("told", "plain", "caption"))
     )
     figures = np.tile((np.arange(16) < 4).astype(np.uint8), (rows, 16, 1))  # somebody in the left quarter
-    corpus = Corpus(latents, texts, stories_from=4, figures=figures)
+    corpus = Corpus(latents, texts, stories_from=4, figures=figures, counts=np.full(rows, 2))
     recipe = replace(toon_frame(), single_rows=1, story_rows=3)
     codec = None  # the blank picture's latent is given
     return FrameTrainee(recipe, codec, corpus, corpus, text, torch.zeros(LATENT_CHANNELS, 16, 16))  # type: ignore[arg-type]
@@ -125,3 +125,13 @@ def test_an_error_where_a_figure_stands_counts_more(trainee: FrameTrainee) -> No
     torch.testing.assert_close(weight[..., :4], 3.0 * weight[..., 4:8])
     trainee.recipe = replace(trainee.recipe, figure_weight=1.0)
     assert trainee.weight(trainee.corpus, rows) is None
+
+
+def test_crowds_come_as_often_as_the_recipe_says(trainee: FrameTrainee) -> None:
+    counts = np.ones(len(trainee.corpus.latents), dtype=np.int64)
+    counts[[0, 7]] = 3  # one single frame, and the fourth of a story
+    recipe = replace(trainee.recipe, crowd_weights=(1.0, 1.0, 1000.0), unrelated_share=0.5)
+    corpus = replace(trainee.corpus, counts=counts)
+    crowded = FrameTrainee(recipe, trainee.codec, corpus, corpus, trainee.text, trainee.blank_CHW)
+    _, targets = crowded.story_example(corpus, 16, step_generator(0, 0))
+    assert set(targets.tolist()) == {0, 7}
