@@ -6,13 +6,27 @@
     │   ├── AdapterDamaged   the file cannot be read, or its numbers are not finite
     │   ├── AdapterWrongBase it was trained on another UNet
     │   └── AdapterWrongShape     it changes layers that the UNet does not have
+    ├── ConversionError      old weights were not made safetensors
+    │   ├── WeightsUnsafe    the file asks for more than weights: it could run code
+    │   ├── WeightsUnreadable     it is cut off, of another kind, or holds what safetensors cannot
+    │   ├── WeightsTooLarge  reading it took more memory or time than a file of its size may
+    │   └── ConversionRefused     there is nothing to convert, or its result would replace something
     └── PackError            something is wrong with a pack
         ├── PackNotFound     no folder of that name on the search path
         ├── PackManifestInvalid   pack.json is missing, malformed or contradicts itself
         ├── PackFileMissing  a file the manifest lists is not there
         ├── PackFileDamaged  a file's size or digest is not the manifest's
         ├── PackFileUnsafe   a weight file is not safetensors, or a path leaves the folder
-        └── PackWeightsMismatch   weights do not fit the network the manifest names
+        ├── PackWeightsMismatch   weights do not fit the network the manifest names
+        ├── PackTooLarge     its weights and one frame's work do not fit the memory there is
+        ├── PackUnsupported  this version cannot draw with it
+        ├── PackNameTaken    another pack has that name
+        ├── PackBusy         another process adds it right now
+        ├── PackInUse        the settings name it
+        ├── PackDiskFull     there is no room for it
+        ├── PackSourceInvalid     what is to be added is no pack and no published checkpoint
+        ├── PackSourceUnreadable  where it is to come from does not answer, or cannot be read
+        └── PackFetchNotAllowed   it lies on the hub, and nobody said that it may be fetched
 
 Plain exceptions: they know no transport. The services turn them into statuses.
 """
@@ -101,3 +115,87 @@ class PackWeightsMismatch(PackError):
     """The weights do not fit the network the manifest names."""
 
     reason = "PACK_WEIGHTS_MISMATCH"
+
+
+class PackTooLarge(PackError):
+    """The pack's weights and the work on one frame do not fit the memory there is."""
+
+    reason = "PACK_TOO_LARGE"
+
+
+class PackUnsupported(PackError):
+    """This version cannot draw with such a pack."""
+
+    reason = "PACK_UNSUPPORTED"
+
+
+class PackNameTaken(PackError):
+    """Another pack has that name. Remove it first, or choose another name."""
+
+    reason = "PACK_NAME_TAKEN"
+
+
+class PackBusy(PackError):
+    """Another process adds this pack right now. Wait for it."""
+
+    reason = "PACK_BUSY"
+
+
+class PackInUse(PackError):
+    """The settings name this pack. Change them first."""
+
+    reason = "PACK_IN_USE"
+
+
+class PackDiskFull(PackError):
+    """There is no room for the pack. Nothing of it is visible."""
+
+    reason = "PACK_DISK_FULL"
+
+
+class PackSourceInvalid(PackError):
+    """What is to be added is neither a pack nor a published checkpoint that can become one."""
+
+    reason = "PACK_SOURCE_INVALID"
+
+
+class PackSourceUnreadable(PackError):
+    """Where the pack is to come from does not answer, or cannot be read. What arrived is kept; try again."""
+
+    reason = "PACK_SOURCE_UNREADABLE"
+
+
+class PackFetchNotAllowed(PackError):
+    """The pack lies on the hub, and nothing is fetched from there unless it is asked for."""
+
+    reason = "PACK_FETCH_NOT_ALLOWED"
+
+
+class ConversionError(ModelError):
+    """Weights in an old format were not made safetensors."""
+
+    reason = "CONVERSION_ERROR"
+
+
+class WeightsUnsafe(ConversionError):
+    """The file asks for more than weights when it is read: it could run code. It was not converted."""
+
+    reason = "WEIGHTS_UNSAFE"
+
+
+class WeightsUnreadable(ConversionError):
+    """The file is cut off, no file of weights at all, or holds what safetensors cannot."""
+
+    reason = "WEIGHTS_UNREADABLE"
+
+
+class WeightsTooLarge(ConversionError):
+    """Reading the file took more memory or time than a file of its size may need."""
+
+    reason = "WEIGHTS_TOO_LARGE"
+
+
+class ConversionRefused(ConversionError):
+    """There is nothing to convert, or its result would replace something that is there."""
+
+    reason = "CONVERSION_REFUSED"

@@ -181,6 +181,12 @@ class Pack:
         return self.folder / relative
 
 
+def may_hold(relative: str) -> bool:
+    """Whether a pack may hold a file of this name."""
+    suffix = PurePosixPath(relative).suffix
+    return suffix in _PLAIN_SUFFIXES or suffix == _WEIGHTS_SUFFIX
+
+
 def find_pack(name: str, search: Sequence[Path]) -> Path:
     """The first folder called `name` with a manifest on the search path.
 
@@ -261,7 +267,7 @@ def _entry(path: Path) -> FileEntry:
 
 def _check_file(folder: Path, relative: str, entry: FileEntry) -> None:
     path = folder / relative
-    if path.suffix not in _PLAIN_SUFFIXES and path.suffix != _WEIGHTS_SUFFIX:
+    if not may_hold(relative):
         raise PackFileUnsafe(f"{relative}: a pack holds safetensors, JSON, Jinja, text and PNG files only")
     if not path.is_file():
         raise PackFileMissing(f"{relative} is listed in {folder / MANIFEST} but is not there")
