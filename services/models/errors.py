@@ -5,7 +5,8 @@
     ├── AdapterError         something is wrong with a character's weights
     │   ├── AdapterDamaged   the file cannot be read, or its numbers are not finite
     │   ├── AdapterWrongBase it was trained on another UNet
-    │   └── AdapterWrongShape     it changes layers that the UNet does not have
+    │   ├── AdapterWrongShape     it changes layers that the UNet does not have
+    │   └── AdapterNotWritable    the form of file that was asked for has no place for it
     ├── ConversionError      old weights were not made safetensors
     │   ├── WeightsUnsafe    the file asks for more than weights: it could run code
     │   ├── WeightsUnreadable     it is cut off, of another kind, or holds what safetensors cannot
@@ -73,6 +74,12 @@ class AdapterWrongShape(AdapterError):
     """The adapter changes layers that the UNet does not have, or that have another size there."""
 
     reason = "ADAPTER_WRONG_SHAPE"
+
+
+class AdapterNotWritable(AdapterError):
+    """The form of file that was asked for has no place for what the adapter holds. Write it in another form."""
+
+    reason = "ADAPTER_NOT_WRITABLE"
 
 
 class PackError(ModelError):

@@ -5,7 +5,8 @@ text attention, a whole difference (Kumari et al., "Custom Diffusion"); or words
 et al., "Textual Inversion"); or another UNet altogether (Ruiz et al., "DreamBooth"). The first two share a forward with
 everybody else's: `AdapterSlots` keeps a few of them side by side
 on the device, stacked by slot, and every linear layer and convolution adds to each row what that row's slot says: two
-batched matrix products per layer, however many adapters there are. Slot 0 is nobody and adds exactly nothing.
+batched matrix products per layer, however many adapters there are. Slot 0 is nobody and adds exactly nothing. A small
+change of the text encoder is the business of `services.models.text_encoder`, which reads one job's texts at a time.
 
     slots = AdapterSlots(unet, count=8, rank_max=16)
     slots.put(3, read_adapter(payload, unet))
@@ -23,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,35 +32,35 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.models.errors import AdapterDamaged, AdapterWrongBase, AdapterWrongShape
-
-BASE_DIGEST = "fabula.base_digest"  # key of a file's metadata: which UNet it was trained on
-ALPHA = "lora_alpha"  # key of a file's metadata; without it, or `.alpha` tensors, the scale is 1
-WORDS = "words."  # a file's keys of learned words: "words.Zoe"; diffusers names them by the word alone, "<zoe>"
-_WORD = re.compile(r"^words\.(?P<ours>\S.*)$|^(?P<theirs><[^<>]+>)$")
-_PREFIXES = ("base_model.model.", "unet.", "transformer.")
-# PEFT's names, diffusers' older ones, and ours for a whole difference.
-_PART = re.compile(
-    r"^(?P<module>.+?)\.(?:(?P<down>lora_A|lora\.down|lora_down)|(?P<up>lora_B|lora\.up|lora_up))(?:\.\w+)?\.weight$"
-    r"|^(?P<whole>.+?)\.delta$|^(?P<scaled>.+?)\.alpha$"
+from services.models.errors import AdapterDamaged, AdapterNotWritable, AdapterWrongBase, AdapterWrongShape
+from services.models.lora_formats import (
+    ALPHA,
+    FORMS,
+    NETWORKS,
+    TEXT,
+    TEXT_2,
+    UNET,
+    Changes,
+    Form,
+    LowRank,
+    PeftConfig,
+    changes_of,
+    laid_out,
+    peft_config,
+    short,
+    some,
 )
 
-
-@dataclass(frozen=True)
-class LowRank:
-    """One layer's change: `down` is `[r, I]` or `[r, I, K, K]`, `up` `[O, r]` or `[O, r, 1, 1]`, scaled by alpha."""
-
-    down: Tensor
-    up: Tensor
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return int(self.down.shape[0])
+BASE_DIGEST = "fabula.base_digest"  # key of a file's metadata: which UNet it was trained on
+FORM = "fabula.form"  # key of a file's metadata: in whose layout we wrote it
+WORDS = "words."  # a file's keys of learned words: "words.Zoe"; diffusers names them by the word alone, "<zoe>"
+_WORD = re.compile(
+    r"^words\.(?P<ours>\S.*)$|^(?P<theirs><[^<>]+>)$|^bundle_emb\.(?P<bundled>[^\s.][^.]*)\.string_to_param\.\*$"
+)
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,12 @@ class Adapter:
     deltas: Mapping[str, Tensor]  # `[O, I]` by layer
     size_bytes: int
     words: Mapping[str, Tensor] = field(default_factory=dict)  # `[n, D]` in the text encoder's embedding, by word
+    texts: Mapping[str, Mapping[str, LowRank]] = field(default_factory=dict)  # by text encoder and its layer
     unet: Any = None  # instead of the pack's, on its device and of its type; then there is nothing else
 
     @property
     def rank(self) -> int:
-        """The largest of its layers' ranks."""
+        """The largest of its UNet layers' ranks."""
         return max((one.rank for one in self.factors.values()), default=0)
 
     @property
@@ -83,22 +85,34 @@ class Adapter:
         """It changes layers of the pack's UNet."""
         return bool(self.factors or self.deltas)
 
+    @property
+    def text_factors(self) -> Mapping[str, LowRank]:
+        """What it changes of the text encoder, the first where there are two."""
+        return self.texts.get(TEXT, {})
+
 
 def read_adapter_file(
-    path: Path, unet: nn.Module, *, base_digest: str = "", rank_max: int = 256, text_width: int = 0
+    path: Path,
+    unet: nn.Module,
+    *,
+    base_digest: str = "",
+    rank_max: int = 256,
+    text_width: int = 0,
+    text_encoder: nn.Module | None = None,
+    text_encoder_2: nn.Module | None = None,
 ) -> Adapter:
-    """Read an adapter from a file, with the alpha that PEFT keeps in an `adapter_config.json` beside it.
+    """Read an adapter from a file, with the alphas that PEFT keeps in an `adapter_config.json` beside it.
 
     Raises what `read_adapter` raises, and AdapterDamaged for a file that cannot be read.
     """
     beside = path.with_name("adapter_config.json")
     try:
         payload = path.read_bytes()
-        alpha = float(json.loads(beside.read_text(encoding="utf-8"))[ALPHA]) if beside.is_file() else None
+        peft = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
     except OSError as error:
         raise AdapterDamaged(f"{path.name} cannot be read: {error}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterDamaged(f"the {ALPHA} in {beside.name} is no number: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterDamaged(f"{beside.name} is no JSON: {str(error)[:80]}") from None
     return read_adapter(
         payload,
         unet,
@@ -106,7 +120,9 @@ def read_adapter_file(
         base_digest=base_digest,
         rank_max=rank_max,
         text_width=text_width,
-        alpha=alpha,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        peft=peft,
     )
 
 
@@ -118,15 +134,18 @@ def read_adapter(
     base_digest: str = "",
     rank_max: int = 256,
     text_width: int = 0,
-    alpha: float | None = None,
+    text_encoder: nn.Module | None = None,
+    text_encoder_2: nn.Module | None = None,
+    peft: object = None,
 ) -> Adapter:
-    """Check the bytes of a safetensors file in PEFT's or diffusers' layout against `unet`.
+    """Check the bytes of a safetensors file in PEFT's, diffusers' or kohya's layout against the networks.
 
     A file that holds every weight of such a UNet is one. `text_width` is that of the text encoder's embedding; 0: it
-    takes no words. `alpha` counts where the file says nothing of its own. Raises AdapterDamaged for what cannot be read
-    or is not finite, AdapterWrongBase when it says it was trained on another UNet than `base_digest`, and
-    AdapterWrongShape for layers that the UNet does not have or that have another size there. Nothing of what is refused
-    is kept.
+    takes no words. Without a text encoder no file may change it. `peft` is what an `adapter_config.json` says; it
+    counts where the file says nothing of its own. Raises AdapterDamaged for what cannot be read or is not finite,
+    AdapterWrongBase when it was trained on another UNet than `base_digest` or on another family of models, and
+    AdapterWrongShape for layers that are not there or have another size there, and for what is no LoRA. Nothing of what
+    is refused is kept.
     """
     try:
         tensors = load(payload)
@@ -136,32 +155,108 @@ def read_adapter(
     told = metadata.get(BASE_DIGEST, "")
     if told and base_digest and told != base_digest:
         raise AdapterWrongBase(f"{name} was trained on the UNet {told[:12]}, this one is {base_digest[:12]}")
-    broken = sorted(key for key, value in tensors.items() if not bool(value.isfinite().all()))
-    if broken:
-        raise AdapterDamaged(f"{name} holds numbers that are not finite: {', '.join(broken[:5])}")
-    try:
-        alpha = float(metadata[ALPHA]) if ALPHA in metadata else alpha
-    except ValueError:
-        raise AdapterDamaged(f"the {ALPHA} of {name} is no number: {metadata[ALPHA][:20]!r}") from None
+    _check_numbers(name, tensors)
+    beside = None if peft is None else PeftConfig.from_dict(peft, f"the adapter_config.json of {name}")
     digest = hashlib.sha256(payload).hexdigest()
     if (whole := _whole_unet(name, tensors, unet)) is not None:
         size_bytes = sum(value.nbytes for value in whole.state_dict().values())
         return Adapter(digest=digest, factors={}, deltas={}, size_bytes=size_bytes, unet=whole)
     words = _words(name, tensors, text_width)
-    parts = _sorted_parts(name, {key: value for key, value in tensors.items() if not _WORD.match(key)})
-    if not parts and not words:
+    rest = {key: value for key, value in tensors.items() if not _WORD.match(key)}
+    if not rest and not words:
         raise AdapterDamaged(f"{name} is empty")
-    factors = _factors(name, parts, alpha)
-    deltas = {layer: part["whole"].float() for layer, part in parts.items() if "whole" in part}
-    _check_shapes(name, unet, factors, deltas, rank_max)
+    layers = {
+        network: adapted_layers(module)
+        for network, module in ((UNET, unet), (TEXT, text_encoder), (TEXT_2, text_encoder_2))
+        if module is not None
+    }
+    changes = changes_of(name, rest, metadata, layers, beside)
+    for network, one in changes.items():
+        _check_shapes(name, network, layers[network], one, rank_max)
+    factors, deltas = changes[UNET].factors, changes[UNET].deltas
+    texts = {network: one.factors for network, one in changes.items() if network != UNET and one.factors}
     return Adapter(
         digest=digest,
         factors=factors,
         deltas=deltas,
         words=words,
-        size_bytes=sum(one.down.nbytes + one.up.nbytes for one in factors.values())
+        texts=texts,
+        size_bytes=sum(low.nbytes for one in changes.values() for low in one.factors.values())
         + sum(one.nbytes for one in (*deltas.values(), *words.values())),
     )
+
+
+def write_adapter(
+    adapter: Adapter,
+    form: Form = "peft",
+    *,
+    networks: Collection[str] = NETWORKS,
+    base_digest: str = "",
+    dtype: torch.dtype = torch.float32,
+) -> bytes:
+    """A safetensors file of `adapter` as PEFT, diffusers or kohya's scripts read it; equal adapters give equal bytes.
+
+    Read again it is the same adapter, bit for bit, unless a smaller `dtype` was asked for. `networks` are those whose
+    changes are written: PEFT's files are of one, and need `adapter_config` beside them; of a UNet's and a text
+    encoder's together, PEFT's form has diffusers' names. `base_digest` is kept with it. Learned words go with the UNet.
+    Raises AdapterNotWritable for what the form has no place for, and ValueError for another form or network.
+    """
+    if form not in FORMS or not set(networks) <= set(NETWORKS):
+        raise ValueError(f"a form is one of {', '.join(FORMS)}, and a network one of {', '.join(NETWORKS)}")
+    if adapter.unet is not None:
+        raise AdapterNotWritable("the adapter is a whole UNet and no LoRA; its file is one that diffusers reads")
+    changes = {network: one for network, one in _changes(adapter).items() if network in networks}
+    tensors, metadata = laid_out(form, changes, adapter.words if UNET in networks else {})
+    if not tensors:
+        raise AdapterNotWritable(f"the adapter changes nothing of the {', '.join(networks)}")
+    kept = {
+        key: value.contiguous() if key.endswith(".alpha") else value.to(dtype).contiguous()
+        for key, value in tensors.items()
+    }
+    if broken := sorted(key for key, value in kept.items() if not bool(value.isfinite().all())):
+        raise AdapterNotWritable(f"its numbers are too large for {dtype}: {some(broken)}; write it as float32")
+    metadata |= {"format": "pt", FORM: form, **({BASE_DIGEST: base_digest} if base_digest else {})}
+    return _with_metadata(save(kept), metadata)
+
+
+def adapter_config(adapter: Adapter, network: str = UNET) -> dict[str, Any]:
+    """What belongs into `adapter_config.json` beside a file of `write_adapter` in PEFT's form, for one network.
+
+    Raises AdapterNotWritable when the adapter has no low-rank change of it.
+    """
+    factors = _changes(adapter).get(network, Changes()).factors
+    if not factors:
+        raise AdapterNotWritable(f"the adapter has no LoRA of the {network}")
+    return peft_config(network, factors)
+
+
+def _changes(adapter: Adapter) -> dict[str, Changes]:
+    return {
+        UNET: Changes(adapter.factors, adapter.deltas),
+        **{network: Changes(factors) for network, factors in adapter.texts.items()},
+    }
+
+
+def _with_metadata(payload: bytes, metadata: Mapping[str, str]) -> bytes:
+    """The same file with metadata, in one order: the library's own changes with every process."""
+    length = int.from_bytes(payload[:8], "little")
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **json.loads(payload[8 : 8 + length])})
+    text = header.encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + payload[8 + length :]
+
+
+def _check_numbers(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises AdapterDamaged for numbers that are not finite, also not in float32, and for such as no weight has."""
+    for key, value in tensors.items():
+        if not key.endswith(".alpha") and value.dtype not in _NUMBERS:
+            raise AdapterDamaged(f"{name} holds {short(key)} as {value.dtype}; export it as float16 or float32")
+    broken = sorted(key for key, value in tensors.items() if not bool(value.float().isfinite().all()))
+    if broken:
+        raise AdapterDamaged(f"{name} holds numbers that are not finite: {some(broken)}")
+
+
+_NUMBERS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def _whole_unet(name: str, tensors: Mapping[str, Tensor], unet: nn.Module) -> nn.Module | None:
@@ -176,7 +271,7 @@ def _whole_unet(name: str, tensors: Mapping[str, Tensor], unet: nn.Module) -> nn
         if value.shape != wanted[key].shape
     ]
     if faults:
-        raise AdapterWrongShape(f"{name} does not fit: {_some(faults)}")
+        raise AdapterWrongShape(f"{name} does not fit: {some(faults)}")
     kind: Any = type(unet)
     with torch.device("meta"):  # neither the memory nor the time of weights that are thrown away
         whole: nn.Module = kind.from_config(unet.config)
@@ -196,13 +291,8 @@ def _words(name: str, tensors: Mapping[str, Tensor], text_width: int) -> dict[st
             raise AdapterWrongShape(
                 f"{name}: {key} is {tuple(value.shape)}, the text encoder's words are {text_width} wide"
             )
-        words[found["ours"] or found["theirs"]] = vectors
+        words[found["ours"] or found["theirs"] or found["bundled"]] = vectors
     return words
-
-
-def _some(faults: Sequence[str]) -> str:
-    more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-    return f"{'; '.join(faults[:5])}{more}"
 
 
 def _metadata(payload: bytes) -> dict[str, str]:
@@ -211,67 +301,29 @@ def _metadata(payload: bytes) -> dict[str, str]:
     return {str(key): str(value) for key, value in header.get("__metadata__", {}).items()}
 
 
-def _sorted_parts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by layer and part: `down`, `up`, `whole`, `alpha`."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        found = _PART.match(key)
-        if found is None:
-            raise AdapterWrongShape(f"{name} holds {key}, which is no part of an adapter of a UNet")
-        module = found["module"] or found["whole"] or found["scaled"]
-        for prefix in _PREFIXES:
-            module = module.removeprefix(prefix)
-        kind = "down" if found["down"] else "up" if found["up"] else "whole" if found["whole"] else "alpha"
-        parts.setdefault(module, {})[kind] = value
-    return parts
-
-
-def _factors(name: str, parts: Mapping[str, Mapping[str, Tensor]], alpha: float | None) -> dict[str, LowRank]:
-    factors = {}
-    for module, part in parts.items():
-        if "whole" in part:
-            continue
-        if "down" not in part or "up" not in part:
-            raise AdapterDamaged(f"{name} holds only half of {module}")
-        down, up = part["down"].float(), part["up"].float()
-        if down.ndim not in (2, 4) or down.ndim != up.ndim or up.shape[1] != down.shape[0] or up.shape[2:].numel() != 1:
-            raise AdapterWrongShape(f"{name}: {module} is {tuple(up.shape)} after {tuple(down.shape)}")
-        own = float(part["alpha"]) if "alpha" in part else alpha
-        factors[module] = LowRank(down, up * (1.0 if own is None else own / down.shape[0]))
-    return factors
-
-
 def _check_shapes(
-    whose: str, unet: nn.Module, factors: Mapping[str, LowRank], deltas: Mapping[str, Tensor], rank_max: int
+    whose: str, network: str, layers: Mapping[str, nn.Linear | nn.Conv2d], changes: Changes, rank_max: int
 ) -> None:
-    layers = adapted_layers(unet)
-    faults = [f"{name} is no layer of this UNet" for name in sorted({*factors, *deltas} - layers.keys())]
-    for name, one in factors.items():
-        if name not in layers:
-            continue
-        weight = layers[name].weight
-        if (one.up.shape[0], *one.down.shape[1:]) != tuple(weight.shape):
-            faults.append(
-                f"{name} changes {(one.up.shape[0], *one.down.shape[1:])}, its weight is {tuple(weight.shape)}"
-            )
+    faults = []
+    for name, one in changes.factors.items():
+        if one.shape != tuple(layers[name].weight.shape):
+            faults.append(f"{name} changes {one.shape}, its weight is {tuple(layers[name].weight.shape)}")
         elif one.rank > rank_max:
             faults.append(f"{name} has rank {one.rank}, at most {rank_max} is taken")
-    faults += [
-        f"{name} differs by {tuple(delta.shape)}, its weight is {tuple(layers[name].weight.shape)}"
-        for name, delta in deltas.items()
-        if name in layers and tuple(delta.shape) != tuple(layers[name].weight.shape)
-    ]
-    faults += [f"{name} is a convolution, whole differences are for linear layers" for name in sorted(deltas)
-               if name in layers and isinstance(layers[name], nn.Conv2d)]  # fmt: skip
+    for name, delta in changes.deltas.items():
+        if network != UNET or isinstance(layers[name], nn.Conv2d):
+            faults.append(f"{name} differs as a whole, which is for linear layers of the UNet")
+        elif tuple(delta.shape) != tuple(layers[name].weight.shape):
+            faults.append(f"{name} differs by {tuple(delta.shape)}, its weight is {tuple(layers[name].weight.shape)}")
     if faults:
-        raise AdapterWrongShape(f"{whose} does not fit: {_some(faults)}")
+        raise AdapterWrongShape(f"{whose} does not fit: {some(faults)}")
 
 
-def adapted_layers(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def adapted_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers an adapter may change, by name: every linear layer and every ungrouped convolution."""
     return {
         name: module
-        for name, module in unet.named_modules()
+        for name, module in network.named_modules()
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
     }
 
@@ -336,7 +388,7 @@ class AdapterSlots:
             self._stack(name).used.add(slot)
             down, up = self._low_rank(name)
             down[slot, : factors.rank] = factors.down.to(down)
-            up[slot, :, : factors.rank] = factors.up.flatten(1).to(up)
+            up[slot, :, : factors.rank] = factors.scaled_up.flatten(1).to(up)
         for name, delta in adapter.deltas.items():
             self._stack(name).used.add(slot)
             whole = self._whole(name)
@@ -451,3 +503,22 @@ def _convolved(layer: nn.Conv2d, given_BIHW: Tensor, down_BrIKK: Tensor) -> Tens
         groups=batch,
     )
     return out.view(batch, rank, *out.shape[2:])
+
+
+__all__ = [
+    "ALPHA",
+    "BASE_DIGEST",
+    "FORMS",
+    "NOBODY",
+    "Adapter",
+    "AdapterSlots",
+    "Form",
+    "LowRank",
+    "Outfit",
+    "Worn",
+    "adapted_layers",
+    "adapter_config",
+    "read_adapter",
+    "read_adapter_file",
+    "write_adapter",
+]

@@ -1,30 +1,41 @@
 """Descriptions to the vectors the UNet attends to: a CLIP text model with its tokenizer.
 
 What does not fit the window is an error, never silently cut: half a description draws the wrong picture without anybody
-noticing. Who can do with a part asks for it (`fitting`). Knows no pack and no UNet.
+noticing. Who can do with a part asks for it (`fitting`). What a character changes of the model holds for one call, and
+the model is the same afterwards. Knows no pack and no UNet.
 
-Shapes: S positions (always the whole window, padded, as Stable Diffusion does), D the model's width.
+Shapes: S positions (always the whole window, padded, as Stable Diffusion does), D the model's width, r rank, I inputs,
+O outputs.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from services.models.errors import TextTooLong
+from services.models.lora_formats import LowRank
 from services.models.shape import config_values
 
 Words = Mapping[str, Tensor]
 """Words that a character taught: `[n, D]` vectors each, which stand where the word does (textual inversion)."""
 NO_WORDS: Words = MappingProxyType({})
+
+
+class TextChange(NamedTuple):
+    """What a character changes of the model's layers, by name, and how strongly."""
+
+    factors: Mapping[str, LowRank]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,15 +159,18 @@ class TextEncoder:
             ids, room = self.tokenizer.encode(text), room - 1
         return text
 
-    def encode(self, texts: Sequence[str], words: Words = NO_WORDS) -> Tensor:
-        """`[B, S, D]`, the last layer's states after its norm.
+    def encode(self, texts: Sequence[str], words: Words = NO_WORDS, changes: Sequence[TextChange] = ()) -> Tensor:
+        """`[B, S, D]`, the last layer's states after its norm. `changes` count for this call alone.
 
         Raises TextTooLong when a text does not fit.
         """
-        return self.states(self.token_ids(texts, words), words)
+        return self.states(self.token_ids(texts, words), words, changes)
 
-    def states(self, ids_BS: Tensor, words: Words = NO_WORDS) -> Tensor:
-        """The same for token ids, with gradients where they are on (training). Not thread-safe with `words`."""
+    def states(self, ids_BS: Tensor, words: Words = NO_WORDS, changes: Sequence[TextChange] = ()) -> Tensor:
+        """The same for token ids, with gradients where they are on (training).
+
+        Not thread-safe with `words` or `changes`: meanwhile the model is another one for everybody.
+        """
         weight = next(self.model.parameters())
         ids_BS = ids_BS.to(weight.device)
         mask_B11S: Tensor | None = None  # transformers then masks what comes after
@@ -164,7 +178,7 @@ class TextEncoder:
             hidden_BS = ids_BS == self.tokenizer.pad_id
             mask_B11S = torch.zeros(ids_BS.shape, dtype=weight.dtype, device=weight.device)
             mask_B11S = mask_B11S.masked_fill(hidden_BS, torch.finfo(weight.dtype).min)[:, None, None]
-        with _learned(self.model, words) if words else nullcontext():
+        with _learned(self.model, words) if words else nullcontext(), _changed(self.model, changes):
             states: Tensor = self.model(input_ids=ids_BS, attention_mask=mask_B11S).last_hidden_state
         return states
 
@@ -192,3 +206,30 @@ def _learned(model: CLIPTextModel, words: Words) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _changed(model: nn.Module, changes: Sequence[TextChange]) -> Iterator[None]:
+    """Within, each layer adds what `changes` say, rank beside rank. The weights are not touched."""
+    lows: dict[str, list[tuple[LowRank, float]]] = {}
+    for change in changes:
+        for name, low in change.factors.items():
+            if change.scale != 0.0:
+                lows.setdefault(name, []).append((low, change.scale))
+    with ExitStack() as hooks:
+        for name, own in lows.items():
+            layer: Any = model.get_submodule(name)
+            down_rI = torch.cat([low.down for low, _ in own]).to(layer.weight)
+            up_Or = torch.cat([low.scaled_up * scale for low, scale in own], dim=1).to(layer.weight)
+            hooks.enter_context(layer.register_forward_hook(_Added(down_rI, up_Or)))
+        yield
+
+
+class _Added:
+    """What torch calls after a layer that is changed."""
+
+    def __init__(self, down_rI: Tensor, up_Or: Tensor) -> None:
+        self._down_rI, self._up_Or = down_rI, up_Or
+
+    def __call__(self, _: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> Tensor:
+        return answer + F.linear(F.linear(given[0], self._down_rI), self._up_Or)

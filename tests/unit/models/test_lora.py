@@ -206,7 +206,7 @@ def test_diffusers_names_and_alphas_are_read(unet: StoryGenUNet, tmp_path: Path)
     save_file(state, str(tmp_path / "d.safetensors"))
     found = read_adapter_file(tmp_path / "d.safetensors", unet)
     assert found.rank == 2
-    assert torch.equal(found.factors[name].up, torch.full((width, 2), 0.5))
+    assert torch.equal(found.factors[name].scaled_up, torch.full((width, 2), 0.5))
     assert found.size_bytes == 2 * 2 * width * 4
 
 
@@ -216,7 +216,7 @@ def test_pefts_alpha_is_found_in_the_file_beside(unet: StoryGenUNet, files: dict
     (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
     scaled = read_adapter_file(tmp_path / "adapter_model.safetensors", unet)
     name = next(iter(plain.factors))
-    assert torch.equal(scaled.factors[name].up, 2 * plain.factors[name].up)
+    assert torch.equal(scaled.factors[name].scaled_up, 2 * plain.factors[name].scaled_up)
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": "many"}')
     with pytest.raises(AdapterDamaged, match="number"):
         read_adapter_file(tmp_path / "adapter_model.safetensors", unet)
