@@ -102,7 +102,8 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 
 | part | architecture |
 | --- | --- |
-| `vae/` | AutoencoderKL, 8× smaller, {LATENT_CHANNELS} latent channels |
+| `vae/` | AutoencoderKL, 8× smaller, {LATENT_CHANNELS} latent channels; its decoder is wider than its encoder |
+| `preview/` | one convolution, fitted by least squares, from latents to previews |
 | `text_encoder/` | CLIP text model, 192 wide, 4 layers, 96 positions; its words see both ways |
 | `unet/` | StoryGen UNet (96, 160): diffusers' conditional UNet with `attn3` and `norm4` in every transformer block |
 | `tokenizer/` | byte-level BPE, 2,048 entries, shared by all |
@@ -115,15 +116,17 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 
 - Eyes: {eyes.shelves[0].count:,} frames of the cast and {eyes.shelves[1].count:,} of strangers.
 - Autoencoder: {vae.shelves[0].count:,} pictures of random looks and gradings, {vae.shelves[1].count:,} of the cast and
-  {vae.shelves[2].count:,} of strangers. Figures count more than what is around them, and what the eyes see of a decoded
-  picture should be what they see of the true one.
+  {vae.shelves[2].count:,} of strangers. Figures count more than what is around them, and what the eyes see and
+  read of a decoded picture should be what they see and read of the true one. The decoder learned on alone.
 - Text encoder: descriptions without pictures, {text.batch} a step, none twice, {text.strangers_share:.0%} of them of
   strangers; it answers who stands where, looking how, doing what, and is then left as it is.
 - Frame model: {frame.singles[0].count:,} single frames of the cast and {frame.singles[1].count:,} of strangers,
   {frame.stories[0].count:,} stories of five frames and {frame.stories[1].count:,} whose hero is a stranger. Text is
   dropped in {frame.text_dropped:.0%} of rows, references are blanked in {frame.references_dropped:.0%}.
   {frame.single_rows} of {rows} rows have no references, {frame.unrelated_share:.0%} of the others are single frames
-  with an unrelated one.
+  with an unrelated one. A frame with three figures comes {frame.crowd_weights[2]:g} times as often as one with a single
+  one (two: {frame.crowd_weights[1]:g} times), and an error where a figure stands counts {frame.figure_weight:g} times one elsewhere, both in
+  the last third of the run.
 - CLIP: {clip.pairs.count:,} single frames with their descriptions.
 - Judge (not in the pack): {judge.shelves[0].count:,} frames of other seeds, {judge.shelves[1].count:,} of strangers of
   every look but the cast's and the new characters'.

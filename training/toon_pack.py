@@ -17,14 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from services.models.eyes import FOLDER as EYES_FOLDER
 from services.models.eyes import save_eyes
+from services.models.glimpse import Glimpse, fitted_glimpse
 from services.models.pack import Pack, PackSettings, write_pack
 from services.models.registry import UNET_WEIGHTS, save_network
 from services.models.storygen import build_storygen
 from services.models.toon import FRAME_PX, MAX_REFERENCES, SCHEDULE, TEXT, UNET, VAE
+from services.models.vae import Codec
 from training.card import model_card
 from training.clip import CHECKPOINT as CLIP_CHECKPOINT
 from training.clip import export_clip, train_clip, trained_clip
@@ -75,6 +78,8 @@ def write_networks(folder: Path) -> PackSettings:
     save_network(folder / "text_encoder", trained_text().model, TEXT, torch.float16)
     save_network(folder / "vae", vae, VAE, torch.float16)
     save_eyes(trained_eyes(), folder / EYES_FOLDER)
+    latents = scaling_of(encoding_vae(), shelf(toon_frame(gpu=on_gpu()).singles[0]))
+    previews_of(Codec(encoding_vae(), latents)).save(folder)
     if (training_dir() / CLIP_CHECKPOINT).is_file():  # for metrics only: a pack can be served without it
         export_clip(trained_clip(), folder / "clip")
     return PackSettings(
@@ -88,10 +93,19 @@ def write_networks(folder: Path) -> PackSettings:
         max_references=MAX_REFERENCES,
         reference_range="signed",
         sample_latents=False,  # trained on posterior means
-        latents=scaling_of(encoding_vae(), shelf(toon_frame(gpu=on_gpu()).singles[0])),
+        latents=latents,
         schedule=SCHEDULE,
         sampling=sampling,
     )
+
+
+def previews_of(codec: Codec, count: int = 600) -> Glimpse:
+    """The map from latents to rough pictures, fitted to single frames of the cast."""
+    pictures = np.array(shelf(toon_frame(gpu=on_gpu()).singles[0])[:count])
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255.0
+    with torch.inference_mode():
+        latents = torch.cat([codec.encode(part) for part in pixels.split(32)])
+    return fitted_glimpse(latents, pixels, codec.factor)
 
 
 def seal(folder: Path = PACK) -> Pack:
