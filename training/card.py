@@ -124,9 +124,9 @@ that the procedural world in `training/toon` makes; no other data, no other weig
   {frame.stories[0].count:,} stories of five frames and {frame.stories[1].count:,} whose hero is a stranger. Text is
   dropped in {frame.text_dropped:.0%} of rows, references are blanked in {frame.references_dropped:.0%}.
   {frame.single_rows} of {rows} rows have no references, {frame.unrelated_share:.0%} of the others are single frames
-  with an unrelated one. A frame with three figures comes {frame.crowd_weights[2]:g} times as often as one with a single
-  one (two: {frame.crowd_weights[1]:g} times), and an error where a figure stands counts {frame.figure_weight:g} times one elsewhere, both in
-  the last third of the run.
+  with an unrelated one. In the last third of the run a frame with three figures comes {frame.crowd_weights[2]:g} times
+  as often as one with a single figure (two: {frame.crowd_weights[1]:g} times), and an error where a figure stands
+  counts {frame.figure_weight:g} times one elsewhere.
 - CLIP: {clip.pairs.count:,} single frames with their descriptions.
 - Judge (not in the pack): {judge.shelves[0].count:,} frames of other seeds, {judge.shelves[1].count:,} of strangers of
   every look but the cast's and the new characters'.
