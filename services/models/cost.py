@@ -17,7 +17,8 @@ _PROBE = 1024  # side of the product that peaks are measured with
 def flops_of_a_row(model: FrameModel) -> float:
     """Floating-point operations of one main row at the pack's size that looks at one earlier frame; two a multiply-add.
 
-    A reference row costs about as much. Counted by torch from the operations themselves, not estimated.
+    At none where the pack takes no references. A reference row costs about as much. Counted by torch from the
+    operations themselves, not estimated.
     """
     manifest, factor = model.manifest, model.codec.factor
     latents = torch.zeros(
@@ -26,7 +27,10 @@ def flops_of_a_row(model: FrameModel) -> float:
     text = model.text.encode([""]).to(model.dtype)
     step = torch.zeros(1, dtype=torch.long, device=model.device)
     unet = model.denoiser.unet
-    seen = References(unet.project(unet.features(latents, step, text)), torch.zeros(1, 1, dtype=torch.long).to(step))
+    seen: References | None = None
+    if manifest.max_references:
+        rows_BN = torch.zeros(1, 1, dtype=torch.long).to(step)
+        seen = References(unet.project(unet.features(latents, step, text)), rows_BN)
     with FlopCounterMode(display=False) as counter:
         unet.predict(latents, step, text, seen)
     return float(counter.get_total_flops())

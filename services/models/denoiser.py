@@ -12,13 +12,18 @@ S text positions, D text width; latents are normalised `[.., C, H, W]`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from services.models.schedule import Schedule
+from services.models.stable_diffusion_unet import StableDiffusionUNet
 from services.models.storygen import References, StoryGenUNet
+
+Network: TypeAlias = StoryGenUNet | StableDiffusionUNet
+"""What answers. The second kind cannot look at references: its packs take none."""
 
 REFERENCE_LEVEL_DIVISOR = 10
 """References are shown at a tenth of the frame's own noise level, times their distance."""
@@ -115,7 +120,7 @@ class Example:
 class StoryDenoiser:
     """A network and the schedule it was (or is being) trained with."""
 
-    def __init__(self, unet: StoryGenUNet, schedule: Schedule) -> None:
+    def __init__(self, unet: Network, schedule: Schedule) -> None:
         self.unet = unet
         self.schedule = schedule
 

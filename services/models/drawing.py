@@ -15,6 +15,7 @@ Shapes: C latent channels, h and w latent size, N references, S text positions, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,8 +29,8 @@ from services.models.denoiser import Branches, guidance
 from services.models.lora import Outfit
 from services.models.references import EXACT, ReferencePolicy
 from services.models.registry import FrameModel
-from services.models.samplers import History
-from services.models.text_encoder import NO_WORDS, Words
+from services.models.samplers import SAMPLERS, History, starting_amplitude
+from services.models.text_encoder import NO_WORDS, TextChange, Words
 
 Pixels = npt.NDArray[np.uint8]
 """`[H, W, 3]`, RGB."""
@@ -41,6 +42,21 @@ class Seen:
 
     pixels: Pixels
     description: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """A picture, at the size of the frame to be drawn, that the frame is made of instead of noise alone."""
+
+    pixels: Pixels
+    # How much of it is drawn anew: sampling begins where this part of its steps is left (Meng et al., "SDEdit",
+    # arXiv 2108.01073). 1 keeps no more than what shines through the noise of the first step.
+    strength: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a strength that is none."""
+        if not 0.0 < self.strength <= 1.0:
+            raise ValueError("an edit's strength must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +79,12 @@ class Sketch:
     policy: ReferencePolicy = EXACT
     # The deep blocks are computed in every so many steps, and their states used again in those between.
     deep_every: int = 1
+    edit: Edit | None = None
+
+    @property
+    def steps_taken(self) -> int:
+        """Of its steps those that are really taken: all, or those that an edit leaves, one at least."""
+        return self.steps if self.edit is None else max(1, int(self.steps * self.edit.strength))
 
 
 @dataclass
@@ -107,9 +129,10 @@ def rows_of_a_frame(sketch: Sketch) -> int:
     count, policy = len(sketch.references), sketch.policy
     branches = guidance(sketch.image_guidance, sketch.text_guidance, has_references=count > 0)
     nothing, images, everything = (weight != 0.0 for weight in (branches.nothing, branches.images, branches.everything))
-    levels = min(policy.levels_count or sketch.steps, sketch.steps)
+    steps = sketch.steps_taken
+    levels = min(policy.levels_count or steps, steps)
     blanks = count * nothing * (not policy.shared_noise)
-    return sketch.steps * (nothing + images + everything) + levels * (blanks + count * (images or everything))
+    return steps * (nothing + images + everything) + levels * (blanks + count * (images or everything))
 
 
 _SHARED_SEED = 0x5EED  # of the noise that frames share
@@ -131,12 +154,21 @@ class Randomness:
 
 
 @torch.inference_mode()
-def begin(model: FrameModel, sketch: Sketch, outfit: Outfit = (), tenant: str = "", words: Words = NO_WORDS) -> Drawing:
+def begin(
+    model: FrameModel,
+    sketch: Sketch,
+    outfit: Outfit = (),
+    tenant: str = "",
+    words: Words = NO_WORDS,
+    changes: Sequence[TextChange] = (),
+) -> Drawing:
     """Encode the texts and earlier frames and draw all noise: for the frame, its references, the blank, each reference.
 
+    A frame that is made of a picture begins with that, under the noise of the first step that is taken.
+
     `outfit` says in which of the model's slots the sketch's characters lie, in their order; the slots must stay theirs
-    until the drawing is done. `words` are those that they taught. What references leave is not shown to other tenants
-    than `tenant`.
+    until the drawing is done. `words` are those that they taught, `changes` what they change of the text encoder. What
+    references leave is not shown to other tenants than `tenant`.
     Raises TextTooLong when a description does not fit.
     """
     if len(outfit) != len(sketch.characters):
@@ -150,7 +182,8 @@ def begin(model: FrameModel, sketch: Sketch, outfit: Outfit = (), tenant: str = 
     if sketch.policy.shared_noise:
         around = Randomness(_SHARED_SEED)
         reference_noise = around.normal(*shape)
-    texts = model.text.encode(["", sketch.description, *(seen.description for seen in sketch.references)], words)
+    told = ["", sketch.description, *(seen.description for seen in sketch.references)]
+    texts = model.text.encode(told, words, changes)
     if count:
         blank = codec.encode_blank(sketch.height_px, sketch.width_px, around.normal(1, *shape).to(device))[0]
         pixels = np.stack([seen.pixels for seen in sketch.references])
@@ -159,11 +192,20 @@ def begin(model: FrameModel, sketch: Sketch, outfit: Outfit = (), tenant: str = 
         seen = codec.encode_references(values, (random.normal(count, *shape) if noise is None else noise).to(device))
     else:
         blank, seen = torch.zeros(shape, device=device), torch.zeros((0, *shape), device=device)
+    schedule = model.denoiser.schedule
+    steps = schedule.sampling_steps(sketch.steps)[-sketch.steps_taken :]
+    if sketch.edit is None:
+        sampler = SAMPLERS[sketch.sampler] if sketch.sampler else model.sampler
+        latents = starting_amplitude(sampler, schedule, steps[0]) * latents.to(device)
+    else:
+        values = torch.tensor(sketch.edit.pixels, device=device).permute(2, 0, 1)[None].float() / 255.0
+        given = codec.encode(values, random.normal(1, *shape).to(device))[0]
+        latents = schedule.add_noise(given, latents.to(device), torch.tensor(steps[0]))
     return Drawing(
         sketch=sketch,
         guided=guidance(sketch.image_guidance, sketch.text_guidance, has_references=count > 0),
-        steps=model.denoiser.schedule.sampling_steps(sketch.steps),
-        latents_CHW=latents.to(device),
+        steps=steps,
+        latents_CHW=latents,
         description_SD=texts[1],
         nothing_SD=texts[0],
         reference_latents_NCHW=seen,
@@ -204,6 +246,7 @@ def _pixels(values_3HW: Tensor) -> Pixels:
 
 __all__ = [
     "Drawing",
+    "Edit",
     "Pixels",
     "Randomness",
     "Seen",

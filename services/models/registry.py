@@ -6,15 +6,14 @@ Knows where the networks lie in a pack's folder, and nothing about serving.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from services.models.denoiser import StoryDenoiser
 from services.models.errors import AdapterError, PackManifestInvalid, PackWeightsMismatch
@@ -22,15 +21,39 @@ from services.models.lora import Adapter, AdapterSlots, read_adapter_file
 from services.models.pack import Manifest, Pack
 from services.models.samplers import SAMPLERS, Sampler
 from services.models.schedule import Schedule
+from services.models.stable_diffusion import load_networks
 from services.models.storygen import StoryGenConfig, build_storygen
-from services.models.text_encoder import TextEncoder, TextShape, build_text_encoder
+from services.models.text_encoder import NO_WORDS, TextEncoder, TextShape, Tokenizer, Words, build_text_encoder
 from services.models.tokenizer import StoryTokenizer
 from services.models.vae import Codec, VaeShape, build_vae
+from services.models.weights import load_weights as load_weights
 
 CONFIG = "config.json"
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"  # the names diffusers and transformers give them
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
+
+
+class Texts(Protocol):
+    """What the engine asks of a text encoder: `TextEncoder`, or a family's own.
+
+    One text is one `[S, D']` tensor, whatever the network that goes with it reads out of it.
+    """
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def width(self) -> int:
+        """D of its words: what a learned one must have."""
+
+    def token_ids(self, texts: Sequence[str], words: Words = NO_WORDS) -> Tensor:
+        """Raises TextTooLong when a text does not fit."""
+
+    def fitting(self, text: str, words: Words = NO_WORDS) -> str:
+        """`text` itself, or as much of its beginning as fits the window."""
+
+    def encode(self, texts: Sequence[str], words: Words = NO_WORDS) -> Tensor:
+        """`[B, S, D']`. Raises TextTooLong when a text does not fit."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +63,7 @@ class FrameModel:
     manifest: Manifest
     denoiser: StoryDenoiser
     codec: Codec
-    text: TextEncoder
+    text: Texts
     sampler: Sampler
     device: torch.device
     dtype: torch.dtype  # of the UNet's arithmetic; latents are always float32 between steps
@@ -68,9 +91,7 @@ def load_frame_model(pack: Pack, *, device: str = "cpu", dtype: torch.dtype = to
 def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> FrameModel:
     """The `storygen` architecture."""
     manifest = pack.manifest
-    if manifest.sampling.sampler not in SAMPLERS:
-        known = ", ".join(sorted(SAMPLERS))
-        raise PackManifestInvalid(f"sampler {manifest.sampling.sampler!r} is unknown; known: {known}")
+    sampler = _sampler(manifest)
     try:
         tokenizer = StoryTokenizer.load(pack.path("tokenizer/tokenizer.json"))
         unet_shape = StoryGenConfig.from_dict(_config(pack, "unet"))
@@ -100,24 +121,64 @@ def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> Frame
         reference_range=manifest.reference_range,
         sample_latents=manifest.sample_latents,
     )
-    adapters = {settings.adapter for settings in manifest.sampling.qualities.values() if settings.adapter}
-    base_digest = manifest.files[f"unet/{UNET_WEIGHTS}"].sha256
+    return FrameModel(
+        manifest=manifest,
+        adapters=_own_adapters(pack, unet),
+        denoiser=StoryDenoiser(nn.Module.to(unet, device, dtype), Schedule(manifest.schedule)),
+        codec=codec,
+        text=TextEncoder(nn.Module.to(text, device), tokenizer, bidirectional=text_shape.bidirectional),
+        sampler=sampler,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def load_stable_diffusion(pack: Pack, device: torch.device, dtype: torch.dtype) -> FrameModel:
+    """The `stable-diffusion` architecture: 1.x, 2.x and SD-Turbo."""
+    return _load_published(pack, device, dtype, is_xl=False)
+
+
+def load_stable_diffusion_xl(pack: Pack, device: torch.device, dtype: torch.dtype) -> FrameModel:
+    """The `stable-diffusion-xl` architecture, SDXL-Turbo included."""
+    return _load_published(pack, device, dtype, is_xl=True)
+
+
+def _load_published(pack: Pack, device: torch.device, dtype: torch.dtype, *, is_xl: bool) -> FrameModel:
+    sampler = _sampler(pack.manifest)
+    try:
+        networks = load_networks(pack, device, dtype, is_xl=is_xl)
+    except (ValueError, TypeError) as error:
+        raise PackManifestInvalid(f"pack {pack.name!r}: {error}") from None
+    return FrameModel(
+        manifest=pack.manifest,
+        adapters=_own_adapters(pack, networks.unet),
+        denoiser=StoryDenoiser(networks.unet, Schedule(pack.manifest.schedule)),
+        codec=networks.codec,
+        text=networks.text,
+        sampler=sampler,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _sampler(manifest: Manifest) -> Sampler:
+    if manifest.sampling.sampler not in SAMPLERS:
+        known = ", ".join(sorted(SAMPLERS))
+        raise PackManifestInvalid(f"sampler {manifest.sampling.sampler!r} is unknown; known: {known}")
+    return SAMPLERS[manifest.sampling.sampler]
+
+
+def _own_adapters(pack: Pack, unet: nn.Module) -> dict[str, Adapter]:
+    """The pack's own adapters, by file."""
+    adapters = {settings.adapter for settings in pack.manifest.sampling.qualities.values() if settings.adapter}
+    base_digest = pack.manifest.files[f"unet/{UNET_WEIGHTS}"].sha256
     try:
         own = {file: read_adapter_file(pack.path(file), unet, base_digest=base_digest) for file in sorted(adapters)}
     except AdapterError as error:
         raise PackWeightsMismatch(str(error)) from None
     if useless := [file for file, one in own.items() if not one.needs_slot]:
         raise PackWeightsMismatch(f"{useless[0]} changes no layer of the UNet")
-    return FrameModel(
-        manifest=manifest,
-        adapters=own,
-        denoiser=StoryDenoiser(nn.Module.to(unet, device, dtype), Schedule(manifest.schedule)),
-        codec=codec,
-        text=TextEncoder(nn.Module.to(text, device), tokenizer, bidirectional=text_shape.bidirectional),
-        sampler=SAMPLERS[manifest.sampling.sampler],
-        device=device,
-        dtype=dtype,
-    )
+    return own
 
 
 def check_fit(manifest: Manifest, unet: StoryGenConfig, vae: VaeShape, text: TextShape) -> None:
@@ -137,6 +198,8 @@ def check_fit(manifest: Manifest, unet: StoryGenConfig, vae: VaeShape, text: Tex
 
 
 ARCHITECTURES: dict[str, Callable[[Pack, torch.device, torch.dtype], FrameModel]] = {
+    "stable-diffusion": load_stable_diffusion,
+    "stable-diffusion-xl": load_stable_diffusion_xl,
     "storygen": load_storygen,
 }
 """Architecture name in a manifest → what loads it."""
@@ -160,29 +223,6 @@ def save_network(
         raise ValueError(f"weights are not finite in {dtype}: {', '.join(broken[:5])}")
     name = TEXT_WEIGHTS if isinstance(shape, TextShape) else UNET_WEIGHTS
     save_file(state, str(folder / name), metadata={"format": "pt"})
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a network from a safetensors file, converting to its dtype.
-
-    Raises PackWeightsMismatch naming what is missing, unknown or of the wrong shape.
-    """
-    try:
-        found = load_file(str(path))
-    except SafetensorError as error:
-        raise PackWeightsMismatch(f"{path.name} of {path.parent.name}: {error}") from None
-    wanted = module.state_dict()
-    faults = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    faults += [f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())]
-    faults += [
-        f"{name} is {tuple(found[name].shape)} and should be {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & found.keys())
-        if found[name].shape != wanted[name].shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise PackWeightsMismatch(f"{path.name} of {path.parent.name}: {'; '.join(faults[:5])}{more}")
-    module.load_state_dict(found)
 
 
 def _config(pack: Pack, network: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Samplers: from the network's answer at one noise level to the latents of the next.
 
-Plain functions over one job's latents (any shape). All but `lcm` are deterministic, so that the only randomness of a
-frame is the noise it starts from; `lcm` asks for more. Knows no network, guidance or batch.
+Plain functions over one job's latents (any shape). All but `euler_ancestral` and `lcm` are deterministic, so that the
+only randomness of a frame is the noise it starts from; those two ask for more. Knows no network, guidance or batch.
 """
 
 from __future__ import annotations
@@ -56,6 +56,23 @@ def euler(
     return signal_next * moved, History(clean, t)
 
 
+def euler_ancestral(
+    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None, fresh: Noise
+) -> tuple[Tensor, History]:
+    """One ancestral Euler step (Karras et al., arXiv 2206.00364, with k-diffusion's split of the noise).
+
+    It goes below the next level, and back up to it with fresh noise. Of the next level's σ² the part (σ_next/σ)² is the
+    predicted noise squared once more, the rest is fresh: from pure noise, all of it.
+    """
+    clean, noise = schedule.split(output, latents, torch.tensor(t))
+    (signal, sigma), (signal_next, sigma_next) = schedule.levels(t), schedule.levels(t_next)
+    if sigma_next == 0.0:
+        return signal_next * clean, History(clean, t)
+    ratio = sigma_next * signal / (signal_next * sigma)
+    down, up = sigma_next * ratio, sigma_next * math.sqrt(max(0.0, 1.0 - ratio**2))
+    return signal_next * clean + down * noise + up * fresh().to(clean), History(clean, t)
+
+
 def lcm(
     schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None, fresh: Noise
 ) -> tuple[Tensor, History]:
@@ -96,12 +113,23 @@ def dpm_solver_pp_2m(
     return (sigma_next / sigma) * latents - signal_next * math.expm1(-step) * guess, History(clean, t)
 
 
+def starting_amplitude(sampler: Sampler, schedule: Schedule, t: int) -> float:
+    """How strong the noise is that sampling starts from, at its first step `t`.
+
+    As published: the two Euler samplers start where the training data was, a little below one where the last step still
+    holds some signal, if the schedule's first step is the last one of training. All others start from one.
+    """
+    is_euler = sampler in (euler, euler_ancestral)
+    return schedule.levels(t)[1] if is_euler and schedule.config.spacing == "trailing" else 1.0
+
+
 _PURE_NOISE = 1e-6  # a signal below this is none
 _SIGMA_DATA = 0.5
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
     "dpm_solver_pp_2m": dpm_solver_pp_2m,
     "euler": euler,
+    "euler_ancestral": euler_ancestral,
     "lcm": lcm,
 }
 """Every sampler that a pack or a job may name."""

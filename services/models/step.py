@@ -281,7 +281,7 @@ def _wearing(model: FrameModel, outfits: Sequence[Outfit]) -> AbstractContextMan
 def _sample(model: FrameModel, drawing: Drawing, output_CHW: Tensor) -> tuple[Tensor, History]:
     schedule, latents = model.denoiser.schedule, drawing.latents_CHW
     t = drawing.steps[drawing.done]
-    t_next = schedule.step_after(t, len(drawing.steps))
+    t_next = schedule.step_after(t, drawing.sketch.steps)
     sampler = SAMPLERS[drawing.sketch.sampler] if drawing.sketch.sampler else model.sampler
 
     def fresh() -> Tensor:
