@@ -226,16 +226,17 @@ def finish(model: FrameModel, drawing: Drawing) -> Pixels:
 
 @torch.inference_mode()
 def preview(model: FrameModel, drawing: Drawing, max_px: int = 128) -> Pixels:
-    """What the network now believes the picture will be, at most `max_px` on the longer side.
+    """What the network now believes the picture will be, at most `max_px` on the longer side. Needs one step done.
 
-    Decoded from shrunken latents where the frame is larger: a preview must cost a fraction of a step. Needs one done.
+    By the pack's own map where it has one, else decoded; from shrunken latents where the frame is larger: a preview
+    must cost a fraction of a step.
     """
     assert drawing.history is not None
     latents = drawing.history.clean[None]
     longest = max(drawing.sketch.width_px, drawing.sketch.height_px)
     if longest > max_px:
         latents = F.interpolate(latents, scale_factor=max_px / longest, mode="area")
-    return _pixels(model.codec.decode(latents)[0])
+    return _pixels((model.codec if model.glimpse is None else model.glimpse).decode(latents)[0])
 
 
 def _pixels(values_3HW: Tensor) -> Pixels:

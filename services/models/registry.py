@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from services.models.denoiser import StoryDenoiser
 from services.models.errors import AdapterError, PackManifestInvalid, PackWeightsMismatch
+from services.models.glimpse import FILE as GLIMPSE_FILE
+from services.models.glimpse import Glimpse, load_glimpse
 from services.models.lora import Adapter, AdapterSlots, read_adapter_file
 from services.models.pack import Manifest, Pack
 from services.models.samplers import SAMPLERS, Sampler
@@ -68,6 +70,7 @@ class FrameModel:
     device: torch.device
     dtype: torch.dtype  # of the UNet's arithmetic; latents are always float32 between steps
     adapters: Mapping[str, Adapter] = field(default_factory=dict)  # of the pack's own, by file: see `pack.Sampling`
+    glimpse: Glimpse | None = None  # for previews; None: the autoencoder draws them, smaller
     slots: AdapterSlots | None = None  # where characters' weights lie; None: it draws nobody but its own
 
     @property
@@ -85,7 +88,24 @@ def load_frame_model(pack: Pack, *, device: str = "cpu", dtype: torch.dtype = to
     if loader is None:
         known = ", ".join(sorted(ARCHITECTURES))
         raise PackManifestInvalid(f"architecture {pack.manifest.architecture!r} is unknown; known: {known}")
-    return loader(pack, torch.device(device), dtype)
+    model = loader(pack, torch.device(device), dtype)
+    return replace(model, glimpse=_glimpse(pack, model.codec, torch.device(device)))
+
+
+def _glimpse(pack: Pack, codec: Codec, device: torch.device) -> Glimpse | None:
+    """The pack's map for previews; None when it has none."""
+    if GLIMPSE_FILE not in pack.manifest.files:
+        return None
+    try:
+        glimpse = load_glimpse(pack.path(GLIMPSE_FILE))
+    except ValueError as error:
+        raise PackWeightsMismatch(str(error)) from None
+    if (glimpse.channels, glimpse.patch_px) != (codec.channels, codec.factor):
+        raise PackWeightsMismatch(
+            f"{GLIMPSE_FILE} makes {glimpse.patch_px} px of {glimpse.channels} channels; "
+            f"the VAE {codec.factor} px of {codec.channels}"
+        )
+    return glimpse.to(device)
 
 
 def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> FrameModel:
