@@ -51,6 +51,7 @@ from services.models.lora import NOBODY, Adapter, AdapterSlots, Worn, read_adapt
 from services.models.references import EXACT, ReferenceCache, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.step import StepRows, advance, forget
+from services.models.text_encoder import TextChange
 from services.models.world import Unfamiliar, World
 from services.runtime.errors import (
     Cancelled,
@@ -353,6 +354,7 @@ class FrameEngine:
                     base_digest=model.base_digest,
                     rank_max=self.settings.adapter_rank_max,
                     text_width=model.text.width,
+                    texts=model.text.networks,
                 )
                 if adapter.digest != digest:
                     raise AdapterDamaged(f"{digest[:12]} is stored with the bytes of {adapter.digest[:12]}")
@@ -489,7 +491,12 @@ class FrameEngine:
                     self._end(ticket, reason)
                     continue
                 ticket.drawing = begin(
-                    ticket.model, ticket.sketch, self._dress(ticket), ticket.job.tenant, _words(ticket.adapters)
+                    ticket.model,
+                    ticket.sketch,
+                    self._dress(ticket),
+                    ticket.job.tenant,
+                    _words(ticket.adapters),
+                    _text_changes(ticket),
                 )
                 # Strictly: what others left, or did not, would decide which rows share a pass.
                 ticket.cache = ReferenceCache() if self.settings.strict else self._cache_of(ticket.model)
@@ -721,6 +728,12 @@ def _words(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
             )
         words |= adapter.words
     return words
+
+
+def _text_changes(ticket: Ticket) -> tuple[TextChange, ...]:
+    """What a job's characters change of the text encoder, each as strongly as it counts."""
+    pairs = zip(ticket.adapters, ticket.sketch.characters, strict=True)
+    return tuple(TextChange(adapter.texts, character.scale) for adapter, character in pairs if adapter.texts)
 
 
 def _whole(adapters: Sequence[Adapter], characters: Sequence[CharacterWeights]) -> Adapter | None:

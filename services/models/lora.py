@@ -28,6 +28,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +42,6 @@ from services.models.lora_formats import (
     ALPHA,
     FORMS,
     NETWORKS,
-    TEXT,
-    TEXT_2,
     UNET,
     Changes,
     Form,
@@ -85,11 +84,6 @@ class Adapter:
         """It changes layers of the pack's UNet."""
         return bool(self.factors or self.deltas)
 
-    @property
-    def text_factors(self) -> Mapping[str, LowRank]:
-        """What it changes of the text encoder, the first where there are two."""
-        return self.texts.get(TEXT, {})
-
 
 def read_adapter_file(
     path: Path,
@@ -98,8 +92,7 @@ def read_adapter_file(
     base_digest: str = "",
     rank_max: int = 256,
     text_width: int = 0,
-    text_encoder: nn.Module | None = None,
-    text_encoder_2: nn.Module | None = None,
+    texts: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Adapter:
     """Read an adapter from a file, with the alphas that PEFT keeps in an `adapter_config.json` beside it.
 
@@ -120,8 +113,7 @@ def read_adapter_file(
         base_digest=base_digest,
         rank_max=rank_max,
         text_width=text_width,
-        text_encoder=text_encoder,
-        text_encoder_2=text_encoder_2,
+        texts=texts,
         peft=peft,
     )
 
@@ -134,18 +126,18 @@ def read_adapter(
     base_digest: str = "",
     rank_max: int = 256,
     text_width: int = 0,
-    text_encoder: nn.Module | None = None,
-    text_encoder_2: nn.Module | None = None,
+    texts: Mapping[str, nn.Module] = MappingProxyType({}),
     peft: object = None,
 ) -> Adapter:
     """Check the bytes of a safetensors file in PEFT's, diffusers' or kohya's layout against the networks.
 
     A file that holds every weight of such a UNet is one. `text_width` is that of the text encoder's embedding; 0: it
-    takes no words. Without a text encoder no file may change it. `peft` is what an `adapter_config.json` says; it
-    counts where the file says nothing of its own. Raises AdapterDamaged for what cannot be read or is not finite,
-    AdapterWrongBase when it was trained on another UNet than `base_digest` or on another family of models, and
-    AdapterWrongShape for layers that are not there or have another size there, and for what is no LoRA. Nothing of what
-    is refused is kept.
+    takes no words. `texts` are the text encoders that a file may change, by the names that diffusers has for them.
+    `peft` is what an `adapter_config.json` says; it counts where the file says nothing of its own.
+
+    Raises AdapterDamaged for what cannot be read or is not finite, AdapterWrongBase when it was trained on another UNet
+    than `base_digest` or on another family of models, and AdapterWrongShape for layers that are not there or have
+    another size there, and for what is no LoRA. Nothing of what is refused is kept.
     """
     try:
         tensors = load(payload)
@@ -165,22 +157,17 @@ def read_adapter(
     rest = {key: value for key, value in tensors.items() if not _WORD.match(key)}
     if not rest and not words:
         raise AdapterDamaged(f"{name} is empty")
-    layers = {
-        network: adapted_layers(module)
-        for network, module in ((UNET, unet), (TEXT, text_encoder), (TEXT_2, text_encoder_2))
-        if module is not None
-    }
+    layers = {network: adapted_layers(module) for network, module in {UNET: unet, **texts}.items()}
     changes = changes_of(name, rest, metadata, layers, beside)
     for network, one in changes.items():
         _check_shapes(name, network, layers[network], one, rank_max)
     factors, deltas = changes[UNET].factors, changes[UNET].deltas
-    texts = {network: one.factors for network, one in changes.items() if network != UNET and one.factors}
     return Adapter(
         digest=digest,
         factors=factors,
         deltas=deltas,
         words=words,
-        texts=texts,
+        texts={network: one.factors for network, one in changes.items() if network != UNET and one.factors},
         size_bytes=sum(low.nbytes for one in changes.values() for low in one.factors.values())
         + sum(one.nbytes for one in (*deltas.values(), *words.values())),
     )

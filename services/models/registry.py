@@ -25,7 +25,15 @@ from services.models.samplers import SAMPLERS, Sampler
 from services.models.schedule import Schedule
 from services.models.stable_diffusion import load_networks
 from services.models.storygen import StoryGenConfig, build_storygen
-from services.models.text_encoder import NO_WORDS, TextEncoder, TextShape, Tokenizer, Words, build_text_encoder
+from services.models.text_encoder import (
+    NO_WORDS,
+    TextChange,
+    TextEncoder,
+    TextShape,
+    Tokenizer,
+    Words,
+    build_text_encoder,
+)
 from services.models.tokenizer import StoryTokenizer
 from services.models.vae import Codec, VaeShape, build_vae
 from services.models.weights import load_weights as load_weights
@@ -45,6 +53,10 @@ class Texts(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
     @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """What a character may change, by the name that its files have for it."""
+
+    @property
     def width(self) -> int:
         """D of its words: what a learned one must have."""
 
@@ -54,8 +66,8 @@ class Texts(Protocol):
     def fitting(self, text: str, words: Words = NO_WORDS) -> str:
         """`text` itself, or as much of its beginning as fits the window."""
 
-    def encode(self, texts: Sequence[str], words: Words = NO_WORDS) -> Tensor:
-        """`[B, S, D']`. Raises TextTooLong when a text does not fit."""
+    def encode(self, texts: Sequence[str], words: Words = NO_WORDS, changes: Sequence[TextChange] = ()) -> Tensor:
+        """`[B, S, D']`, with what characters taught and change. Raises TextTooLong when a text does not fit."""
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,15 @@ def _two_texts(pack: Pack, device: torch.device) -> TwoTextEncoders:
     if not isinstance(nothing_is_zero, bool):
         raise ValueError(f"force_zeros_for_empty_prompt in {INDEX} is no boolean")
     one, two = _tokenizer(pack, "tokenizer"), _tokenizer(pack, "tokenizer_2")
-    first: Any = Penultimate(_text_model(pack, "text_encoder", device), eos_id=one.eos_id)
-    both = _text_model(pack, "text_encoder_2", device, with_projection=True)
-    second: Any = Penultimate(both.text_model, eos_id=two.eos_id, projection=both.text_projection)
-    return TwoTextEncoders(TextEncoder(first, one), TextEncoder(second, two), nothing_is_zero=nothing_is_zero)
+    one_model = _text_model(pack, "text_encoder", device)
+    two_model = _text_model(pack, "text_encoder_2", device, with_projection=True)
+    first: Any = Penultimate(one_model, eos_id=one.eos_id)
+    second: Any = Penultimate(two_model.text_model, eos_id=two.eos_id, projection=two_model.text_projection)
+    return TwoTextEncoders(
+        TextEncoder(first, one, adapted=one_model),
+        TextEncoder(second, two, adapted=two_model),
+        nothing_is_zero=nothing_is_zero,
+    )
 
 
 def _tokenizer(pack: Pack, folder: str) -> ClipTokenizer:

@@ -10,7 +10,7 @@ Shapes: B texts, S positions, D the width of the words' vectors, of XL's both mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from services.models.text_encoder import NO_WORDS, TextEncoder, Words
+from services.models.lora_formats import TEXT, TEXT_2
+from services.models.text_encoder import NO_WORDS, TextChange, TextEncoder, Words
 
 
 class ClipTokenizer:
@@ -120,6 +121,11 @@ class TwoTextEncoders:
         return self.first.tokenizer
 
     @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """What a character may change, by the name that its files have for it."""
+        return {TEXT: self.first.adapted, TEXT_2: self.second.adapted}
+
+    @property
     def width(self) -> int:
         """D: a learned word has a vector for each of the models, the first one's first."""
         return self.first.width + self.second.width
@@ -140,10 +146,11 @@ class TwoTextEncoders:
         one, two = self._split(words)
         return self.second.fitting(self.first.fitting(text, one), two)
 
-    def encode(self, texts: Sequence[str], words: Words = NO_WORDS) -> Tensor:
+    def encode(self, texts: Sequence[str], words: Words = NO_WORDS, changes: Sequence[TextChange] = ()) -> Tensor:
         """`[B, S + 1, D]`. Raises TextTooLong when a text does not fit."""
         one, two = self._split(words)
-        first_BSD, second_BSD = self.first.encode(texts, one), self.second.encode(texts, two)
+        of_second = [TextChange({TEXT: change.factors.get(TEXT_2, {})}, change.scale) for change in changes]
+        first_BSD, second_BSD = self.first.encode(texts, one, changes), self.second.encode(texts, two, of_second)
         words_BSD = torch.cat([first_BSD, second_BSD[:, :-1]], dim=-1)
         pooled_B1D = F.pad(second_BSD[:, -1:], (0, first_BSD.shape[-1]))
         out = torch.cat([words_BSD, pooled_B1D], dim=1)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from services.models.errors import TextTooLong
-from services.models.lora_formats import LowRank
+from services.models.lora_formats import TEXT, LowRank
 from services.models.shape import config_values
 
 Words = Mapping[str, Tensor]
@@ -32,9 +32,9 @@ NO_WORDS: Words = MappingProxyType({})
 
 
 class TextChange(NamedTuple):
-    """What a character changes of the model's layers, by name, and how strongly."""
+    """What a character changes of the text encoders' layers, by encoder and layer, and how strongly."""
 
-    factors: Mapping[str, LowRank]
+    factors: Mapping[str, Mapping[str, LowRank]]
     scale: float = 1.0
 
 
@@ -99,10 +99,24 @@ def build_text_encoder(shape: TextShape, *, bos_id: int, eos_id: int, pad_id: in
 class TextEncoder:
     """A text model and the tokenizer it was trained with. `bidirectional` as in the model's `TextShape`."""
 
-    def __init__(self, model: CLIPTextModel, tokenizer: Tokenizer, *, bidirectional: bool = False) -> None:
+    def __init__(
+        self,
+        model: CLIPTextModel,
+        tokenizer: Tokenizer,
+        *,
+        bidirectional: bool = False,
+        adapted: nn.Module | None = None,
+    ) -> None:
+        """`adapted` is the part of `model` that has the published names, which characters change; None: all of it."""
         self.model = model
+        self.adapted: nn.Module = model if adapted is None else adapted
         self.tokenizer = tokenizer
         self.bidirectional = bidirectional
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """What a character may change, by the name that its files have for it."""
+        return {TEXT: self.adapted}
 
     @property
     def width(self) -> int:
@@ -178,7 +192,7 @@ class TextEncoder:
             hidden_BS = ids_BS == self.tokenizer.pad_id
             mask_B11S = torch.zeros(ids_BS.shape, dtype=weight.dtype, device=weight.device)
             mask_B11S = mask_B11S.masked_fill(hidden_BS, torch.finfo(weight.dtype).min)[:, None, None]
-        with _learned(self.model, words) if words else nullcontext(), _changed(self.model, changes):
+        with _learned(self.model, words) if words else nullcontext(), _changed(self.adapted, changes):
             states: Tensor = self.model(input_ids=ids_BS, attention_mask=mask_B11S).last_hidden_state
         return states
 
@@ -213,7 +227,7 @@ def _changed(model: nn.Module, changes: Sequence[TextChange]) -> Iterator[None]:
     """Within, each layer adds what `changes` say, rank beside rank. The weights are not touched."""
     lows: dict[str, list[tuple[LowRank, float]]] = {}
     for change in changes:
-        for name, low in change.factors.items():
+        for name, low in change.factors.get(TEXT, {}).items():
             if change.scale != 0.0:
                 lows.setdefault(name, []).append((low, change.scale))
     with ExitStack() as hooks:
