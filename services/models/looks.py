@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from services.models.prompts import told_looks
 
 _WEARING = re.compile(r"\b(?:wearing|in)\b")
+_SENTENCE_END = re.compile(r"(?<=[.!?]) ")
 
 
 def faults(description: str, looks: Mapping[str, str]) -> int:
@@ -25,10 +26,19 @@ def faults(description: str, looks: Mapping[str, str]) -> int:
 
 
 def repaired(description: str, looks: Mapping[str, str]) -> str:
-    """The description in which everybody looks as `looks` knows. What is doubled stays: who is meant is not known."""
+    """The description in which everybody looks as `looks` knows, and without whole sentences about their doubles.
+
+    Who was meant by a double is not known, and somebody missing is less of a mistake than the same one twice. A double
+    in a sentence that tells of somebody by name stays.
+    """
     for name, told in _wrong(told_looks([description]), looks).items():
         description = description.replace(f"{name}, {told}", f"{name}, {looks[name]}", 1)
-    return description
+    right = {look.lower() for name, look in told_looks([description]).items() if look == looks.get(name)}
+    return " ".join(
+        sentence
+        for sentence in _SENTENCE_END.split(description)
+        if told_looks([sentence]) or not any(look in sentence.lower() for look in right)
+    )
 
 
 def _wrong(told: Mapping[str, str], looks: Mapping[str, str]) -> dict[str, str]:
