@@ -98,6 +98,7 @@ def train(
     path: Path,
     *,
     adam_only: Callable[[str], bool] = lambda name: False,
+    optimizer_of: Callable[[list[tuple[str, nn.Parameter]]], Any] | None = None,
     say: Callable[[str], None] = lambda line: print(line, flush=True),
     until_step: int | None = None,
     device: str | None = None,
@@ -109,15 +110,15 @@ def train(
     With `peers` (those this process was started with, if None) every process draws batches of its own. A trainee may
     then draw from `generator` alone, or all of them would draw the same.
 
+    `optimizer_of` makes another optimizer than the recipe's, one that has `scale_rates`, of the parameters by name.
     Computes on `device` (the default one if None) and leaves the networks on the CPU.
     On return `path` holds the last state; `networks` hold the average where one is kept. Raises FloatingPointError when
     the loss is not a number: the last checkpoint is then from before.
     """
     peers = joined() if peers is None else peers
     networks = trainee.networks.to(device or default_device())
-    optimizer = MuonAdam(
-        [(name, p) for name, p in networks.named_parameters() if p.requires_grad], recipe.optimizer, adam_only
-    )
+    named = [(name, p) for name, p in networks.named_parameters() if p.requires_grad]
+    optimizer = MuonAdam(named, recipe.optimizer, adam_only) if optimizer_of is None else optimizer_of(named)
     average = Average(networks, recipe.ema) if recipe.ema > 0 else None
     step, before_s, figures = 0, 0.0, {}
     origin: dict[str, Any] = {}
