@@ -158,20 +158,20 @@ class Names:
 
     def __init__(self, network: str, layers: Iterable[str]) -> None:
         """`layers` are the network's own names of all that can be changed."""
-        self._own = frozenset(layers)
-        self._by_alias: dict[str, set[str]] = {}
-        for layer in sorted(self._own):
-            for alias in _aliases(network, layer):
-                self._by_alias.setdefault(_flat(alias), set()).add(layer)
+        own = frozenset(layers)
+        aliases = [(layer, alias) for layer in sorted(own) for alias in _aliases(network, layer)]
         if network == UNET:
-            for layer, alias in _first_codes_names(self._own):
-                self._by_alias.setdefault(_flat(alias), set()).add(layer)
+            aliases += _first_codes_names(own)
+        self.with_points: dict[str, set[str]] = {}
+        self.with_underscores: dict[str, set[str]] = {}
+        for layer, alias in aliases:
+            self.with_points.setdefault(alias, set()).add(layer)
+            self.with_underscores.setdefault(alias.replace(".", "_"), set()).add(layer)
 
-    def find(self, told: str, whose: str) -> str | None:
+    def find(self, told: str, whose: str, *, has_points: bool = True) -> str | None:
         """The layer that a file calls so. Raises AdapterWrongShape when it could be two."""
-        if told in self._own:
-            return told
-        found = self._by_alias.get(_flat(told), set())
+        table = self.with_points if has_points else self.with_underscores
+        found = table.get(told.replace(".processor.", "."), set())
         if len(found) > 1:
             raise AdapterWrongShape(
                 f"{whose}: {short(told)} could be {' or '.join(sorted(found))}; export it with PEFT's names"
@@ -185,6 +185,7 @@ class _Part(NamedTuple):
     network: str  # empty: it does not say
     module: str
     kind: str  # "down", "up", "whole" or "alpha"
+    has_points: bool  # the module's name, and not underscores for them
 
 
 def changes_of(
@@ -211,7 +212,7 @@ def changes_of(
                 f"{whose} changes the {part.network.replace('_', ' ')} ({short(key)}), which cannot be changed here"
             )
         where = [part.network] if part.network else list(networks)
-        found = next(((one, name) for one in where if (name := names[one].find(part.module, whose))), None)
+        found = next(((one, name) for one in where if (name := _find(names[one], part, whose))), None)
         if found is None:
             unknown.append(part.module)
         elif part.kind in placed.setdefault(found, {}):
@@ -247,12 +248,8 @@ def short(told: str) -> str:
 # -- names
 
 
-def _flat(name: str) -> str:
-    return name.replace(".processor.", ".").replace(".", "_")
-
-
 def _aliases(network: str, layer: str) -> Iterator[str]:
-    """What else a layer is called, point for point or underscore for point."""
+    """What a layer is called, with points."""
     yield layer
     if layer.endswith(".to_out.0"):
         yield layer.removesuffix(".0")  # diffusers' attention processors: to_out_lora
@@ -345,13 +342,20 @@ def _part(whose: str, key: str) -> _Part:
         raise AdapterWrongShape(f"{whose} holds {short(key)}, which is no part of an adapter of a UNet")
     module = found["module"] or found["whole"] or found["scaled"]
     kind = "down" if found["down"] else "up" if found["up"] else "whole" if found["whole"] else "alpha"
+    for prefix, network in _KOHYA.items():
+        if module.startswith(prefix):
+            return _Part(network, module.removeprefix(prefix), kind, has_points=False)
+    module = module.removeprefix(_WRAPPED)
     network = ""
-    for prefix, meant in (*_KOHYA.items(), *_DOTTED.items()):
-        inner = module.removeprefix(_WRAPPED)
-        if inner.startswith(prefix):
-            network, module = meant, inner.removeprefix(prefix)
+    for prefix, meant in _DOTTED.items():
+        if module.startswith(prefix):
+            network, module = meant, module.removeprefix(prefix)
             break
-    return _Part(network, module.removeprefix(_WRAPPED), kind)
+    return _Part(network, module.removeprefix(_WRAPPED), kind, has_points=True)
+
+
+def _find(names: Names, part: _Part, whose: str) -> str | None:
+    return names.find(part.module, whose, has_points=part.has_points)
 
 
 def _foreign(whose: str, method: str, key: str) -> AdapterWrongShape:
@@ -569,8 +573,10 @@ def _means(pattern: str, names: Sequence[str], whose: str) -> bool:
 
 def peft_config(network: str, factors: Mapping[str, LowRank]) -> dict[str, Any]:
     """What PEFT's `LoraConfig` must say of these factors: the `adapter_config.json` of a file in PEFT's form."""
-    ranks = {layer: one.rank for layer, one in factors.items()}
-    alphas = {layer: int(one.alpha) if one.alpha.is_integer() else one.alpha for layer, one in factors.items()}
+    # In one order, which decides between what is equally common.
+    lows = sorted(factors.items())
+    ranks = {layer: one.rank for layer, one in lows}
+    alphas = {layer: int(one.alpha) if one.alpha.is_integer() else one.alpha for layer, one in lows}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     # A name alone would also mean the layers that end like it. A text encoder's may come behind `text_model.`.
     begin = "^" if network == UNET else ""
@@ -578,8 +584,8 @@ def peft_config(network: str, factors: Mapping[str, LowRank]) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": rank,
         ALPHA: alpha,
-        "rank_pattern": {f"{begin}{layer}": one for layer, one in sorted(ranks.items()) if one != rank},
-        "alpha_pattern": {f"{begin}{layer}": one for layer, one in sorted(alphas.items()) if one != alpha},
+        "rank_pattern": {f"{begin}{layer}": one for layer, one in ranks.items() if one != rank},
+        "alpha_pattern": {f"{begin}{layer}": one for layer, one in alphas.items() if one != alpha},
         "target_modules": sorted(factors),
         "bias": "none",
     }
@@ -617,7 +623,7 @@ def _kohya_tensors(changed: Mapping[str, Changes], words: Mapping[str, Tensor]) 
     tensors: dict[str, Tensor] = {}
     for network, one in changed.items():
         for layer in (*one.factors, *one.deltas):
-            name = f"{prefixes[network]}{_flat(published_name(network, layer))}"
+            name = f"{prefixes[network]}{published_name(network, layer).replace('.', '_')}"
             if f"{name}.alpha" in tensors or f"{name}.diff" in tensors:
                 raise AdapterNotWritable(f"kohya's names do not tell two layers {name} apart; write it as peft")
             if layer in one.deltas:
