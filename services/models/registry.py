@@ -5,6 +5,7 @@ Knows where the networks lie in a pack's folder, and nothing about serving.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,8 +24,9 @@ from services.models.lora import Adapter, AdapterSlots, read_adapter_file
 from services.models.pack import Manifest, Pack
 from services.models.samplers import SAMPLERS, Sampler
 from services.models.schedule import Schedule
-from services.models.stable_diffusion import load_networks
+from services.models.stable_diffusion import Networks, load_networks
 from services.models.storygen import StoryGenConfig, build_storygen
+from services.models.storygen_published import is_published_storygen, load_storygen_networks
 from services.models.text_encoder import (
     NO_WORDS,
     TextChange,
@@ -121,7 +123,9 @@ def _glimpse(pack: Pack, codec: Codec, device: torch.device) -> Glimpse | None:
 
 
 def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> FrameModel:
-    """The `storygen` architecture."""
+    """The `storygen` architecture: a pack of ours, or the published checkpoint with its files as they are."""
+    if is_published_storygen(pack):
+        return _load_published(pack, device, dtype, load_storygen_networks)
     manifest = pack.manifest
     sampler = _sampler(manifest)
     try:
@@ -167,18 +171,20 @@ def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> Frame
 
 def load_stable_diffusion(pack: Pack, device: torch.device, dtype: torch.dtype) -> FrameModel:
     """The `stable-diffusion` architecture: 1.x, 2.x and SD-Turbo."""
-    return _load_published(pack, device, dtype, is_xl=False)
+    return _load_published(pack, device, dtype, functools.partial(load_networks, is_xl=False))
 
 
 def load_stable_diffusion_xl(pack: Pack, device: torch.device, dtype: torch.dtype) -> FrameModel:
     """The `stable-diffusion-xl` architecture, SDXL-Turbo included."""
-    return _load_published(pack, device, dtype, is_xl=True)
+    return _load_published(pack, device, dtype, functools.partial(load_networks, is_xl=True))
 
 
-def _load_published(pack: Pack, device: torch.device, dtype: torch.dtype, *, is_xl: bool) -> FrameModel:
+def _load_published(
+    pack: Pack, device: torch.device, dtype: torch.dtype, load: Callable[[Pack, torch.device, torch.dtype], Networks]
+) -> FrameModel:
     sampler = _sampler(pack.manifest)
     try:
-        networks = load_networks(pack, device, dtype, is_xl=is_xl)
+        networks = load(pack, device, dtype)
     except (ValueError, TypeError) as error:
         raise PackManifestInvalid(f"pack {pack.name!r}: {error}") from None
     return FrameModel(

@@ -10,9 +10,10 @@ Every frame is drawn from its description alone. How the noise goes is the manif
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from services.models.pack import Pack
 from services.models.stable_diffusion_text import ClipTokenizer, Penultimate, TwoTextEncoders
-from services.models.stable_diffusion_unet import PIXELS_PER_LATENT, StableDiffusionUNet, build_stable_diffusion_unet
+from services.models.stable_diffusion_unet import PIXELS_PER_LATENT, build_stable_diffusion_unet
 from services.models.text_encoder import TextEncoder
 from services.models.vae import Codec
 from services.models.weights import load_weights
@@ -40,7 +41,7 @@ _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", "
 class Networks:
     """What draws: the UNet in the engine's arithmetic, the rest in float32."""
 
-    unet: StableDiffusionUNet
+    unet: Any  # a StableDiffusionUNet, or a StoryGenUNet in the same surroundings
     codec: Codec
     text: TextEncoder | TwoTextEncoders
 
@@ -53,9 +54,25 @@ def load_networks(pack: Pack, device: torch.device, dtype: torch.dtype, *, is_xl
     """
     if pack.manifest.max_references:
         raise ValueError("max_references must be 0: these networks do not look at earlier frames")
+    build = functools.partial(build_stable_diffusion_unet, is_xl=is_xl)
+    return load_published(pack, device, dtype, build, is_xl=is_xl)
+
+
+def load_published(
+    pack: Pack,
+    device: torch.device,
+    dtype: torch.dtype,
+    build_unet: Callable[[Mapping[str, Any]], Any],
+    *,
+    is_xl: bool = False,
+) -> Networks:
+    """The networks of a published layout around any UNet that reads its texts; `build_unet` gets its `config.json`.
+
+    Raises as `load_networks`.
+    """
     # Built without memory: the file's weights become the network's.
     with torch.device("meta"):
-        unet = build_stable_diffusion_unet(read_json(pack, f"unet/{CONFIG}"), is_xl=is_xl)
+        unet = build_unet(read_json(pack, f"unet/{CONFIG}"))
         vae = build_published_vae(read_json(pack, f"vae/{CONFIG}"))
     load_weights(unet, pack.path(f"unet/{UNET_WEIGHTS}"), assign=True)
     load_weights(vae, pack.path(f"vae/{VAE_WEIGHTS}"), _with_new_attention, assign=True)
@@ -157,7 +174,7 @@ def _with_new_attention(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _check_fit(pack: Pack, unet: StableDiffusionUNet, codec: Codec, text: TextEncoder | TwoTextEncoders) -> None:
+def _check_fit(pack: Pack, unet: Any, codec: Codec, text: TextEncoder | TwoTextEncoders) -> None:
     """Raises ValueError where the networks do not fit each other: each alone would load without complaint."""
     config: Any = unet.config
     latents = {
