@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from fabula_cli import exits
+from fabula_cli.backends import backends
 from fabula_cli.demo import demo
 from fabula_cli.doctor import doctor
 from fabula_cli.installation import Installation
 from fabula_cli.options import AsJson, Home, PortBase
+from fabula_cli.packs import app as packs
 from fabula_cli.services import down, status
 from fabula_cli.services import up as bring_services_up
 from fabula_cli.stories import app as stories
@@ -57,7 +59,9 @@ app.command()(down)
 app.command()(status)
 app.command()(doctor)
 app.command()(demo)
+app.command()(backends)
 app.add_typer(stories, name="story")
+app.add_typer(packs, name="pack")
 
 
 def main() -> None:
