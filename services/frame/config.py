@@ -62,6 +62,8 @@ class FrameSettings(Settings):
     # The same picture bit for bit, whoever is drawn at the same time: every frame steps in forwards of its own.
     strict: bool = False
     stall_s: float = Field(default=STALL_S, gt=0.0)  # a single step that takes longer means the engine hangs
+    # Refuse packs whose weights and work on one frame do not fit the free memory, before they are read.
+    check_memory: bool = True
     warm_up: bool = True  # draw once before calling itself ready
 
     @field_validator("packs")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
+import psutil
 import structlog
 import torch
 
 from services.frame.config import FrameSettings
 from services.frame.engine import EngineSettings, Fetch, FrameEngine, Observer
-from services.models.pack import find_pack, load_pack
+from services.models.footprint import check_room, footprint
+from services.models.pack import find_pack, load_pack, read_manifest
 from services.models.references import ReferencePolicy
 from services.models.registry import load_frame_model
 from services.models.world import World
@@ -19,12 +22,14 @@ from services.runtime.store import ObjectStore
 
 log = structlog.get_logger("fabula.frame")
 
+CGROUP = Path("/sys/fs/cgroup")  # version 2, as a container sees its own
+
 
 def load_engine(settings: FrameSettings, installation: Installation, observer: Observer | None = None) -> FrameEngine:
     """A started, warmed engine with the packs the settings name.
 
-    Sets torch's thread count for the whole process. Raises ModelError when a pack cannot be loaded, and
-    ValueError when its `world.json` is malformed.
+    Sets torch's thread count for the whole process. Raises ModelError when a pack cannot be loaded (PackTooLarge before
+    any of its weights is read), and ValueError when its `world.json` is malformed.
     """
     device = settings.device
     if device == "auto":
@@ -35,7 +40,14 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
         "auto": torch.bfloat16 if device == "cuda" else torch.float32,
     }[settings.dtype]
     torch.set_num_threads(settings.thread_count)
-    packs = [load_pack(find_pack(name, installation.pack_folders)) for name in settings.pack_names]
+    folders = [find_pack(name, installation.pack_folders) for name in settings.pack_names]
+    if settings.check_memory:
+        wanted = [footprint(folder, read_manifest(folder), unet_bytes=dtype.itemsize) for folder in folders]
+        if device == "cuda":
+            check_room(wanted, free_bytes=torch.cuda.mem_get_info()[0], host_free_bytes=free_memory_bytes())
+        else:
+            check_room(wanted, free_bytes=free_memory_bytes())
+    packs = [load_pack(folder) for folder in folders]
     engine = FrameEngine(
         {pack.name: load_frame_model(pack, device=device, dtype=dtype) for pack in packs},
         default_pack=packs[0].name,
@@ -67,6 +79,22 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
         engine.warm_up()
     log.info("frame_ready", packs=[pack.name for pack in packs], device=device, dtype=str(dtype))
     return engine
+
+
+def free_memory_bytes(groups: Path = CGROUP) -> int:
+    """Memory that this process may still take: the machine's, or what is left of its container's limit."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (groups / "memory.max").read_text().strip()
+        if limit == "max":
+            return free
+        used = int((groups / "memory.current").read_text())
+        counts = dict(line.split() for line in (groups / "memory.stat").read_text().splitlines())
+        # Cached file pages count as used, but the kernel gives them back first.
+        left = int(limit) - used + int(counts.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return free
+    return max(0, min(free, left))
 
 
 def fetcher(store: ObjectStore) -> Fetch:

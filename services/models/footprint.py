@@ -1,0 +1,157 @@
+"""How much memory drawing with a pack takes, told by the headers of its files before any weight is read.
+
+An estimate from below: the weights to the byte, of the work on one frame only what certainly lies in memory together.
+What does not fit by it cannot be drawn with; what fits by it may still be slow where memory is short. Knows no machine:
+how much is free is an argument.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.models.errors import PackTooLarge
+from services.models.pack import Manifest
+
+OVERRIDE = "FABULA_FRAME_CHECK_MEMORY=false"
+_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # what the frame service loads of a pack
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+_HEADER_BYTES_MAX = 100 << 20
+_FLOAT32_BYTES = 4
+# Widths of a transformer block's feed-forward that are in memory together: its input, both halves of the gated
+# projection (4 each), and what they make (4).
+_ATTENTION_WIDTHS = 13
+_CONVOLUTION_WIDTHS = 3  # of a residual block: input, normalised, output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes that one pack takes."""
+
+    name: str
+    weights_bytes: int  # as they are served: the UNet in its arithmetic, all else in float32
+    # The largest network as it is stored: while it is loaded it lies in memory once more.
+    loading_bytes: int
+    working_bytes: int  # of one frame at the pack's size
+
+
+def footprint(folder: Path, manifest: Manifest, *, unet_bytes: int) -> Footprint:
+    """What the pack in `folder` takes with `unet_bytes` bytes a number in the UNet. Reads headers and configs only.
+
+    A file that is damaged counts with its size: checking it is not the business of this.
+    """
+    weights = loading = 0
+    for network in _NETWORKS:
+        stored = next((f"{network}/{name}" for name in _WEIGHTS if f"{network}/{name}" in manifest.files), None)
+        if stored is None:
+            continue
+        size = manifest.files[stored].size_bytes
+        count = _numbers(folder / stored)
+        width = unet_bytes if network == "unet" else _FLOAT32_BYTES
+        weights += size if count is None else count * width
+        loading = max(loading, size)
+    return Footprint(
+        name=manifest.name,
+        weights_bytes=weights,
+        loading_bytes=loading,
+        working_bytes=max(_drawing(folder, manifest, unet_bytes), _decoding(folder, manifest)),
+    )
+
+
+def check_room(footprints: Sequence[Footprint], *, free_bytes: int, host_free_bytes: int | None = None) -> None:
+    """Raises PackTooLarge when the packs do not fit together into `free_bytes` of the device.
+
+    `host_free_bytes` is set where the device has a memory of its own: weights pass through the host's.
+    """
+    if not footprints:
+        return
+    weights = sum(each.weights_bytes for each in footprints)
+    working = max(each.working_bytes for each in footprints)
+    loading = max(each.loading_bytes for each in footprints)
+    largest = max(footprints, key=lambda each: each.weights_bytes)
+    beside = f" (of {', '.join(each.name for each in footprints)} together)" if len(footprints) > 1 else ""
+    advice = f"Free some, name fewer or smaller packs in FABULA_FRAME_PACKS, or try all the same with {OVERRIDE}"
+    if host_free_bytes is None:
+        needed = weights + max(working, loading)
+        if needed > free_bytes:
+            raise PackTooLarge(
+                f"pack {largest.name!r} does not fit: its weights take {_mib(weights)}{beside}, loading or drawing one "
+                f"frame {_mib(max(working, loading))} more, and {_mib(free_bytes)} of memory are free. {advice}"
+            )
+        return
+    if weights + working > free_bytes:
+        raise PackTooLarge(
+            f"pack {largest.name!r} does not fit the GPU: its weights take {_mib(weights)}{beside}, drawing one frame "
+            f"{_mib(working)} more, and {_mib(free_bytes)} are free there. {advice}"
+        )
+    if loading > host_free_bytes:
+        raise PackTooLarge(
+            f"pack {largest.name!r} cannot be loaded: its largest network takes {_mib(loading)} of the machine's "
+            f"memory on its way to the GPU, and {_mib(host_free_bytes)} are free. {advice}"
+        )
+
+
+def _drawing(folder: Path, manifest: Manifest, unet_bytes: int) -> int:
+    """One forward of one frame: the widest level of the UNet."""
+    config = _json(folder / "unet" / "config.json")
+    widths, kinds = config.get("block_out_channels"), config.get("down_block_types")
+    if not _is_widths(widths) or not isinstance(kinds, list) or len(kinds) != len(widths):
+        return 0
+    rows = 3 if manifest.max_references else 2
+    pixels = _latent_pixels(folder, manifest)
+    levels = (
+        pixels // 4**level * width * (_ATTENTION_WIDTHS if "Attn" in str(kind) else _CONVOLUTION_WIDTHS)
+        for level, (width, kind) in enumerate(zip(widths, kinds, strict=True))
+    )
+    return rows * max(levels) * unet_bytes
+
+
+def _decoding(folder: Path, manifest: Manifest) -> int:
+    """One picture through the decoder's last block, at full size and in float32."""
+    config = _json(folder / "vae" / "config.json")
+    widths = config.get("decoder_block_out_channels") or config.get("block_out_channels")
+    if not _is_widths(widths):
+        return 0
+    entering = widths[1] if len(widths) > 1 else widths[0]
+    return manifest.width_px * manifest.height_px * (entering + 2 * widths[0]) * _FLOAT32_BYTES
+
+
+def _latent_pixels(folder: Path, manifest: Manifest) -> int:
+    widths = _json(folder / "vae" / "config.json").get("block_out_channels")
+    factor = 2 ** (len(widths) - 1) if _is_widths(widths) else 8
+    return math.ceil(manifest.width_px / factor) * math.ceil(manifest.height_px / factor)
+
+
+def _is_widths(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) < 32 and all(isinstance(each, int) and each > 0 for each in value)
+
+
+def _numbers(path: Path) -> int | None:
+    """How many numbers a safetensors file holds; None if its header cannot be read."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(path.stat().st_size, _HEADER_BYTES_MAX):
+                return None
+            header = json.loads(file.read(length))
+        shapes = [values["shape"] for name, values in header.items() if name != "__metadata__"]
+        return sum(math.prod(int(side) for side in shape) for shape in shapes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return None
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.0f} MiB"
