@@ -1,6 +1,11 @@
 """Every network, sampler and pack. Knows no transport, no Ray and no service.
 
 pack.py          a folder sealed by its pack.json: find, check, write
+library.py       the packs of an installation: add, list, verify, remove
+source.py        where a pack comes from
+published.py     a checkpoint in diffusers' layout → what its pack will be
+convert.py       old weights → safetensors, by converter.py in a locked child process
+footprint.py     the memory a pack takes, before it is read
 registry.py      architecture name → what loads it; writes and reads the networks of a pack
 tiny.py          a complete pack of tiny random networks, for tests
 toon.py          the shapes of the toon pack
@@ -8,6 +13,7 @@ toon.py          the shapes of the toon pack
 drawing.py       sampling: begin, advance many drawings by one step, finish
 denoiser.py      StoryGen's rules (reference levels, guidance, dropout) and its training loss
 storygen.py      the UNet with reference attention, in the published layout
+storygen_published.py   the same checkpoint with its files as they were published
 lora.py          characters' weights, a different one for every row
 character.py     how such weights are named
 schedule.py      noise levels; what is trained and what is sampled
