@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,11 @@ def _throttled(say: Say) -> Callable[[str, int, int], None]:
     return tell
 
 
+def _plain(value: Any) -> str:
+    """Times in ISO 8601, paths as text."""
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of every verb."""
     root = argparse.ArgumentParser(prog="python -m services.packs")
@@ -194,7 +200,7 @@ def main() -> int:
     os.dup2(2, 1)  # libraries may print on import; the answer alone goes to standard output
 
     def say(kind: str, value: Answer) -> None:
-        os.write(answer, (json.dumps({kind: value}, default=str) + "\n").encode())
+        os.write(answer, (json.dumps({kind: value}, default=_plain) + "\n").encode())
 
     given = parser().parse_args()
     from services.models.errors import ModelError

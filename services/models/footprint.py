@@ -22,6 +22,7 @@ OVERRIDE = "FABULA_FRAME_CHECK_MEMORY=false"
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # what the frame service loads of a pack
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _HEADER_BYTES_MAX = 100 << 20
+_LEVELS_MAX = 32
 _FLOAT32_BYTES = 4
 # Widths of a transformer block's feed-forward that are in memory together: its input, both halves of the gated
 # projection (4 each), and what they make (4).
@@ -99,8 +100,8 @@ def check_room(footprints: Sequence[Footprint], *, free_bytes: int, host_free_by
 def _drawing(folder: Path, manifest: Manifest, unet_bytes: int) -> int:
     """One forward of one frame: the widest level of the UNet."""
     config = _json(folder / "unet" / "config.json")
-    widths, kinds = config.get("block_out_channels"), config.get("down_block_types")
-    if not _is_widths(widths) or not isinstance(kinds, list) or len(kinds) != len(widths):
+    widths, kinds = _widths(config, "block_out_channels"), config.get("down_block_types")
+    if not widths or not isinstance(kinds, list) or len(kinds) != len(widths):
         return 0
     rows = 3 if manifest.max_references else 2
     pixels = _latent_pixels(folder, manifest)
@@ -114,21 +115,25 @@ def _drawing(folder: Path, manifest: Manifest, unet_bytes: int) -> int:
 def _decoding(folder: Path, manifest: Manifest) -> int:
     """One picture through the decoder's last block, at full size and in float32."""
     config = _json(folder / "vae" / "config.json")
-    widths = config.get("decoder_block_out_channels") or config.get("block_out_channels")
-    if not _is_widths(widths):
+    widths = _widths(config, "decoder_block_out_channels") or _widths(config, "block_out_channels")
+    if not widths:
         return 0
     entering = widths[1] if len(widths) > 1 else widths[0]
     return manifest.width_px * manifest.height_px * (entering + 2 * widths[0]) * _FLOAT32_BYTES
 
 
 def _latent_pixels(folder: Path, manifest: Manifest) -> int:
-    widths = _json(folder / "vae" / "config.json").get("block_out_channels")
-    factor = 2 ** (len(widths) - 1) if _is_widths(widths) else 8
+    widths = _widths(_json(folder / "vae" / "config.json"), "block_out_channels")
+    factor = 2 ** (len(widths) - 1) if widths else 8
     return math.ceil(manifest.width_px / factor) * math.ceil(manifest.height_px / factor)
 
 
-def _is_widths(value: Any) -> bool:
-    return isinstance(value, list) and 0 < len(value) < 32 and all(isinstance(each, int) and each > 0 for each in value)
+def _widths(config: Mapping[str, Any], key: str) -> list[int]:
+    """A network's widths by level; empty where its config does not say."""
+    value = config.get(key)
+    if not isinstance(value, list) or len(value) > _LEVELS_MAX:
+        return []
+    return value if all(isinstance(each, int) and each > 0 for each in value) else []
 
 
 def _numbers(path: Path) -> int | None:

@@ -130,7 +130,7 @@ def test_the_list_is_a_table_and_json(played: Played) -> None:
         "folder": "/shipped/toon",
         "architecture": "storygen",
         "size_bytes": 40 << 20,
-        "created": "2026-11-22 06:00:00+00:00",
+        "created": "2026-11-22T06:00:00+00:00",
         "licence": "Apache-2.0",
         "digest": "12" * 32,
         "hidden_by": None,
