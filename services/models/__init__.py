@@ -14,6 +14,9 @@ drawing.py       sampling: begin, advance many drawings by one step, finish
 denoiser.py      StoryGen's rules (reference levels, guidance, dropout) and its training loss
 storygen.py      the UNet with reference attention, in the published layout
 storygen_published.py   the same checkpoint with its files as they were published
+arldm.py         AR-LDM: the context of a frame, what hides, the loss (arldm_blip.py, arldm_text.py: its encoders)
+arldm_sampling.py       its stories, frame after frame
+arldm_checkpoint.py     its weights: the published names, our folder
 lora.py          characters' weights, a different one for every row
 character.py     how such weights are named
 schedule.py      noise levels; what is trained and what is sampled

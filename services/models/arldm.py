@@ -96,7 +96,7 @@ class ArldmConfig:
 
 @dataclass(frozen=True)
 class Context:
-    """What rows of the UNet look at: states, and which of them each row may see (True: seen)."""
+    """What rows of the UNet look at: states, and which of them each row may see (True: seen). Each must see one."""
 
     states_BKD: Tensor
     seen_BK: Tensor
@@ -137,7 +137,7 @@ class Context:
 class Memory:
     """What earlier frames left, oldest first: states with their type and time, and which of them are no padding.
 
-    A slot whose frame is still to be drawn may hold anything.
+    A slot whose frame is still to be drawn may hold any finite numbers.
     """
 
     states_BFSD: Tensor
@@ -225,12 +225,13 @@ class Arldm(nn.Module):
 
     def predict(self, latents_BCHW: Tensor, timesteps_B: Tensor, context: Context) -> Tensor:
         """`[B, C, H, W]`: the noise that each row believes it sees."""
+        # diffusers makes a mask m the bias (1 − m)·(−10000), which a large state can outweigh; −∞ it cannot.
+        mask_BK = torch.ones_like(context.seen_BK, dtype=latents_BCHW.dtype).masked_fill(~context.seen_BK, -torch.inf)
         out: Tensor = self.unet(
             latents_BCHW,
             timesteps_B,
             encoder_hidden_states=context.states_BKD.to(latents_BCHW.dtype),
-            # As a mask of two dimensions: diffusers makes it a bias, and fused attention keeps that.
-            encoder_attention_mask=context.seen_BK,
+            encoder_attention_mask=mask_BK,
             return_dict=False,
         )[0]
         return out
@@ -272,7 +273,7 @@ class StoryExample:
             or not 0 < drawn <= frames
         ):
             raise ValueError(
-                "stories of a batch need a latent and a caption per drawn frame, a picture and text per frame"
+                "stories need latents and a caption for each drawn frame, a picture and a text for each frame"
             )
 
 
