@@ -261,6 +261,11 @@ class FrameEngine:
         overdue = busy_since is not None and self._clock() - busy_since > self.settings.stall_s
         return self._thread.is_alive() and not overdue
 
+    @property
+    def has_characters(self) -> bool:
+        """Whether it knows where characters' weights are kept."""
+        return self._fetch is not None
+
     def submit(self, job: FrameJob, deliver: Deliver) -> Ticket:
         """Check `job` and put it in the queue; its events go to `deliver`, beginning with Queued.
 

@@ -143,23 +143,43 @@ def warning_to_pb(told: Unfamiliar) -> warning_pb2.Warning:
 def packs_to_pb(engine: FrameEngine) -> pb.ListPacksResponse:
     """The engine's packs, the default first."""
     names = sorted(engine.models, key=lambda name: (name != engine.default_pack, name))
-    packs = []
-    for name in names:
-        manifest = engine.models[name].manifest
-        packs.append(
-            pb.Pack(
-                name=name,
-                digest=manifest.digest,
-                architecture=manifest.architecture,
-                width_px=manifest.width_px,
-                height_px=manifest.height_px,
-                default_steps=manifest.sampling.default_steps,
-                max_references=manifest.max_references,
-                default_text_guidance=manifest.sampling.default_text_guidance,
-                default_image_guidance=manifest.sampling.default_image_guidance,
+    return pb.ListPacksResponse(packs=[_pack_to_pb(engine, name) for name in names])
+
+
+def _pack_to_pb(engine: FrameEngine, name: str) -> pb.Pack:
+    from services.frame.sketch import limits_of, quality_of  # torch comes with it; the engine has it already
+
+    model = engine.models[name]
+    manifest = model.manifest
+    limits = limits_of(model)
+    qualities = {quality: quality_of(model, quality) for quality in Quality}
+    offered = {pb.FEATURE_REFERENCES: manifest.max_references > 0, pb.FEATURE_CHARACTERS: engine.has_characters}
+    return pb.Pack(
+        name=name,
+        digest=manifest.digest,
+        architecture=manifest.architecture,
+        width_px=manifest.width_px,
+        height_px=manifest.height_px,
+        default_steps=qualities[Quality.STANDARD].steps,
+        max_references=manifest.max_references,
+        default_text_guidance=manifest.sampling.default_text_guidance,
+        default_image_guidance=manifest.sampling.default_image_guidance,
+        features=[feature for feature, is_offered in offered.items() if is_offered],
+        min_side_px=limits.min_side_px,
+        side_multiple_px=limits.side_multiple_px,
+        max_area_px=limits.max_area_px,
+        max_steps=limits.max_steps,
+        samplers=limits.samplers,
+        qualities=[
+            pb.QualitySettings(
+                quality=f"QUALITY_{quality.name}",
+                steps=settings.steps,
+                text_guidance=settings.text_guidance,
+                image_guidance=settings.image_guidance,
             )
-        )
-    return pb.ListPacksResponse(packs=packs)
+            for quality, settings in qualities.items()
+        ],
+    )
 
 
 class FrameDeployment(FrameServicer):

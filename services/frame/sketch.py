@@ -6,6 +6,7 @@ Knows no transport and no queue.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from services.frame.job import FrameJob
 from services.frame.picture import read_reference
@@ -13,6 +14,7 @@ from services.models.character import CharacterWeights
 from services.models.drawing import Seen, Sketch
 from services.models.errors import TextTooLong
 from services.models.pack import QualitySettings
+from services.models.quality import Quality
 from services.models.references import EXACT, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.samplers import SAMPLERS
@@ -27,6 +29,35 @@ MAX_AREA_RATIO = 4  # of a frame against the pack's own size: cost grows at leas
 CHARACTERS_MAX = 2  # with weights of their own, in one frame
 MAX_CHARACTER_SCALE = 2.0
 DESCRIPTION_CHARACTERS = 10_000  # more than any window holds; keeps the tokenizer from reading megabytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a job may ask of one model."""
+
+    min_side_px: int
+    side_multiple_px: int
+    max_area_px: int
+    max_steps: int
+    samplers: tuple[str, ...]  # the pack's own first
+
+
+def limits_of(model: FrameModel) -> Limits:
+    """What `sketch_of` takes for `model`."""
+    manifest = model.manifest
+    return Limits(
+        min_side_px=MIN_SIDE_PX,
+        side_multiple_px=model.codec.factor,
+        max_area_px=manifest.width_px * manifest.height_px * MAX_AREA_RATIO,
+        max_steps=min(MAX_STEPS, manifest.schedule.train_steps),
+        samplers=tuple(sorted(SAMPLERS, key=lambda name: (name != manifest.sampling.sampler, name))),
+    )
+
+
+def quality_of(model: FrameModel, quality: Quality, *, adapters: bool = True) -> QualitySettings:
+    """How frames of a quality are drawn; without `adapters` as if the pack had none for it."""
+    settings = model.manifest.sampling.at(quality, adapters=adapters)
+    return settings.model_copy(update={"steps": min(settings.steps, limits_of(model).max_steps)})
 
 
 def sketch_of(
@@ -54,13 +85,13 @@ def sketch_of(
             field="references",
         )
     width_px, height_px = job.width_px or manifest.width_px, job.height_px or manifest.height_px
-    _check_size(width_px, height_px, model)
-    quality = manifest.sampling.at(job.quality, adapters=adapters)
-    limit = min(MAX_STEPS, manifest.schedule.train_steps)
-    steps = job.steps or min(quality.steps, limit)
-    if not 1 <= steps <= limit:
-        raise ValueOutOfRange(f"steps is {steps}; it must be between 1 and {limit}", field="steps")
-    if job.sampler and job.sampler not in SAMPLERS:
+    limits = limits_of(model)
+    _check_size(width_px, height_px, limits)
+    quality = quality_of(model, job.quality, adapters=adapters)
+    steps = job.steps or quality.steps
+    if not 1 <= steps <= limits.max_steps:
+        raise ValueOutOfRange(f"steps is {steps}; it must be between 1 and {limits.max_steps}", field="steps")
+    if job.sampler and job.sampler not in limits.samplers:
         raise ValueOutOfRange(f"no sampler {job.sampler[:40]!r}; known: {', '.join(sorted(SAMPLERS))}", field="sampler")
     if not 0 <= job.seed < 2**64:
         raise ValueOutOfRange("seed must be between 0 and 2^64 - 1", field="seed")
@@ -125,17 +156,16 @@ def _check_text(job: FrameJob, model: FrameModel, words: Words) -> None:
         ) from None
 
 
-def _check_size(width_px: int, height_px: int, model: FrameModel) -> None:
-    factor = model.codec.factor
-    area = model.manifest.width_px * model.manifest.height_px * MAX_AREA_RATIO
+def _check_size(width_px: int, height_px: int, limits: Limits) -> None:
+    multiple, least = limits.side_multiple_px, limits.min_side_px
     for field, side in (("width_px", width_px), ("height_px", height_px)):
-        if side % factor or side < MIN_SIDE_PX:
+        if side % multiple or side < least:
             raise ValueOutOfRange(
-                f"{field} is {side}; it must be a multiple of {factor} and at least {MIN_SIDE_PX}", field=field
+                f"{field} is {side}; it must be a multiple of {multiple} and at least {least}", field=field
             )
-    if width_px * height_px > area:
+    if width_px * height_px > limits.max_area_px:
         raise ValueOutOfRange(
-            f"{width_px}×{height_px} is more than the {area} pixels this pack draws", field="width_px"
+            f"{width_px}×{height_px} is more than the {limits.max_area_px} pixels this pack draws", field="width_px"
         )
 
 

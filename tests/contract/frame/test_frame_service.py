@@ -7,6 +7,7 @@ import hashlib
 import io
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -26,7 +27,7 @@ from services.frame.engine import EngineSettings, FrameEngine
 from services.frame.metrics import MeteredObserver, PrometheusMeters
 from services.frame.scheduler import StepTimes
 from services.frame.server import start_server
-from services.frame.service import FrameServicer
+from services.frame.service import FrameServicer, packs_to_pb
 from services.models.drawing import Drawing
 from services.models.registry import FrameModel, load_frame_model
 from services.models.step import advance
@@ -372,6 +373,70 @@ async def test_packs_are_listed_with_what_they_take(service: Service) -> None:
     assert (pack.name, pack.digest, pack.architecture) == ("tiny", manifest.digest, "storygen")
     assert (pack.width_px, pack.height_px, pack.default_steps, pack.max_references) == (64, 64, 4, 3)
     assert (pack.default_text_guidance, pack.default_image_guidance) == (2.0, 1.5)
+
+
+async def list_packs(service: Service) -> list[pb.Pack]:
+    return list((await service.stub.ListPacks(pb.ListPacksRequest(), metadata=[("fabula-token", TOKEN)])).packs)
+
+
+async def test_the_limits_that_are_told_are_those_that_hold(service: Service) -> None:
+    (pack,) = await list_packs(service)
+    side, multiple = pack.min_side_px, pack.side_multiple_px
+    smallest = await service.frame(request(earlier=0, steps=1, width_px=side, height_px=side))
+    assert (smallest.width_px, smallest.height_px) == (side, side)
+    most = service.stub.RenderFrame(
+        request(earlier=0, steps=pack.max_steps, width_px=side, height_px=side), metadata=[("fabula-token", TOKEN)]
+    )
+    assert (await anext(aiter(most))).HasField("queued")  # it is taken; drawing it would take long
+    most.cancel()
+    long_px = pack.max_area_px // side
+    largest = await service.frame(request(earlier=0, steps=1, width_px=long_px, height_px=side))
+    assert largest.width_px * largest.height_px == pack.max_area_px
+    for beyond in (
+        {"width_px": side - multiple},
+        {"width_px": side + multiple - 1},
+        {"width_px": long_px + multiple, "height_px": side},
+        {"steps": pack.max_steps + 1},
+    ):
+        code, info, _ = await service.refusal(service.call(request(earlier=0, **beyond)))
+        assert (code, info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "VALUE_OUT_OF_RANGE"), beyond
+
+
+async def test_the_samplers_and_qualities_that_are_told_are_those_that_draw(service: Service) -> None:
+    (pack,) = await list_packs(service)
+    assert pack.samplers[0] == (await service.frame(request(earlier=0, steps=1))).sampler == "ddim"
+    for sampler in pack.samplers:
+        assert (await service.frame(request(earlier=0, steps=1, sampler=sampler))).sampler == sampler
+    assert [told.quality for told in pack.qualities] == [pb.QUALITY_DRAFT, pb.QUALITY_STANDARD, pb.QUALITY_BEST]
+    for told in pack.qualities:
+        frame = await service.frame(request(earlier=0, quality=told.quality))
+        assert (frame.steps, frame.text_guidance, frame.image_guidance) == (
+            told.steps,
+            told.text_guidance,
+            told.image_guidance,
+        )
+    assert pack.qualities[1].steps == pack.default_steps
+
+
+async def test_only_what_can_be_asked_for_is_a_feature(model: FrameModel) -> None:
+    alone = replace(model, manifest=model.manifest.model_copy(update={"name": "alone", "max_references": 0}))
+    engine = FrameEngine({"tiny": model, "alone": alone}, "tiny")
+    assert [(pack.name, list(pack.features)) for pack in packs_to_pb(engine).packs] == [
+        ("tiny", [pb.FEATURE_REFERENCES]),
+        ("alone", []),
+    ]
+    engine = FrameEngine({"alone": alone}, "alone", fetch=lambda digest: b"")
+    (pack,) = packs_to_pb(engine).packs
+    assert list(pack.features) == [pb.FEATURE_CHARACTERS]
+
+
+async def test_no_quality_takes_more_steps_than_the_pack_has(model: FrameModel) -> None:
+    slow = model.manifest.sampling.model_copy(update={"default_steps": 150})
+    engine = FrameEngine(
+        {"slow": replace(model, manifest=model.manifest.model_copy(update={"sampling": slow}))}, "slow"
+    )
+    (pack,) = packs_to_pb(engine).packs
+    assert [told.steps for told in pack.qualities] == [75, 150, pack.max_steps]
 
 
 async def test_health_is_served_for_probes(service: Service) -> None:
