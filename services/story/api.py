@@ -5,22 +5,33 @@ Every method raises FabulaError and nothing else that a client should see.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import re
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 import uuid_utils
 
 from services.runtime.call import current_call
-from services.runtime.errors import ImageNotFound, PageTokenInvalid, ShuttingDown, StoryNotFound
+from services.runtime.errors import (
+    FabulaError,
+    ImageNotFound,
+    PageTokenInvalid,
+    ShuttingDown,
+    StoryNotFound,
+    Unavailable,
+)
 from services.runtime.store import ObjectStore
+from services.story.backends import Backend, Backends, CaptionBackend, Drawing, FrameBackend, LoadedPack
 from services.story.config import StorySettings
 from services.story.events import Broadcaster, watch
 from services.story.intake import (
+    MOST_STEPS,
+    PACK_CHECK_TIMEOUT_S,
     PackCheck,
     StoryRequest,
     check_caption,
@@ -62,6 +73,8 @@ class StoryApi:
         broadcaster: Broadcaster,
         sandbox: Sandbox,
         packs: PackCheck,
+        caption: CaptionBackend,
+        frame: FrameBackend,
         settings: StorySettings,
     ) -> None:
         self._repository = repository
@@ -70,6 +83,8 @@ class StoryApi:
         self._broadcaster = broadcaster
         self._sandbox = sandbox
         self._packs = packs
+        self._caption = caption
+        self._frame = frame
         self._settings = settings
         self.accepting = True  # false once the process is stopping
 
@@ -164,9 +179,54 @@ class StoryApi:
             raise ImageNotFound(metadata={"story_id": story_id, "sha256": sha256[:64]})
         return await self._store.get(sha256)
 
+    async def backends(self) -> Backends:
+        """What this installation can do now. Raises Unavailable when neither service answers."""
+        caption, frame = await asyncio.gather(_asked("caption", self._caption), _asked("frame", self._frame))
+        silent = tuple(name for name, packs in (("caption", caption), ("frame", frame)) if packs is None)
+        if caption is None and frame is None:
+            raise Unavailable(
+                "neither the caption service nor the frame service answers, so nobody can say what there is",
+                metadata={"services": ",".join(silent)},
+            )
+        writers = {pack.name: pack for pack in caption or ()}
+        drawers = {pack.name: pack for pack in frame or ()}
+        default = self._settings.default_pack
+        names = sorted({*writers, *drawers}, key=lambda name: (name != default, name))
+        return Backends(
+            backends=tuple(_backend(drawers.get(name), writers.get(name), default) for name in names),
+            unavailable_services=silent,
+        )
+
     async def check_database(self) -> None:
         """Raises FabulaError when the database does not answer."""
         await self._repository.page(limit=1)
+
+
+async def _asked(name: str, service: CaptionBackend | FrameBackend) -> tuple[LoadedPack, ...] | None:
+    """Its packs; None when it does not answer."""
+    try:
+        return await service.loaded(timeout_s=PACK_CHECK_TIMEOUT_S)
+    except FabulaError as error:
+        log.warning("backend_silent", service=name, reason=error.reason)
+        return None
+
+
+def _backend(drawer: LoadedPack | None, writer: LoadedPack | None, default_pack: str) -> Backend:
+    pack = drawer or writer
+    assert pack is not None, "one of the two services named it"
+    return Backend(
+        pack=pack.name,
+        digest=pack.digest,
+        architecture=pack.architecture,
+        is_default=pack.name == default_pack,
+        drawing=_for_stories(drawer.drawing) if drawer and drawer.drawing else None,
+        writes=writer is not None,
+    )
+
+
+def _for_stories(drawing: Drawing) -> Drawing:
+    """What the frame service takes, as far as the edge lets it through."""
+    return replace(drawing, max_steps=min(drawing.max_steps, MOST_STEPS))
 
 
 def _checked(story_id: str) -> str:

@@ -21,7 +21,7 @@ from services.story.config import port_refused
 from services.story.inference import servicer as inference
 from services.story.intake import MOST_IMAGE_BYTES, StoryRequest
 from services.story.metrics import REQUEST_SECONDS
-from services.story.protobuf import event_to_pb, story_to_pb
+from services.story.protobuf import backends_to_pb, event_to_pb, story_to_pb
 from services.story.records import DEFAULT_QUALITY
 
 SERVICE = pb.DESCRIPTOR.services_by_name["StoryService"].full_name
@@ -73,6 +73,13 @@ class StoryServicer(pb_grpc.StoryServiceServicer):  # type: ignore[misc]  # gene
         image = await self._api.read_image(request.story_id, request.sha256)
         for start in range(0, len(image), CHUNK_BYTES):
             yield pb.ReadImageResponse(chunk=image[start : start + CHUNK_BYTES])
+
+    @unary_method(pb.ListBackendsResponse)
+    async def ListBackends(self, request: Any, context: Any) -> Any:
+        found = await self._api.backends()
+        return pb.ListBackendsResponse(
+            backends=backends_to_pb(found.backends), unavailable_services=found.unavailable_services
+        )
 
 
 def story_request_from_pb(request: Any) -> StoryRequest:

@@ -42,6 +42,7 @@ from services.runtime.telemetry import metrics_page
 from services.story.api import MOST_CALLS, StoryApi
 from services.story.config import StorySettings
 from services.story.documents import (
+    BackendListDocument,
     CreateStoryBody,
     CreateStoryForm,
     EventDocument,
@@ -49,6 +50,7 @@ from services.story.documents import (
     ProblemDocument,
     StoryDocument,
     StoryListDocument,
+    backends_document,
     event_document,
     problem,
     read_form,
@@ -87,6 +89,7 @@ def http_app(api: StoryApi, settings: StorySettings, ready: Callable[[], Awaitab
     )
     _add_errors(app)
     _add_stories(app, api, settings)
+    _add_backends(app, api)
     _add_operations(app, ready)
     _complete_openapi(app)
     if settings.origins():
@@ -205,6 +208,13 @@ def _add_stories(app: FastAPI, api: StoryApi, settings: StorySettings) -> None:
             "x-content-type-options": "nosniff",
         }
         return Response(image, media_type="image/png", headers=headers)
+
+
+def _add_backends(app: FastAPI, api: StoryApi) -> None:
+    @app.get("/v1/backends", response_model=BackendListDocument)
+    async def list_backends() -> BackendListDocument:
+        """Says which packs this installation has, and what can be asked of each."""
+        return backends_document(await api.backends())
 
 
 def _add_operations(app: FastAPI, ready: Callable[[], Awaitable[None]]) -> None:

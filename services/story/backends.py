@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fabula.caption.v1 import caption_service_pb2 as caption_pb
 from fabula.caption.v1 import caption_service_pb2_grpc as caption_grpc
@@ -41,6 +42,74 @@ class WrittenText:
 
     text: str
     warnings: tuple[StoryWarning, ...]  # `field` is as the service names it
+
+
+# What a pack does besides drawing a description; the same words as in the proto, without its prefix.
+Feature = Literal["references", "history", "characters"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualitySettings:
+    """How frames of one quality are drawn, unless a story says more."""
+
+    quality: Quality
+    steps: int
+    text_guidance: float
+    image_guidance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How a pack draws, and what may be asked of it. Zero and empty: its service does not tell."""
+
+    width_px: int
+    height_px: int
+    min_side_px: int
+    side_multiple_px: int
+    max_area_px: int
+    default_steps: int
+    max_steps: int
+    default_text_guidance: float
+    default_image_guidance: float
+    max_references: int
+    features: tuple[Feature, ...]
+    samplers: tuple[str, ...]  # the pack's own first
+    qualities: tuple[QualitySettings, ...]  # the fastest first
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedPack:
+    """A pack as one service has it."""
+
+    name: str
+    digest: str
+    architecture: str
+    drawing: Drawing | None = None  # None from the caption service
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A pack as both services together have it."""
+
+    pack: str
+    digest: str  # the frame service's, where both have it
+    architecture: str
+    is_default: bool  # of stories that name none
+    drawing: Drawing | None  # None: the frame service has not got it, or is silent
+    writes: bool  # False: the caption service has not got it, or is silent
+
+    @property
+    def tells_stories(self) -> bool:
+        """Whether a story can be told with it now."""
+        return self.drawing is not None and self.writes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backends:
+    """What an installation can do now."""
+
+    backends: tuple[Backend, ...]  # the default first, then by name
+    unavailable_services: tuple[str, ...]  # what only they know is missing
 
 
 class CaptionBackend:
@@ -91,8 +160,14 @@ class CaptionBackend:
 
     async def packs(self, *, timeout_s: float) -> tuple[str, ...]:
         """Names of the loaded packs, the default first."""
+        return tuple(pack.name for pack in await self.loaded(timeout_s=timeout_s))
+
+    async def loaded(self, *, timeout_s: float) -> tuple[LoadedPack, ...]:
+        """The loaded packs, the default first."""
         response = await self._channel.call(self._stub.ListPacks, caption_pb.ListPacksRequest(), timeout_s=timeout_s)
-        return tuple(pack.name for pack in response.packs)
+        return tuple(
+            LoadedPack(name=pack.name, digest=pack.digest, architecture=pack.architecture) for pack in response.packs
+        )
 
 
 class FrameBackend:
@@ -167,8 +242,55 @@ class FrameBackend:
 
     async def packs(self, *, timeout_s: float) -> tuple[str, ...]:
         """Names of the loaded packs, the default first."""
+        return tuple(pack.name for pack in await self.loaded(timeout_s=timeout_s))
+
+    async def loaded(self, *, timeout_s: float) -> tuple[LoadedPack, ...]:
+        """The loaded packs and how they draw, the default first."""
         response = await self._channel.call(self._stub.ListPacks, frame_pb.ListPacksRequest(), timeout_s=timeout_s)
-        return tuple(pack.name for pack in response.packs)
+        return tuple(
+            LoadedPack(name=pack.name, digest=pack.digest, architecture=pack.architecture, drawing=_drawing(pack))
+            for pack in response.packs
+        )
+
+
+# What is not here is a newer service's: nobody at this edge could ask for it.
+_FEATURES: dict[int, Feature] = {
+    frame_pb.FEATURE_REFERENCES: "references",
+    frame_pb.FEATURE_HISTORY: "history",
+    frame_pb.FEATURE_CHARACTERS: "characters",
+}
+_QUALITIES: dict[int, Quality] = {
+    frame_pb.QUALITY_DRAFT: "draft",
+    frame_pb.QUALITY_STANDARD: "standard",
+    frame_pb.QUALITY_BEST: "best",
+}
+
+
+def _drawing(pack: frame_pb.Pack) -> Drawing:
+    return Drawing(
+        width_px=pack.width_px,
+        height_px=pack.height_px,
+        min_side_px=pack.min_side_px,
+        side_multiple_px=pack.side_multiple_px,
+        max_area_px=pack.max_area_px,
+        default_steps=pack.default_steps,
+        max_steps=pack.max_steps,
+        default_text_guidance=pack.default_text_guidance,
+        default_image_guidance=pack.default_image_guidance,
+        max_references=pack.max_references,
+        features=tuple(_FEATURES[feature] for feature in pack.features if feature in _FEATURES),
+        samplers=tuple(pack.samplers),
+        qualities=tuple(
+            QualitySettings(
+                quality=_QUALITIES[each.quality],
+                steps=each.steps,
+                text_guidance=each.text_guidance,
+                image_guidance=each.image_guidance,
+            )
+            for each in pack.qualities
+            if each.quality in _QUALITIES
+        ),
+    )
 
 
 def _drawn(frame: frame_pb.RenderedFrame, elapsed_s: float) -> DrawnFrame:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.runtime.errors import FabulaError, FieldViolation, ImageUnreadable, InvalidArgument, UnknownField
+from services.story.backends import Backends, Feature
 from services.story.intake import StoryRequest
 from services.story.records import (
     DEFAULT_QUALITY,
@@ -144,6 +145,62 @@ class StoryListDocument(BaseModel):
 
     stories: list[StoryDocument]
     next_page_token: str
+
+
+class QualitySettingsDocument(BaseModel):
+    """How frames of one quality are drawn, unless a request says more."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    quality: Quality
+    steps: int
+    text_guidance: float
+    image_guidance: float
+
+
+class DrawingDocument(BaseModel):
+    """How a pack draws, and what may be asked of it. 0 and []: the frame service is of a version that does not tell."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    width_px: int = Field(description="Its own width, which stories have.")
+    height_px: int = Field(description="Its own height, which stories have.")
+    min_side_px: int = Field(description="Least width and least height of a single frame.")
+    side_multiple_px: int = Field(description="Width and height are multiples of it.")
+    max_area_px: int = Field(description="Most pixels of a frame: its width times its height.")
+    default_steps: int
+    max_steps: int = Field(description="Most steps that a story may ask for.")
+    default_text_guidance: float
+    default_image_guidance: float
+    max_references: int = Field(description="Most earlier frames it looks at; 0: each frame is drawn for itself.")
+    features: list[Feature] = Field(description="Only what can be asked for is here. More may come.")
+    samplers: list[str] = Field(description="Its own is the first.")
+    qualities: list[QualitySettingsDocument] = Field(description="The fastest first.")
+
+
+class BackendDocument(BaseModel):
+    """A pack as the services of this installation have it."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    pack: str
+    digest: str = Field(description="Of its manifest: changes when any weight changes.")
+    architecture: str
+    is_default: bool = Field(description="Whether this is the pack of a story that names none.")
+    drawing: DrawingDocument | None = Field(description="Null: the frame service has not got it, or is silent.")
+    writes: bool = Field(description="False: the caption service has not got it, or is silent.")
+    tells_stories: bool = Field(description="It draws and writes, so a story can be told with it now.")
+
+
+class BackendListDocument(BaseModel):
+    """What this installation can do now: its packs, the default one first, then by name."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    backends: list[BackendDocument]
+    unavailable_services: list[str] = Field(
+        description="caption or frame, where it did not answer. What only it knows is missing."
+    )
 
 
 class ProblemDocument(BaseModel):
@@ -305,6 +362,11 @@ def event_document(event: Event) -> dict[str, Any]:
         "event_time": _time(event.time_us).isoformat(),
         kind_of(what): content,
     }
+
+
+def backends_document(found: Backends) -> BackendListDocument:
+    """What the installation can do."""
+    return BackendListDocument.model_validate(found)
 
 
 def _time(us: int) -> datetime:

@@ -33,6 +33,7 @@ from services.story.records import DEFAULT_QUALITY, QUALITIES, Options, Quality
 MOST_IMAGE_BYTES = 8 * 1024 * 1024
 MOST_CAPTION_CHARACTERS = 1000
 MOST_FRAMES = 20
+MOST_STEPS = 100
 DEFAULT_FRAMES = 4
 DEFAULT_TEMPERATURE = 0.2
 PACK_MEMORY_S = 30.0
@@ -126,7 +127,7 @@ def check_options(request: StoryRequest, *, default_pack: str) -> Options:
         seed=secrets.randbelow(SEED_LIMIT) if seed is None else seed,
         pack=pack,
         temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
-        steps=_integer("steps", request.steps, 1, 100),
+        steps=_integer("steps", request.steps, 1, MOST_STEPS),
         text_guidance=_number("text_guidance", request.text_guidance, 0.0, 30.0),
         image_guidance=_number("image_guidance", request.image_guidance, 0.0, 30.0),
         quality=_quality(request.quality),

@@ -83,6 +83,8 @@ class StoryProcess:
             broadcaster=self._broadcaster,
             sandbox=self._sandbox,
             packs=PackCheck(caption, frame, default_pack=settings.default_pack),
+            caption=caption,
+            frame=frame,
             settings=settings,
         )
         self._caretaker = Caretaker(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from fabula.story.v1 import backend_pb2
 from fabula.story.v1 import story_pb2 as pb
 from fabula.warning.v1 import warning_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from services.story.backends import Backend, Drawing, Feature
 from services.story.records import (
     CaptionWritten,
     DescriptionWritten,
@@ -122,6 +125,54 @@ def error_to_pb(reason: str, message: str) -> Any:
 def warning_to_pb(told: StoryWarning) -> Any:
     """One warning."""
     return warning_pb2.Warning(reason=told.reason, message=told.message, field=told.field, metadata=dict(told.metadata))
+
+
+def backends_to_pb(backends: Iterable[Backend]) -> list[Any]:
+    """The packs of an installation."""
+    return [
+        backend_pb2.Backend(
+            pack=each.pack,
+            digest=each.digest,
+            architecture=each.architecture,
+            is_default=each.is_default,
+            drawing=drawing_to_pb(each.drawing) if each.drawing else None,
+            writes=each.writes,
+            tells_stories=each.tells_stories,
+        )
+        for each in backends
+    ]
+
+
+def drawing_to_pb(drawing: Drawing) -> Any:
+    """How a pack draws."""
+    return backend_pb2.Drawing(
+        width_px=drawing.width_px,
+        height_px=drawing.height_px,
+        min_side_px=drawing.min_side_px,
+        side_multiple_px=drawing.side_multiple_px,
+        max_area_px=drawing.max_area_px,
+        default_steps=drawing.default_steps,
+        max_steps=drawing.max_steps,
+        default_text_guidance=drawing.default_text_guidance,
+        default_image_guidance=drawing.default_image_guidance,
+        max_references=drawing.max_references,
+        features=[feature_to_pb(feature) for feature in drawing.features],
+        samplers=drawing.samplers,
+        qualities=[
+            backend_pb2.QualitySettings(
+                quality=quality_to_pb(each.quality),
+                steps=each.steps,
+                text_guidance=each.text_guidance,
+                image_guidance=each.image_guidance,
+            )
+            for each in drawing.qualities
+        ],
+    )
+
+
+def feature_to_pb(feature: Feature) -> Any:
+    """The enum value."""
+    return backend_pb2.Feature.Value(f"FEATURE_{feature.upper()}")
 
 
 def timestamp(us: int) -> Timestamp:

@@ -28,6 +28,10 @@ FRAME_FACTS = (  # fields of the frame service's Pack that a client may want bef
     "default_text_guidance",
     "default_image_guidance",
     "max_references",
+    "min_side_px",
+    "side_multiple_px",
+    "max_area_px",
+    "max_steps",
 )
 
 
@@ -78,7 +82,7 @@ def model_config(model: Model) -> pb.ModelConfigResponse:
     if is_frame:
         config.dynamic_batching.priority_levels = len(frame.PRIORITIES)
         config.dynamic_batching.default_priority_level = frame.DEFAULT_PRIORITY
-        facts |= {name: f"{getattr(model.pack, name):g}" for name in FRAME_FACTS}
+        facts |= {name: f"{getattr(model.pack, name):.12g}" for name in FRAME_FACTS}
     for name, value in facts.items():
         config.parameters[name].string_value = value
     return pb.ModelConfigResponse(config=config)

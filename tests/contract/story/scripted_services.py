@@ -34,6 +34,35 @@ FINGERPRINT = "0123456789abcdef"
 STEPS = 8
 
 
+def frame_pack(name: str) -> frame_pb.Pack:
+    """A pack as a frame service tells it; every number is another one."""
+    return frame_pb.Pack(
+        name=name,
+        digest=f"{name}-drawn",
+        architecture="storygen",
+        width_px=32,
+        height_px=40,
+        default_steps=STEPS,
+        max_references=3,
+        default_text_guidance=7.0,
+        default_image_guidance=3.5,
+        features=[frame_pb.FEATURE_REFERENCES, frame_pb.FEATURE_CHARACTERS],
+        min_side_px=16,
+        side_multiple_px=8,
+        max_area_px=5120,
+        max_steps=60,
+        samplers=["ddim", "euler"],
+        qualities=[
+            frame_pb.QualitySettings(quality=quality, steps=steps, text_guidance=guidance, image_guidance=1.25)
+            for quality, steps, guidance in (
+                (frame_pb.QUALITY_DRAFT, 4, 1.0),
+                (frame_pb.QUALITY_STANDARD, STEPS, 7.0),
+                (frame_pb.QUALITY_BEST, 16, 7.5),
+            )
+        ],
+    )
+
+
 def picture(seed: int, description: str, references: list[tuple[bytes, str]]) -> bytes:
     """A real PNG that depends on everything the frame service is given."""
     digest = hashlib.sha256(f"{seed}/{description}".encode())
@@ -59,6 +88,8 @@ class Script:
         self.steps_taken = 0  # denoising steps of every job, for the cancel test
         self.cancelled = 0
         self.packs = ["toon", "other"]
+        self.writers_alone: list[str] = []  # packs that only the caption service has
+        self.drawers_alone: list[str] = []  # packs that only the frame service has
         self.replicas_die = False
         self.strange: tuple[str, ...] = ()  # words the pack does not know, in whatever caption it is asked about
         self.strange_picture = False  # the given one is unlike what the pack draws
@@ -131,7 +162,10 @@ class ScriptedCaption(caption_grpc.CaptionServiceServicer):
 
     @unary_method(caption_pb.ListPacksResponse)
     async def ListPacks(self, request: Any, context: Any) -> Any:
-        return caption_pb.ListPacksResponse(packs=[caption_pb.Pack(name=name) for name in self.script.packs])
+        names = [*self.script.packs, *self.script.writers_alone]
+        return caption_pb.ListPacksResponse(
+            packs=[caption_pb.Pack(name=name, digest=f"{name}-written", architecture="llava") for name in names]
+        )
 
 
 class ScriptedFrame(frame_grpc.FrameServiceServicer):
@@ -197,7 +231,8 @@ class ScriptedFrame(frame_grpc.FrameServiceServicer):
 
     @unary_method(frame_pb.ListPacksResponse)
     async def ListPacks(self, request: Any, context: Any) -> Any:
-        return frame_pb.ListPacksResponse(packs=[frame_pb.Pack(name=name) for name in self.script.packs])
+        names = [*self.script.packs, *self.script.drawers_alone]
+        return frame_pb.ListPacksResponse(packs=[frame_pack(name) for name in names])
 
 
 class ScriptedServices:
