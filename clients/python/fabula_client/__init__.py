@@ -13,6 +13,7 @@ every error says what to do (`errors`). Depends on grpcio and Fabula's protos on
 """
 
 from fabula_client.aio import DEFAULT_TARGET, AsyncClient, AsyncStories, AsyncStory
+from fabula_client.backends import Backend, Backends, Drawing, Feature, QualitySettings
 from fabula_client.errors import (
     Cancelled,
     DataLoss,
@@ -62,14 +63,18 @@ __all__ = [
     "AsyncClient",
     "AsyncStories",
     "AsyncStory",
+    "Backend",
+    "Backends",
     "Cancelled",
     "CaptionWritten",
     "Client",
     "DataLoss",
     "DeadlineExceeded",
     "DescriptionWritten",
+    "Drawing",
     "FabulaError",
     "FailedPrecondition",
+    "Feature",
     "FieldViolation",
     "Frame",
     "FrameFinished",
@@ -84,6 +89,7 @@ __all__ = [
     "NotFound",
     "PermissionDenied",
     "Quality",
+    "QualitySettings",
     "Reason",
     "ResourceExhausted",
     "RetryPolicy",

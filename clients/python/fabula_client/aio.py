@@ -25,6 +25,7 @@ from fabula.story.v1 import story_pb2
 from fabula.story.v1 import story_service_pb2 as pb
 from fabula.story.v1.story_service_pb2_grpc import StoryServiceStub
 
+from fabula_client.backends import Backends, backends_from_pb
 from fabula_client.calls import MOST_IMAGE_BYTES, Connection, Metadata
 from fabula_client.errors import (
     FieldViolation,
@@ -73,6 +74,13 @@ class AsyncClient:
             target, timeout_s=timeout_s, retry=retry or RetryPolicy(), metadata=metadata, credentials=credentials
         )
         self.stories = AsyncStories(self._connection)
+
+    async def backends(self, *, timeout_s: float | None = None) -> Backends:
+        """What this Fabula can do now: its packs, and what may be asked of each. Raises Unavailable when none of its
+        services can say; while one of two is silent, `unavailable_services` names it."""
+        stub = StoryServiceStub(self._connection.channel)
+        answer = await self._connection.call(stub.ListBackends, pb.ListBackendsRequest(), timeout_s=timeout_s)
+        return backends_from_pb(answer)
 
     async def close(self) -> None:
         """Closes the connection; calls in flight are cancelled, stories go on."""

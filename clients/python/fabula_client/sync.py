@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from fabula_client.aio import DEFAULT_TARGET, AsyncClient, AsyncStories, AsyncStory, ImageSource
+from fabula_client.backends import Backends
 from fabula_client.calls import Metadata
 from fabula_client.retrying import RetryPolicy
 from fabula_client.story import Frame, Quality, State, Story, StoryEvent, StoryWarning
@@ -85,6 +86,10 @@ class Client:
         self._core = AsyncClient(target, timeout_s=timeout_s, retry=retry, metadata=metadata, credentials=credentials)
         self._loop = _Loop()
         self.stories = Stories(self._loop, self._core.stories)
+
+    def backends(self, *, timeout_s: float | None = None) -> Backends:
+        """What this Fabula can do now. See AsyncClient.backends."""
+        return self._loop.run(self._core.backends(timeout_s=timeout_s))
 
     def close(self) -> None:
         """Closes the connection; stories go on."""
