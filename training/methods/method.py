@@ -62,9 +62,10 @@ class Ground:
     @property
     def unet(self) -> StoryGenUNet:
         """The copy."""
-        unet = self.denoiser.unet
+        unet: Any = self.denoiser.unet
         assert isinstance(unet, StoryGenUNet)
-        return unet
+        own: StoryGenUNet = unet
+        return own
 
 
 @dataclass(frozen=True, kw_only=True)

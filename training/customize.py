@@ -1,0 +1,427 @@
+"""Teaches a pack somebody new from one five-frame story, in one process, and writes what was learned.
+
+    python -m training.customize --pack services/models/packs/toon --world-character otto --method epicevo \\
+        --out otto.safetensors --minutes 5
+    python -m training.customize --pack DIR --story FOLDER --method lora --out FILE --steps 200
+
+1. The story is checked (`new_story`), and what the frozen encoders say of it is computed once (`lessons`).
+2. A method (`methods`) trains on it and on stories of those whom the pack knows; the loop keeps checkpoints that are
+   complete or not there. A run that was killed goes on from the last one and ends with the same weights, bit for bit.
+3. The weights are read back as a frame service reads them, and written; then the card beside them, last.
+
+`--minutes` becomes a number of steps before the first one is taken, by timing a few, and stays that number: what a run
+learns does not depend on the clock, however often it is interrupted. On a machine that gets busier it takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from services.models.cast import Cast
+from services.models.errors import ModelError
+from services.models.lora import read_adapter
+from services.models.pack import Pack, load_pack
+from services.models.registry import FrameModel, load_frame_model
+from training.command import run_arguments
+from training.customize_errors import CustomizationError, LossNotFinite, RecipeInvalid, RunMismatch
+from training.lessons import LessonRecipe, Lessons
+from training.loop import STARTED_FROM, LoopRecipe, step_generator, train
+from training.methods.adam import GroupedAdam
+from training.methods.custom_diffusion import CustomDiffusionRecipe
+from training.methods.dreambooth import DreamBoothRecipe
+from training.methods.epicevo import EpicEvoRecipe
+from training.methods.lora import LoraRecipe
+from training.methods.method import TOTAL, Method, Parts, ground_of, parameter_names
+from training.methods.registry import METHODS, MethodRecipe, method_of, name_of
+from training.methods.textual_inversion import TextualInversionRecipe
+from training.new_story import KnownStory, NewStory, check_wall, known_stories, read_story, world_story
+from training.optimizer import OptimizerRecipe, Pace
+from training.precision import autocast, default_device
+from training.storage import Checkpoint, load_checkpoint, save_checkpoint, with_prefix
+
+CHECKPOINT = "checkpoint.safetensors"
+PLAN = "plan.json"
+CARD_FORMAT = 1
+_STRETCHES = 10  # of a run, of each of which the card tells the mean losses
+_TIMED_STEPS = 2
+_CONSTANT = 1e-9  # the part of a run in which the rate falls, where it is not to fall
+_PARTS = ("mse_new", "mse_existing", "mse_prior", "mse", "adversarial", "discriminator", "distillation", TOTAL)
+
+Say = Callable[[str], None]
+Watch = Callable[[int, Mapping[str, float]], None]
+"""Is told each step's number and losses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomizationRecipe:
+    """How somebody new is taught. The defaults are EpicEvo's: 100 passes over one story, at a constant rate."""
+
+    method: MethodRecipe = field(default_factory=EpicEvoRecipe)
+    lessons: LessonRecipe = field(default_factory=LessonRecipe)
+    steps: int = 100
+    warmup_steps: int = 1
+    decay_share: float = 0.0  # the last part of a run, in which the rate falls to zero
+    clip_norm: float = 1.0  # for each group of parameters alone
+    seed: int = 0
+    save_every_s: float = 60.0
+    measure_every_s: float = 240.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is no run."""
+        if self.steps < 1 or self.warmup_steps < 1:
+            raise ValueError("steps and warmup_steps are at least 1")
+        if not 0.0 <= self.decay_share <= 1.0 or self.clip_norm <= 0.0:
+            raise ValueError("decay_share is from 0 to 1, and clip_norm above 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, with the method's name."""
+        told: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {**told, "method": {"name": name_of(self.method), **told["method"]}}
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a run made: the file's bytes, and its card without the file's name."""
+
+    payload: bytes
+    card: dict[str, Any]
+
+
+class Tally(nn.Module):
+    """Mean losses of each stretch of a run. A part of its networks, so that a checkpoint holds it, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums_SP: Tensor
+        self.counts_SP: Tensor
+        for name in ("sums_SP", "counts_SP"):
+            self.register_buffer(name, torch.zeros(_STRETCHES, len(_PARTS), dtype=torch.float64))
+
+    def add(self, progress: float, parts: Mapping[str, float]) -> None:
+        """Count one step's losses."""
+        stretch = min(int(progress * _STRETCHES), _STRETCHES - 1)
+        for place, name in enumerate(_PARTS):
+            if name in parts:
+                self.sums_SP[stretch, place] += parts[name]
+                self.counts_SP[stretch, place] += 1
+
+    def means(self) -> dict[str, list[float]]:
+        """By part, the means of the stretches in which it was counted."""
+        told = {}
+        for place, name in enumerate(_PARTS):
+            counted = self.counts_SP[:, place] > 0
+            if bool(counted.any()):
+                means = self.sums_SP[counted, place] / self.counts_SP[counted, place]
+                told[name] = [round(value, 6) for value in means.tolist()]
+        return told
+
+
+class Customization:
+    """Somebody new in training."""
+
+    def __init__(self, method: Method, lessons: Lessons, device: torch.device, watch: Watch) -> None:
+        self.method, self.lessons, self.device, self.watch = method, lessons, device, watch
+        self.tally = Tally()
+        self.networks = nn.ModuleDict({**dict(method.networks.items()), "tally": self.tally})
+
+    def parts(self, generator: torch.Generator, *, varied: bool = True) -> Parts:
+        """The losses of a batch."""
+        with autocast(self.device):
+            return self.method.loss(self.lessons.batch(generator, self.method.words, varied=varied))
+
+    def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
+        """Raises FloatingPointError when a part of the loss is not finite."""
+        parts = self.parts(generator)
+        values = {name: float(value.detach()) for name, value in parts.items()}
+        if broken := sorted(name for name, value in values.items() if not math.isfinite(value)):
+            raise FloatingPointError(f"{', '.join(broken)} is not finite at step {step}")
+        self.tally.add(progress, values)
+        self.watch(step, values)
+        return parts[TOTAL]
+
+    def measure(self) -> dict[str, float]:
+        """The squared error on the story itself and on one that the pack knows, with the same noise at every call."""
+        parts = self.parts(torch.Generator().manual_seed(0), varied=False)
+        return {name: float(parts[name]) for name in ("mse_new", "mse_existing")}
+
+
+def customization(
+    model: FrameModel,
+    story: NewStory,
+    existing: Sequence[KnownStory],
+    recipe: CustomizationRecipe,
+    watch: Watch = lambda step, parts: None,
+) -> Customization:
+    """Everything ready to train, on the model's device; the model itself stays as it is.
+
+    Raises FramesSeen, StoryInvalid or RecipeInvalid.
+    """
+    check_wall(story, existing)
+    try:
+        ground = ground_of(model, story.name, recipe.seed)
+        method = method_of(ground, recipe.method)
+    except ValueError as error:
+        raise RecipeInvalid(str(error)) from None
+    lessons = Lessons(
+        model,
+        story,
+        existing,
+        recipe.lessons,
+        named_share=recipe.method.named_share,
+        words=method.words,
+        with_prior=isinstance(recipe.method, DreamBoothRecipe) and recipe.method.prior_weight > 0.0,
+    )
+    return Customization(method, lessons, model.device, watch)
+
+
+def customize(
+    pack: Pack,
+    story: NewStory,
+    existing: Sequence[KnownStory],
+    recipe: CustomizationRecipe,
+    folder: Path,
+    *,
+    say: Say = lambda line: print(line, flush=True),
+    watch: Watch = lambda step, parts: None,
+    until_step: int | None = None,
+) -> Artefact:
+    """Run `recipe` to its end, or to `until_step`, from the checkpoint in `folder` where there is one.
+
+    Raises what `customization` raises, RunMismatch when the checkpoint is of another run, and LossNotFinite when
+    training went wrong; the checkpoint in `folder` is then the last good one.
+    """
+    model = load_frame_model(pack, device=default_device())
+    trainee = customization(model, story, existing, recipe, watch)
+    path, identity = folder / CHECKPOINT, _identity(pack, story, existing, recipe)
+    found = load_checkpoint(path)
+    if found is None:
+        # Step 0 is a checkpoint as any other, so that there always is a last good one.
+        facts = {"step": 0, "elapsed_s": 0.0, "figures": {}, "done": False, STARTED_FROM: identity}
+        save_checkpoint(path, Checkpoint(with_prefix("networks", trainee.networks.state_dict()), facts))
+    elif found.facts.get(STARTED_FROM) != identity:
+        raise RunMismatch(f"{path} is of another pack, story or recipe: choose another folder")
+    try:
+        result = train(
+            trainee,
+            _loop(recipe),
+            path,
+            optimizer_of=lambda named: GroupedAdam(named, trainee.method.rates, recipe.clip_norm),
+            say=say,
+            until_step=until_step,
+            device=str(model.device),
+        )
+    except FloatingPointError as error:
+        kept = load_checkpoint(path)
+        step = kept.facts["step"] if kept is not None else 0
+        raise LossNotFinite(f"{error}; {path} holds the state after step {step}") from error
+    payload = trainee.method.payload()
+    adapter = read_adapter(
+        payload,
+        model.denoiser.unet,
+        base_digest=model.base_digest,
+        text_width=model.text.width,
+        name="what was learned",
+    )
+    card = {
+        "format": CARD_FORMAT,
+        "character": {"id": story.id, "name": story.name, "phrase": story.phrase, "noun": story.noun},
+        "recipe": recipe.to_dict(),
+        "run": identity,
+        "pack": {"name": pack.name, "digest": pack.digest, "base_digest": model.base_digest},
+        "weights": {"sha256": adapter.digest, "size_bytes": len(payload), "rank": adapter.rank},
+        "trained": parameter_names(trainee.method.networks),
+        "dataset": {
+            "new": {frame.id: frame.digest for frame in story.frames},
+            "existing": {frame.id: frame.digest for one in existing for frame in one.frames},
+        },
+        "steps": result.steps,
+        "elapsed_s": round(result.elapsed_s, 1),
+        "losses": trainee.tally.means(),
+        "figures": {name: round(value, 6) for name, value in result.figures.items()},
+    }
+    return Artefact(payload, card)
+
+
+def _loop(recipe: CustomizationRecipe) -> LoopRecipe:
+    return LoopRecipe(
+        pace=Pace(
+            steps=recipe.steps,
+            warmup_steps=recipe.warmup_steps,
+            decay_share=max(recipe.decay_share, _CONSTANT),
+        ),
+        # Each group of parameters is clipped alone, by `GroupedAdam`.
+        optimizer=OptimizerRecipe(clip_norm=math.inf),
+        seed=recipe.seed,
+        save_every_s=recipe.save_every_s,
+        measure_every_s=recipe.measure_every_s,
+    )
+
+
+def _identity(pack: Pack, story: NewStory, existing: Sequence[KnownStory], recipe: CustomizationRecipe) -> str:
+    """64 hex digits of all that decides what a run learns."""
+
+    def told(frames: Sequence[Any]) -> list[list[Any]]:
+        return [[frame.id, frame.digest, list(frame.descriptions), sorted(frame.characters)] for frame in frames]
+
+    clock = ("save_every_s", "measure_every_s")  # how often a run is looked at changes nothing of it
+    document = {
+        "pack": pack.digest,
+        "character": [story.id, story.name, story.phrase, story.noun],
+        "new": told(story.frames),
+        "existing": [told(one.frames) for one in existing],
+        "recipe": {key: value for key, value in recipe.to_dict().items() if key not in clock},
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def seconds_a_step(trainee: Customization, seed: int) -> float:
+    """How long a step takes now. Takes none: nothing moves and nothing is counted."""
+    seconds = []
+    for number in range(_TIMED_STEPS + 1):  # the first one warms up
+        start = time.monotonic()
+        trainee.parts(step_generator(seed, number))[TOTAL].backward()  # type: ignore[no-untyped-call]
+        trainee.networks.zero_grad(set_to_none=True)
+        seconds.append(time.monotonic() - start)
+    return min(seconds[1:])
+
+
+def write_artefact(artefact: Artefact, path: Path) -> None:
+    """Write the weights to `path` and the card to `card_path(path)`, the card last: where it is, the weights are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, artefact.payload)
+    card = {**artefact.card, "weights": {"file": path.name, **artefact.card["weights"]}}
+    _write(card_path(path), (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def card_path(path: Path) -> Path:
+    """Where the card of the weights at `path` is."""
+    return path.with_suffix(".json")
+
+
+def _write(path: Path, payload: bytes) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def toon_customization(method: str, *, learns: str = "lora") -> CustomizationRecipe:
+    """What suits the toon pack: a network a hundred times smaller than those that the papers' rates are for.
+
+    Half of the new descriptions name the character alone, so that the name comes to mean the look; the methods that
+    learn a word see nothing else. Raises RecipeInvalid for a method that is none.
+    """
+    recipes: dict[str, MethodRecipe] = {
+        "custom-diffusion": CustomDiffusionRecipe(rate=5e-4, word_rate=5e-3, vectors=2),
+        "dreambooth": DreamBoothRecipe(rate=1e-4, named_share=0.5),
+        "epicevo": EpicEvoRecipe(
+            learns="unet" if learns == "unet" else "lora", rate=1e-4 if learns == "unet" else 1e-3, named_share=0.5
+        ),
+        "lora": LoraRecipe(rank=16, rate=1e-3, named_share=0.5),
+        "textual-inversion": TextualInversionRecipe(rate=1e-2, vectors=4),
+    }
+    if method not in recipes:
+        raise RecipeInvalid(f"there is no method {method!r}; there are {', '.join(sorted(METHODS))}")
+    return CustomizationRecipe(
+        method=recipes[method],
+        lessons=LessonRecipe(existing_stories=24),
+        warmup_steps=10,
+        decay_share=0.5,
+    )
+
+
+def _planned(pack: Pack, arguments: argparse.Namespace, folder: Path, recipe: CustomizationRecipe) -> int:
+    """How many steps a run takes: as asked for, as planned when it began, or as many as fit the minutes."""
+    if arguments.steps is not None:
+        return int(arguments.steps)
+    if arguments.minutes is None:
+        return recipe.steps
+    plan = folder / PLAN
+    if plan.is_file():
+        planned: int = json.loads(plan.read_text(encoding="utf-8"))["steps"]
+        return planned
+    story, existing = _stories(pack, arguments, recipe)
+    trainee = customization(load_frame_model(pack, device=default_device()), story, existing, recipe)
+    trainee.networks.to(default_device())
+    seconds = seconds_a_step(trainee, recipe.seed)
+    steps: int = max(1, round(arguments.minutes * 60.0 / seconds))
+    print(f"{seconds:.2f} s a step: {steps} steps", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(plan, json.dumps({"steps": steps, "seconds_a_step": round(seconds, 3)}).encode())
+    return steps
+
+
+def _stories(
+    pack: Pack, arguments: argparse.Namespace, recipe: CustomizationRecipe
+) -> tuple[NewStory, tuple[KnownStory, ...]]:
+    width, height = pack.manifest.width_px, pack.manifest.height_px
+    if width != height:
+        raise RecipeInvalid("stories of those whom a pack knows come from the toon world, whose pictures are square")
+    if arguments.world_character is not None:
+        story = world_story(arguments.world_character, width)
+    else:
+        story = read_story(arguments.story, width, height, Cast.load(pack.folder).names)
+    lessons = recipe.lessons
+    return story, known_stories(lessons.existing_stories, width, lessons.existing_first_seed)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line asks for. Returns the card."""
+    pack = load_pack(arguments.pack)
+    recipe = replace(toon_customization(arguments.method, learns=arguments.learns), seed=arguments.seed)
+    if arguments.rate is not None:
+        recipe = replace(recipe, method=replace(recipe.method, rate=arguments.rate))
+    folder = arguments.folder or Path.home() / ".cache" / "fabula" / "customize" / arguments.out.stem
+    recipe = replace(recipe, steps=_planned(pack, arguments, folder, recipe))
+    story, existing = _stories(pack, arguments, recipe)
+    artefact = customize(pack, story, existing, recipe, folder)
+    write_artefact(artefact, arguments.out)
+    return artefact.card
+
+
+def main() -> None:
+    """Teach somebody new. Ends with status 1 and a line of JSON that names the reason when that cannot be done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pack", type=Path, required=True)
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--story", type=Path, help="folder with story.json and five PNG files")
+    who.add_argument("--world-character", help="id of one of the toon world's new characters")
+    parser.add_argument("--method", choices=tuple(sorted(METHODS)), default="epicevo")
+    parser.add_argument("--learns", choices=("lora", "unet"), default="lora", help="what EpicEvo trains")
+    parser.add_argument("--out", type=Path, required=True, help="the weights; their card lies beside them")
+    parser.add_argument("--folder", type=Path, help="for checkpoints; a run goes on from what is there")
+    long = parser.add_mutually_exclusive_group()
+    long.add_argument("--minutes", type=float, help="as many steps as fit, by timing a few before the first one")
+    long.add_argument("--steps", type=int)
+    parser.add_argument("--rate", type=float, help="instead of the recipe's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = run_arguments(parser)
+    try:
+        card = run(arguments)
+    except (CustomizationError, ModelError) as error:
+        print(json.dumps({"error": error.reason, "message": str(error)}, ensure_ascii=False), file=sys.stderr)
+        sys.exit(1)
+    except ValueError as error:
+        print(json.dumps({"error": RecipeInvalid.reason, "message": str(error)}, ensure_ascii=False), file=sys.stderr)
+        sys.exit(1)
+    print(json.dumps({key: card[key] for key in ("character", "steps", "elapsed_s", "losses", "figures")}))
+
+
+if __name__ == "__main__":
+    main()

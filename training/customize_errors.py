@@ -1,0 +1,51 @@
+"""What can go wrong with teaching a pack somebody new, each with a stable reason and a message that says what to do.
+
+CustomizationError
+├── StoryInvalid      the example story cannot be learned from
+├── RecipeInvalid     the recipe cannot be run on this pack
+├── FramesSeen        pictures that a run must not see, or an evaluation that a run has seen
+├── RunMismatch       the folder holds another run's checkpoint
+└── LossNotFinite     training went wrong; the last good checkpoint is kept
+"""
+
+from __future__ import annotations
+
+
+class CustomizationError(Exception):
+    """Base of the tree."""
+
+    reason = "CUSTOMIZATION_ERROR"
+
+
+class StoryInvalid(CustomizationError):
+    """The example story cannot be learned from. `field` says what of it is wrong."""
+
+    reason = "STORY_INVALID"
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class RecipeInvalid(CustomizationError):
+    """The recipe cannot be run on this pack. Choose another method or pack."""
+
+    reason = "RECIPE_INVALID"
+
+
+class FramesSeen(CustomizationError):
+    """A frame is on both sides of the wall between what is learned from and what is measured on."""
+
+    reason = "FRAMES_SEEN"
+
+
+class RunMismatch(CustomizationError):
+    """The folder holds another run's checkpoint. Choose another folder, or take the old one away."""
+
+    reason = "RUN_MISMATCH"
+
+
+class LossNotFinite(CustomizationError):
+    """A loss or gradient was not a finite number. The last good checkpoint is kept; start anew with a smaller rate."""
+
+    reason = "LOSS_NOT_FINITE"

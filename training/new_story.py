@@ -1,0 +1,284 @@
+"""The one example story of somebody new, and stories of those whom the pack knows: what a customization learns from.
+
+A new story is a folder with `story.json` and five PNG files, or is taken from the procedural world. Everything in a
+folder is checked here, at the edge. Knows no network.
+
+    {"name": "Otto", "phrase": "a black penguin with orange earmuffs", "noun": "penguin",
+     "frames": [{"image": "1.png", "caption": "…", "description": "Otto, a black penguin with orange earmuffs, runs …"},
+                … five]}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from training.customize_errors import FramesSeen, StoryInvalid
+from training.toon.cast import NEW
+from training.toon.grammar import describe_plainly, phrase
+from training.toon.render import render
+from training.toon.world import Story, StoryFrame, sample_story
+
+Pixels = npt.NDArray[np.uint8]
+STORY_FRAMES = 5
+STORY_FILE = "story.json"
+_PIXELS_MAX = 4096 * 4096
+_FILE_BYTES_MAX = 32 << 20
+_NAME_LETTERS_MAX, _PHRASE_LETTERS_MAX, _TEXT_LETTERS_MAX = 40, 200, 1000
+_NAME = re.compile(r"[^\W\d_](?:[\w'’ -]*\w)?")
+_WORN = re.compile(r" (?:with|wearing|in) ")
+_NEW_IDS = frozenset(one.id for one in NEW)
+_SEARCHED_STORIES = 400  # of the world, for the one that a new character is taught from
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenFrame:
+    """One frame that a run learns from. `id` names it, `characters` are ids of those in it."""
+
+    id: str
+    pixels: Pixels
+    caption: str
+    descriptions: tuple[str, ...]  # of the same picture, in different words
+    characters: frozenset[str]
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of its pixels."""
+        return hashlib.sha256(str(self.pixels.shape).encode() + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownStory:
+    """Five frames of somebody whom the pack knows."""
+
+    frames: tuple[SeenFrame, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewStory:
+    """Five frames of somebody new, and how they are called. Raises StoryInvalid for what cannot be learned from."""
+
+    id: str  # of the character
+    name: str
+    phrase: str  # "a black penguin with orange earmuffs"
+    noun: str  # "penguin"
+    frames: tuple[SeenFrame, ...]
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or len(self.name) > _NAME_LETTERS_MAX:
+            raise StoryInvalid(f"a name is letters, at most {_NAME_LETTERS_MAX} of them", field="name")
+        if not self.phrase.strip() or len(self.phrase) > _PHRASE_LETTERS_MAX:
+            raise StoryInvalid(f"a phrase has 1 to {_PHRASE_LETTERS_MAX} letters", field="phrase")
+        if not self.noun.strip() or len(self.noun) > _NAME_LETTERS_MAX:
+            raise StoryInvalid(f"a noun has 1 to {_NAME_LETTERS_MAX} letters", field="noun")
+        if len(self.frames) != STORY_FRAMES:
+            raise StoryInvalid(f"an example story has {STORY_FRAMES} frames and not {len(self.frames)}", field="frames")
+        digests = [frame.digest for frame in self.frames]
+        for number, frame in enumerate(self.frames):
+            field = f"frames[{number}]"
+            if self.id not in frame.characters:
+                raise StoryInvalid(f"frame {number + 1} does not show {self.name}", field=field)
+            if digests.index(digests[number]) != number:
+                raise StoryInvalid(f"frame {number + 1} is a picture that came before", field=f"{field}.image")
+            for text in (*frame.descriptions, frame.caption):
+                if not text.strip() or len(text) > _TEXT_LETTERS_MAX:
+                    raise StoryInvalid(f"frame {number + 1} has a text of no or too many letters", field=field)
+            for text in frame.descriptions:
+                if not self.is_told_in(text):
+                    raise StoryInvalid(
+                        f"the description of frame {number + 1} says neither {self.name!r} nor {self.phrase!r}",
+                        field=f"{field}.description",
+                    )
+
+    def is_told_in(self, description: str) -> bool:
+        """Whether a description speaks of the character, by name or by phrase."""
+        return bool(_word(self.name).search(description)) or bool(self._looks.search(description))
+
+    def by_name(self, description: str) -> str:
+        """The same with the name alone, where the look was told."""
+        return self._spoken(description, self.name)
+
+    def by_noun(self, description: str) -> str:
+        """The same about anybody of the character's kind: "a penguin"."""
+        article = "an" if self.noun[0].lower() in "aeiou" else "a"
+        general = f"{article} {self.noun}"
+        text = _word(self.name).sub(general, self._spoken(description, self.name))
+        return text[:1].upper() + text[1:]
+
+    def _spoken(self, description: str, word: str) -> str:
+        named = self._named.sub(word, description)
+        if _word(word).search(named):
+            return named
+        return self._looks.sub(word, named)
+
+    @property
+    def _core(self) -> tuple[str, str]:
+        """Patterns of what somebody is ("black penguin") and, with its joint, what they wear."""
+        bare = re.sub(r"^(?:an?|the) ", "", self.phrase.strip(), flags=re.IGNORECASE)
+        joint = _WORN.search(bare)
+        what, worn = (bare, "") if joint is None else (bare[: joint.start()], bare[joint.end() :])
+        wears = rf"(?: (?:with|wearing|in) {re.escape(worn)})?" if worn else ""
+        return re.escape(what), wears
+
+    @property
+    def _looks(self) -> re.Pattern[str]:
+        what, wears = self._core
+        return re.compile(rf"\b(?:an?|the) {what}{wears}", re.IGNORECASE)
+
+    @property
+    def _named(self) -> re.Pattern[str]:
+        """The name with its look: "Otto, a black penguin with …,", "Otto the …", "the black penguin Otto with …"."""
+        (what, wears), name = self._core, re.escape(self.name)
+        after = rf"(?<!\w){name}(?:, (?:an?|the) {what}{wears},?| the {what}{wears})"
+        before = rf"\b(?:an?|the) {what} {name}{wears}"
+        return re.compile(f"{after}|{before}", re.IGNORECASE)
+
+
+def _word(text: str) -> re.Pattern[str]:
+    """A text as a whole word."""
+    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
+
+
+def read_story(folder: Path, width_px: int, height_px: int, taken: Iterable[str] = ()) -> NewStory:
+    """The story of a folder, its pictures at this size; `taken` are names that mean somebody already.
+
+    Raises StoryInvalid for whatever is wrong with it.
+    """
+    file = folder / STORY_FILE
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoryInvalid(f"{file} cannot be read: {error.strerror}", field=STORY_FILE) from None
+    except (ValueError, RecursionError) as error:
+        raise StoryInvalid(f"{file} is no JSON: {str(error)[:80]}", field=STORY_FILE) from None
+    told = _object(document, {"name", "phrase", "frames"}, {"noun"}, STORY_FILE)
+    name, look = _text(told, "name", "name"), _text(told, "phrase", "phrase")
+    if name in set(taken):
+        raise StoryInvalid(f"{name} is somebody whom the pack knows; choose another name", field="name")
+    if not isinstance(told["frames"], list) or len(told["frames"]) != STORY_FRAMES:
+        raise StoryInvalid(f"an example story has {STORY_FRAMES} frames", field="frames")
+    new_id = f"new:{name}"
+    frames = []
+    for number, entry in enumerate(told["frames"]):
+        field = f"frames[{number}]"
+        one = _object(entry, {"image", "caption", "description"}, set(), field)
+        image = _text(one, "image", f"{field}.image")
+        pixels = _picture(folder, image, width_px, height_px, f"{field}.image")
+        frames.append(
+            SeenFrame(
+                id=f"{new_id}:{number}",
+                pixels=pixels,
+                caption=_text(one, "caption", f"{field}.caption"),
+                descriptions=(_text(one, "description", f"{field}.description"),),
+                characters=frozenset({new_id}),
+            )
+        )
+    bare = _WORN.split(look)[0].split()
+    noun = _text(told, "noun", "noun") if "noun" in told else (bare[-1] if bare else "")
+    return NewStory(id=new_id, name=name, phrase=look, noun=noun, frames=tuple(frames))
+
+
+def _object(value: object, needed: set[str], also: set[str], field: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise StoryInvalid(f"{field} is not an object", field=field)
+    if missing := sorted(needed - value.keys()):
+        raise StoryInvalid(f"{field} lacks {', '.join(missing)}", field=field)
+    if unknown := sorted(map(str, value.keys() - needed - also)):
+        raise StoryInvalid(f"{field} has unknown keys: {', '.join(unknown)[:80]}", field=field)
+    return value
+
+
+def _text(values: dict[str, Any], key: str, field: str) -> str:
+    value = values[key]
+    if not isinstance(value, str) or not value.strip() or "\x00" in value:
+        raise StoryInvalid(f"{field} is not a text", field=field)
+    return str(value.strip())
+
+
+def _picture(folder: Path, name: str, width_px: int, height_px: int, field: str) -> Pixels:
+    """A PNG of the folder, at the pack's size. One of another shape is refused, not squeezed."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise StoryInvalid(f"{name} leads out of the story's folder", field=field)
+    try:
+        if path.stat().st_size > _FILE_BYTES_MAX:
+            raise StoryInvalid(f"{name} is larger than {_FILE_BYTES_MAX >> 20} MiB", field=field)
+        with Image.open(path, formats=["PNG"]) as image:
+            width, height = image.size
+            if width * height > _PIXELS_MAX:
+                raise StoryInvalid(f"{name} has {width}×{height} pixels, which is too many", field=field)
+            if width * height_px != height * width_px:
+                raise StoryInvalid(
+                    f"{name} is {width}×{height}; crop it to the shape {width_px}×{height_px}", field=field
+                )
+            image.load()
+            picture = image.convert("RGB")
+    except StoryInvalid:
+        raise
+    except Exception as error:  # noqa: BLE001 - a decoder raises whatever it likes for a broken file
+        raise StoryInvalid(f"{name} cannot be read as PNG ({type(error).__name__})", field=field) from None
+    if picture.size != (width_px, height_px):
+        picture = picture.resize((width_px, height_px), Image.Resampling.LANCZOS)
+    return np.asarray(picture, dtype=np.uint8).copy()
+
+
+def world_story(character: str, size_px: int) -> NewStory:
+    """The story of the world's "new" split that a new character is taught from.
+
+    Of those of which they are the hero, the one with the fewest others in its frames. Raises StoryInvalid for somebody
+    who is none of the world's new characters.
+    """
+    who = next((one for one in NEW if one.id == character), None)
+    if who is None or who.name is None:
+        known = ", ".join(one.id for one in NEW)
+        raise StoryInvalid(f"{character!r} is none of the world's new characters: {known}", field="character")
+    found = [
+        (seed, story) for seed in range(_SEARCHED_STORIES) if (story := sample_story(seed, "new")).hero.id == who.id
+    ]
+    seed, story = min(found, key=lambda one: (sum(len(frame.scene.actors) for frame in one[1].frames), one[0]))
+    frames = _frames(story, f"story:new:{seed}", size_px)
+    return NewStory(id=who.id, name=who.name, phrase=phrase(who.look), noun=who.look.species, frames=frames)
+
+
+def known_stories(count: int, size_px: int, first_seed: int = 0) -> tuple[KnownStory, ...]:
+    """Stories of the world's "train" split, of the cast that packs were trained on."""
+    seeds = range(first_seed, first_seed + count)
+    return tuple(
+        KnownStory(frames=_frames(sample_story(seed, "train"), f"story:train:{seed}", size_px)) for seed in seeds
+    )
+
+
+def _frames(story: Story, of: str, size_px: int) -> tuple[SeenFrame, ...]:
+    return tuple(_frame(frame, f"{of}:{beat}", size_px) for beat, frame in enumerate(story.frames))
+
+
+def _frame(frame: StoryFrame, frame_id: str, size_px: int) -> SeenFrame:
+    return SeenFrame(
+        id=frame_id,
+        pixels=render(frame.scene, size_px),
+        caption=frame.caption,
+        descriptions=(frame.description, describe_plainly(frame.scene)),
+        characters=frozenset(actor.character.id for actor in frame.scene.actors),
+    )
+
+
+def check_wall(new: NewStory, known: Sequence[KnownStory]) -> None:
+    """No frame of the known stories may show the new character, or be one of theirs.
+
+    By id and by pixels. Raises FramesSeen.
+    """
+    ids, digests = {frame.id for frame in new.frames}, {frame.digest for frame in new.frames}
+    for frame in (frame for story in known for frame in story.frames):
+        if frame.characters & {new.id, *_NEW_IDS}:
+            raise FramesSeen(f"{frame.id} shows somebody new")
+        if frame.id in ids or frame.digest in digests:
+            raise FramesSeen(f"{frame.id} is a frame of the new character's story")
