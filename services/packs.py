@@ -87,7 +87,7 @@ def list_packs(given: argparse.Namespace, say: Say) -> Answer:
     wanted = wanted_packs()
     packs = [
         {**asdict(each), "in_use": each.name in wanted and each.hidden_by is None and not each.unfinished}
-        for each in _library().list()
+        for each in _library().packs()
     ]
     return {"packs": packs}
 

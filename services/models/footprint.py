@@ -109,7 +109,7 @@ def _drawing(folder: Path, manifest: Manifest, unet_bytes: int) -> int:
         pixels // 4**level * width * (_ATTENTION_WIDTHS if "Attn" in str(kind) else _CONVOLUTION_WIDTHS)
         for level, (width, kind) in enumerate(zip(widths, kinds, strict=True))
     )
-    return rows * max(levels) * unet_bytes
+    return int(rows * max(levels) * unet_bytes)
 
 
 def _decoding(folder: Path, manifest: Manifest) -> int:

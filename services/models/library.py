@@ -94,7 +94,7 @@ class Added:
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """One pack folder as `list` shows it. What a damaged manifest does not say is empty."""
+    """One pack folder as `fabula pack list` shows it. What a damaged manifest does not say is empty."""
 
     name: str
     folder: Path
@@ -186,7 +186,7 @@ class Library:
             raise PackError(f"cannot write pack {plan.name!r} to {self.folder}: {error.strerror}") from None
         return Added(pack=Pack(target, read_manifest(target)), notes=plan.notes, was_there=False)
 
-    def list(self) -> list[Listed]:
+    def packs(self) -> list[Listed]:
         """Every pack on the search path, in its order, then those whose adding did not end."""
         seen: dict[str, Path] = {}
         listed = []
@@ -201,7 +201,7 @@ class Library:
 
     def names(self) -> list[str]:
         """Of the packs that can be found, in the order of the search path."""
-        return [each.name for each in self.list() if not each.unfinished and each.hidden_by is None]
+        return [each.name for each in self.packs() if not each.unfinished and each.hidden_by is None]
 
     def remove(self, name: str, *, wanted: Collection[str] = (), force: bool = False) -> int:
         """Delete a pack of the library's own folder, and what adding it left unfinished. The bytes that became free.

@@ -250,7 +250,7 @@ def _header(source: Source, files: Mapping[str, SourceFile], path: str) -> dict[
 
 def _dtype(source: Source, header: Mapping[str, Any]) -> Literal["float16", "bfloat16", "float32"]:
     """Of a file's first tensor."""
-    values = next(iter(header.values()), {})
+    values: Any = next(iter(header.values()), None)
     stored = str(values.get("dtype")) if isinstance(values, dict) else ""
     if stored not in _DTYPES:
         known = ", ".join(sorted(_DTYPES))

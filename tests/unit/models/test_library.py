@@ -158,7 +158,7 @@ def test_a_killed_add_goes_on_where_it_was(library: Library, published: Pack, at
     source.at, source.then = at, killed
     assert in_a_child(lambda: add(library, source)) == 9
     assert visible(library) == []
-    assert [each.unfinished for each in library.list()] == [True]
+    assert [each.unfinished for each in library.packs()] == [True]
     again = Counting(published.folder)
     assert add(library, again).digest == published.digest
     # What a killed process had not handed to the system is lost; nothing else is read twice.
@@ -345,7 +345,7 @@ def test_the_list_tells_what_is_found_hidden_damaged_and_unfinished(
     (tmp_path / "packs" / "sick" / MANIFEST).write_text("{")
     (tmp_path / "packs" / f"{ADDING}half-0123abcd").mkdir()
     (tmp_path / "packs" / "notes").mkdir()  # no pack at all
-    listed = {(each.name, each.folder.parent.name): each for each in library.list()}
+    listed = {(each.name, each.folder.parent.name): each for each in library.packs()}
     assert set(listed) == {("mine", "shipped"), ("mine", "packs"), ("sick", "packs"), ("half", "packs")}
     mine = listed["mine", "packs"]
     assert mine.hidden_by == tmp_path / "shipped" / "mine"
