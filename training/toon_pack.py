@@ -104,7 +104,7 @@ def previews_of(codec: Codec, count: int = 600) -> Glimpse:
     pictures = np.array(shelf(toon_frame(gpu=on_gpu()).singles[0])[:count])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255.0
     with torch.inference_mode():
-        latents = torch.cat([codec.encode(part) for part in pixels.split(32)])
+        latents = torch.cat([codec.encode(pixels[start : start + 32]) for start in range(0, len(pixels), 32)])
     return fitted_glimpse(latents, pixels, codec.factor)
 
 
