@@ -43,6 +43,8 @@ async def test_a_full_queue_costs_no_decoding() -> None:
         broadcaster=Broadcaster(),
         sandbox=untouched,
         packs=untouched,
+        caption=untouched,
+        frame=untouched,
         settings=StorySettings(),
     )
     with pytest.raises(QueueFull):
