@@ -97,7 +97,7 @@ class Lessons:
         self.existing = self._shelf([frame for story in existing for frame in story.frames])
         self.prior: _Shelf | None = None
         if with_prior:
-            general = [new.by_noun(frame.descriptions[0]) for frame in new.frames]
+            general = [new.called.by_noun(frame.descriptions[0]) for frame in new.frames]
             drawn = [_drawn(model, text, recipe.prior_seed + number) for number, text in enumerate(general)]
             own = [
                 SeenFrame(id=f"prior:{n}", pixels=pixels, caption=text, descriptions=(text,), characters=frozenset())
@@ -113,7 +113,7 @@ class Lessons:
         """`words` may stand in descriptions of the new story alone."""
         most = max(len(frame.descriptions) for frame in frames)
         wordings = [frame.descriptions[number % len(frame.descriptions)] for frame in frames for number in range(most)]
-        named = wordings if new is None else [new.by_name(text) for text in wordings]
+        named = wordings if new is None else [new.called.by_name(text) for text in wordings]
         ids, named_ids = (self.text.token_ids(texts, words).view(len(frames), most, -1) for texts in (wordings, named))
         pixels = torch.from_numpy(np.stack([frame.pixels for frame in frames])).permute(0, 3, 1, 2).float() / 255.0
         with torch.no_grad():

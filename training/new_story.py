@@ -41,6 +41,58 @@ _SEARCHED_STORIES = 400  # of the world, for the one that a new character is tau
 
 
 @dataclass(frozen=True, kw_only=True)
+class Called:
+    """How somebody is spoken of, and how to speak of them otherwise."""
+
+    name: str
+    phrase: str  # "a black penguin with orange earmuffs"
+    noun: str  # "penguin"
+
+    def is_told_in(self, description: str) -> bool:
+        """Whether a description speaks of the character, by name or by phrase."""
+        return bool(_word(self.name).search(description)) or bool(self._looks.search(description))
+
+    def by_name(self, description: str) -> str:
+        """The same with the name alone, where the look was told."""
+        return self._spoken(description, self.name)
+
+    def by_noun(self, description: str) -> str:
+        """The same about anybody of the character's kind: "a penguin"."""
+        article = "an" if self.noun[0].lower() in "aeiou" else "a"
+        general = f"{article} {self.noun}"
+        text = _word(self.name).sub(general, self._spoken(description, self.name))
+        return text[:1].upper() + text[1:]
+
+    def _spoken(self, description: str, word: str) -> str:
+        named = self._named.sub(word, description)
+        if _word(word).search(named):
+            return named
+        return self._looks.sub(word, named)
+
+    @property
+    def _core(self) -> tuple[str, str]:
+        """Patterns of what somebody is ("black penguin") and, with its joint, what they wear."""
+        bare = re.sub(r"^(?:an?|the) ", "", self.phrase.strip(), flags=re.IGNORECASE)
+        joint = _WORN.search(bare)
+        what, worn = (bare, "") if joint is None else (bare[: joint.start()], bare[joint.end() :])
+        wears = rf"(?: (?:with|wearing|in) {re.escape(worn)})?" if worn else ""
+        return re.escape(what), wears
+
+    @property
+    def _looks(self) -> re.Pattern[str]:
+        what, wears = self._core
+        return re.compile(rf"\b(?:an?|the) {what}{wears}", re.IGNORECASE)
+
+    @property
+    def _named(self) -> re.Pattern[str]:
+        """The name with its look: "Otto, a black penguin with …,", "Otto the …", "the black penguin Otto with …"."""
+        (what, wears), name = self._core, re.escape(self.name)
+        after = rf"(?<!\w){name}(?:, (?:an?|the) {what}{wears},?| the {what}{wears})"
+        before = rf"\b(?:an?|the) {what} {name}{wears}"
+        return re.compile(f"{after}|{before}", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeenFrame:
     """One frame that a run learns from. `id` names it, `characters` are ids of those in it."""
 
@@ -93,54 +145,16 @@ class NewStory:
                 if not text.strip() or len(text) > _TEXT_LETTERS_MAX:
                     raise StoryInvalid(f"frame {number + 1} has a text of no or too many letters", field=field)
             for text in frame.descriptions:
-                if not self.is_told_in(text):
+                if not self.called.is_told_in(text):
                     raise StoryInvalid(
                         f"the description of frame {number + 1} says neither {self.name!r} nor {self.phrase!r}",
                         field=f"{field}.description",
                     )
 
-    def is_told_in(self, description: str) -> bool:
-        """Whether a description speaks of the character, by name or by phrase."""
-        return bool(_word(self.name).search(description)) or bool(self._looks.search(description))
-
-    def by_name(self, description: str) -> str:
-        """The same with the name alone, where the look was told."""
-        return self._spoken(description, self.name)
-
-    def by_noun(self, description: str) -> str:
-        """The same about anybody of the character's kind: "a penguin"."""
-        article = "an" if self.noun[0].lower() in "aeiou" else "a"
-        general = f"{article} {self.noun}"
-        text = _word(self.name).sub(general, self._spoken(description, self.name))
-        return text[:1].upper() + text[1:]
-
-    def _spoken(self, description: str, word: str) -> str:
-        named = self._named.sub(word, description)
-        if _word(word).search(named):
-            return named
-        return self._looks.sub(word, named)
-
     @property
-    def _core(self) -> tuple[str, str]:
-        """Patterns of what somebody is ("black penguin") and, with its joint, what they wear."""
-        bare = re.sub(r"^(?:an?|the) ", "", self.phrase.strip(), flags=re.IGNORECASE)
-        joint = _WORN.search(bare)
-        what, worn = (bare, "") if joint is None else (bare[: joint.start()], bare[joint.end() :])
-        wears = rf"(?: (?:with|wearing|in) {re.escape(worn)})?" if worn else ""
-        return re.escape(what), wears
-
-    @property
-    def _looks(self) -> re.Pattern[str]:
-        what, wears = self._core
-        return re.compile(rf"\b(?:an?|the) {what}{wears}", re.IGNORECASE)
-
-    @property
-    def _named(self) -> re.Pattern[str]:
-        """The name with its look: "Otto, a black penguin with …,", "Otto the …", "the black penguin Otto with …"."""
-        (what, wears), name = self._core, re.escape(self.name)
-        after = rf"(?<!\w){name}(?:, (?:an?|the) {what}{wears},?| the {what}{wears})"
-        before = rf"\b(?:an?|the) {what} {name}{wears}"
-        return re.compile(f"{after}|{before}", re.IGNORECASE)
+    def called(self) -> Called:
+        """How the character is spoken of."""
+        return Called(name=self.name, phrase=self.phrase, noun=self.noun)
 
 
 def _word(text: str) -> re.Pattern[str]:
