@@ -38,10 +38,14 @@ SIZE = 64
         ),
         ("Otto the black penguin with orange earmuffs waves.", "Otto waves.", "A penguin waves."),
         ("A black penguin with orange earmuffs waves.", "Otto waves.", "A penguin waves."),
-        ("At night, the black penguin Otto wearing orange earmuffs sleeps.", "At night, Otto sleeps.", "At night, a penguin sleeps."),
+        (
+            "At night, the black penguin Otto wearing orange earmuffs sleeps.",
+            "At night, Otto sleeps.",
+            "At night, a penguin sleeps.",
+        ),
         ("Otto waves at Pip.", "Otto waves at Pip.", "A penguin waves at Pip."),
     ],
-)  # fmt: skip
+)
 def test_a_look_can_be_told_as_a_name_or_a_noun(told: str, by_name: str, by_noun: str) -> None:
     assert OTTO.is_told_in(told)
     assert OTTO.by_name(told) == by_name
