@@ -11,6 +11,7 @@ import pytest
 from fabula.frame.v1 import frame_service_pb2
 from fabula_client import (
     AsyncClient,
+    Backends,
     CaptionWritten,
     Client,
     FrameFinished,
@@ -29,7 +30,7 @@ from fabula_client import (
     tracing,
 )
 
-from tests.contract.story.scripted_services import Script
+from tests.contract.story.scripted_services import STEPS, Script, ScriptedServices
 from tests.contract.story.story_process import StoryProcess
 
 TRACE_ID = "c" * 32
@@ -95,6 +96,45 @@ def test_a_story_tells_what_was_beyond_its_pack(process: StoryProcess, script: S
             ("PICTURE_UNFAMILIAR", "image"),
         ]
         assert tuple(told) == story.warnings == value.warnings
+
+
+async def test_both_clients_say_what_there_is(process: StoryProcess, script: Script) -> None:
+    script.writers_alone = ["pen"]
+    async with AsyncClient(process.grpc_target) as client:
+        found = await client.backends()
+    toon, other, pen = found
+    assert (toon.pack, toon.is_default, toon.digest) == ("toon", True, "toon-drawn")
+    assert toon.drawing is not None
+    assert (toon.drawing.max_steps, toon.drawing.features) == (60, ("references", "characters"))
+    assert [(each.quality, each.steps) for each in toon.drawing.qualities] == [
+        ("draft", 4),
+        ("standard", STEPS),
+        ("best", 16),
+    ]
+    assert [each.tells_stories for each in (toon, other, pen)] == [True, True, False]
+    assert found.unavailable_services == ()
+
+    def ask() -> Backends:
+        with Client(process.grpc_target) as client:
+            return client.backends()
+
+    assert await asyncio.to_thread(ask) == found
+
+
+async def test_with_both_services_away_nobody_can_say(
+    process: StoryProcess, services: ScriptedServices, script: Script
+) -> None:
+    async with AsyncClient(process.grpc_target, retry=RetryPolicy(attempts=1)) as client:
+        assert (await client.backends()).unavailable_services == ()
+        await asyncio.to_thread(services.stop)
+        try:
+            with pytest.raises(Unavailable) as refused:
+                await client.backends()
+        finally:
+            await asyncio.to_thread(services.start)
+        assert refused.value.metadata == {"services": "caption,frame"}
+    async with AsyncClient(process.grpc_target) as patient:  # tries again by itself until they are back
+        assert len(await patient.backends()) > 0
 
 
 def test_leaving_a_sync_watch_early_leaves_nothing_open(

@@ -65,6 +65,8 @@ def test_the_config_tells_of_previews_priorities_and_defaults(client: InferenceS
     facts = {name: value.string_value for name, value in config.parameters.items()}
     assert (facts["digest"], facts["width_px"]) == (manifest.digest, str(manifest.width_px))
     assert facts["default_steps"] == str(manifest.sampling.default_steps)
+    assert (facts["min_side_px"], facts["side_multiple_px"], facts["max_steps"]) == ("32", "8", "200")
+    assert facts["max_area_px"] == str(4 * manifest.width_px * manifest.height_px)
     assert not client.get_model_config("caption/tiny").config.model_transaction_policy.decoupled
 
 
