@@ -22,10 +22,23 @@ from services.models.arldm_checkpoint import (
     save_arldm,
     states_of,
 )
+from services.models.arldm_sampling import Story, draw_stories
 from services.models.arldm_text import resized_table
 from services.models.errors import PackFileMissing, PackManifestInvalid, PackWeightsMismatch
-from tests.reference_arldm import PUBLISHED, Sizes, State, layout, random_state
-from tests.tiny_arldm import CAPTIONS, SIZES, blip_tokenizer, clip_tokenizer, config
+from tests.reference_arldm import PUBLISHED, Reference, Sizes, State, layout, random_state
+from tests.tiny_arldm import (
+    CAPTIONS,
+    GUIDANCE,
+    SIZES,
+    STEPS,
+    blip_tokenizer,
+    clip_tokenizer,
+    config,
+    drawn_by_hand,
+    noise,
+    picture,
+    worst,
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +93,14 @@ def test_a_converted_checkpoint_loads_back_exactly(folder: Path, state: State) -
     assert model.networks.config.frame.frames == 5
     for loaded, own in ((model.clip_tokenizer, clip_tokenizer()), (model.blip_tokenizer, blip_tokenizer())):
         assert torch.equal(loaded.rows(CAPTIONS, SIZES.positions).ids_BS, own.rows(CAPTIONS, SIZES.positions).ids_BS)
+
+
+def test_a_loaded_folder_draws_what_the_reference_draws(folder: Path, state: State) -> None:
+    first, captions = picture(9), CAPTIONS[:2]
+    expected, _ = drawn_by_hand(Reference(state, SIZES), captions, [first], noise(1, 1)[0])
+    story = Story(captions=captions, given=(first,))
+    latents, _ = draw_stories(load_arldm(folder), [story], noise(1, 1), steps=STEPS, guidance=GUIDANCE)
+    assert worst(latents[0], expected) <= 1e-4
 
 
 def test_every_published_tensor_lands_in_the_file_it_belongs_to(folder: Path, state: State) -> None:
@@ -210,9 +231,13 @@ def test_a_folder_whose_networks_do_not_fit_is_refused(folder: Path, tmp_path: P
 
 
 def test_half_precision_is_the_unets_alone(folder: Path) -> None:
-    networks = load_arldm(folder, dtype=torch.bfloat16).networks
-    assert {p.dtype for p in networks.unet.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in networks.mm_encoder.parameters()} == {torch.float32}
+    model = load_arldm(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.networks.unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.networks.mm_encoder.parameters()} == {torch.float32}
+    story = Story(captions=CAPTIONS[:2], given=(picture(9),))
+    half, whole = (draw_stories(m, [story], noise(1, 1), steps=2)[0] for m in (model, load_arldm(folder)))
+    assert half.dtype == torch.float32
+    assert 0.0 < worst(half, whole) < 0.5
 
 
 def test_tables_grow_and_keep_what_they_knew(state: State) -> None:
