@@ -20,6 +20,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from services.models.library import Library
+from services.models.pack import Pack
+from services.models.published import Told, plan_published
+from services.models.registry import ARCHITECTURES
+from services.models.source import FolderSource
+
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 MERGES = [("c", "a"), ("ca", "t</w>"), ("t", "h"), ("th", "e</w>"), ("d", "o"), ("do", "g</w>")]
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -159,3 +165,10 @@ def write_checkpoint(folder: Path, kind: str, pipe: Any = None) -> Path:
         write_old_tokenizer(folder / "tokenizer")
         write_old_names(folder)
     return folder
+
+
+def sealed(checkpoint: Path, folder: Path, family: str) -> Pack:
+    """A pack of the checkpoint, made as an installation makes it, called as its folder."""
+    source, told = FolderSource(checkpoint), Told(licence="Apache-2.0", name=folder.name, family=family)
+    plan = plan_published(source, source.files(), told, ARCHITECTURES)
+    return Library(folder.parent, (folder.parent,)).add(plan, source).pack

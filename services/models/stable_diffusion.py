@@ -4,8 +4,8 @@
     text_encoder_2/ tokenizer_2/                   XL only
     model_index.json                               XL: what stands for "no text"
 
-Every frame is drawn from its description alone. How the noise goes is the manifest's business, and
-`stable_diffusion_pack.py` reads it from a checkpoint's scheduler. Knows no sampler and no serving.
+Every frame is drawn from its description alone. How the noise goes is the manifest's business. Knows no
+sampler and no serving.
 """
 
 from __future__ import annotations

@@ -1,39 +1,15 @@
-"""From a checkpoint folder in diffusers' layout to a pack: what is needed is linked or copied, and sealed.
+"""What a Stable Diffusion checkpoint says of sampling, and what its authors recommend where no file says it.
 
-    python -m services.models.stable_diffusion_pack sd-turbo CHECKPOINT packs/sd-turbo --licence NAME
-
-Everything that the manifest says of sampling is read from the checkpoint's own scheduler and autoencoder; what no file
-says (how many steps, how much guidance, which size) comes from `FAMILIES`. Fetches nothing.
+For whoever makes a pack of one (`published.py`). Knows no file and no network.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-from services.models.errors import PackError, PackFileMissing, PackManifestInvalid
-from services.models.pack import MANIFEST, Pack, PackSettings, Sampling, write_pack
-from services.models.registry import load_frame_model
 from services.models.schedule import ScheduleConfig
-from services.models.vae import LatentScaling
-
-_INDEX = "model_index.json"
-_CONFIG = "config.json"
-_SCHEDULER = "scheduler/scheduler_config.json"
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-_DTYPES: dict[str, Literal["float16", "bfloat16", "float32"]] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,78 +62,6 @@ _PLAIN: dict[str, Any] = {
 """What a scheduler may say of things that our samplers do in one way only."""
 
 
-def seal_checkpoint(
-    checkpoint: Path,
-    folder: Path,
-    family: str,
-    *,
-    name: str,
-    licence: str,
-    base: str = "",
-    created: datetime | None = None,
-) -> Pack:
-    """Make `folder` a pack of the checkpoint, checked and loaded once. Weights are linked where the disk allows it.
-
-    Raises PackManifestInvalid for a checkpoint that is none of ours, PackFileMissing for one that lacks a file (weights
-    are safetensors, in one file each), PackWeightsMismatch, or FileExistsError when `folder` holds something.
-    """
-    settings = pack_settings(checkpoint, family, name=name, licence=licence, base=base)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty")
-    encoders = ("", "_2") if FAMILIES[family].is_xl else ("",)
-    _place(checkpoint / _INDEX, folder / _INDEX)
-    _place(checkpoint / _SCHEDULER, folder / _SCHEDULER)
-    for network in ("unet", "vae", *(f"text_encoder{which}" for which in encoders)):
-        _place(checkpoint / network / _CONFIG, folder / network / _CONFIG)
-        weights = _weights(checkpoint, network)
-        _place(weights, folder / network / f"{weights.name.split('.')[0]}.safetensors")
-    for which in encoders:
-        for file in _TOKENIZER:
-            if (checkpoint / f"tokenizer{which}" / file).is_file():
-                _place(checkpoint / f"tokenizer{which}" / file, folder / f"tokenizer{which}" / file)
-    pack = write_pack(folder, settings, created=created)
-    try:
-        load_frame_model(pack, dtype=torch.float16)
-    except BaseException:
-        (folder / MANIFEST).unlink()  # a pack that cannot be loaded must not look sealed
-        raise
-    return pack
-
-
-def pack_settings(checkpoint: Path, family: str, *, name: str, licence: str, base: str = "") -> PackSettings:
-    """What the manifest will say. Raises PackManifestInvalid or PackFileMissing."""
-    if family not in FAMILIES:
-        raise PackManifestInvalid(f"no family {family!r}; known: {', '.join(sorted(FAMILIES))}")
-    kind = FAMILIES[family]
-    is_xl = (checkpoint / "text_encoder_2").is_dir()
-    if is_xl != kind.is_xl:
-        raise PackManifestInvalid(f"{checkpoint.name} has {'two text encoders' if is_xl else 'one text encoder'}")
-    try:
-        schedule, sampler = read_scheduler(_json(checkpoint / _SCHEDULER))
-        return PackSettings(
-            name=name,
-            architecture="stable-diffusion-xl" if is_xl else "stable-diffusion",
-            base=base or checkpoint.name,
-            licence=licence,
-            made_by=f"python -m services.models.stable_diffusion_pack {family}",
-            width_px=kind.side_px,
-            height_px=kind.side_px,
-            dtype=_dtype(_weights(checkpoint, "unet")),
-            max_references=0,
-            reference_range="signed",
-            latents=_latents(_json(checkpoint / "vae" / _CONFIG)),
-            schedule=schedule,
-            sampling=Sampling(
-                sampler=sampler,
-                default_steps=kind.steps,
-                default_text_guidance=kind.text_guidance,
-                default_image_guidance=1.0,
-            ),
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise PackManifestInvalid(f"{checkpoint.name}: {error}") from None
-
-
 def read_scheduler(values: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
     """The noise schedule and the sampler of a published `scheduler_config.json`.
 
@@ -192,82 +96,3 @@ def read_scheduler(values: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
         final_step_is_clean=is_clean,
     )
     return config, sampler
-
-
-def _latents(vae: Mapping[str, Any]) -> LatentScaling:
-    """Normalised latents as the UNet was trained on them: one factor, and per channel what a VAE says of itself."""
-    channels, scaling = int(vae.get("latent_channels", 4)), float(vae.get("scaling_factor", 0.18215))
-    mean = vae.get("latents_mean") or [0.0] * channels
-    deviation = vae.get("latents_std") or [1.0] * channels
-    return LatentScaling(shift=tuple(map(float, mean)), scale=tuple(scaling / float(one) for one in deviation))
-
-
-def _weights(checkpoint: Path, network: str) -> Path:
-    """A network's safetensors file: the full one, else the half-precision one."""
-    stem = _WEIGHTS[network.removesuffix("_2")]
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (checkpoint / network / name).is_file():
-            return checkpoint / network / name
-    raise PackFileMissing(f"{checkpoint.name} has no {network}/{stem}.safetensors; other formats are not read")
-
-
-def _dtype(weights: Path) -> Literal["float16", "bfloat16", "float32"]:
-    """Of a file's first tensor."""
-    try:
-        with safe_open(str(weights), framework="pt") as file:
-            stored = str(file.get_slice(next(iter(file.keys()))).get_dtype())
-    except (SafetensorError, StopIteration) as error:
-        raise ValueError(f"{weights.name} is no safetensors file with weights: {error}") from None
-    if stored not in _DTYPES:
-        raise ValueError(f"{weights.name} holds {stored} numbers; known: {', '.join(sorted(_DTYPES))}")
-    return _DTYPES[stored]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError:
-        raise PackFileMissing(f"no {path.parent.name}/{path.name} in the checkpoint") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path.parent.name}/{path.name} is not a JSON object")
-    return document
-
-
-def _place(source: Path, target: Path) -> None:
-    """The file at `target`: the same one where they share a disk, else a copy."""
-    if not source.is_file():
-        raise PackFileMissing(f"no {source.parent.name}/{source.name} in the checkpoint")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)  # what a download cache holds are links themselves
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m services.models.stable_diffusion_pack")
-    parser.add_argument("family", choices=sorted(FAMILIES))
-    parser.add_argument("checkpoint", type=Path, help="a folder with model_index.json, unet/, vae/, …")
-    parser.add_argument("folder", type=Path, help="the pack's folder; its name is the pack's")
-    parser.add_argument("--licence", required=True, help="an SPDX expression, or LicenseRef-…")
-    parser.add_argument("--base", default="", help="what the checkpoint is called; its folder's name without it")
-    given = parser.parse_args()
-    try:
-        pack = seal_checkpoint(
-            given.checkpoint,
-            given.folder,
-            given.family,
-            name=given.folder.name,
-            licence=given.licence,
-            base=given.base,
-        )
-    except (PackError, FileExistsError) as error:
-        print(f"not sealed: {error}", file=sys.stderr)
-        return 1
-    print(f"{pack.name} {pack.digest}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -36,9 +36,9 @@ from services.models.lora import ALPHA, NOBODY, AdapterSlots, Worn, read_adapter
 from services.models.registry import FrameModel, load_frame_model
 from services.models.samplers import SAMPLERS
 from services.models.schedule import Schedule
-from services.models.stable_diffusion_pack import read_scheduler, seal_checkpoint
+from services.models.stable_diffusion_pack import read_scheduler
 from services.models.step import advance
-from tests.stable_diffusion_checkpoints import BETAS, KINDS, pipeline, write_checkpoint
+from tests.stable_diffusion_checkpoints import BETAS, KINDS, pipeline, sealed, write_checkpoint
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}  # latents are of the order of one
 PROMPT = "the cat and the dog, at night"
@@ -54,8 +54,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     for kind in KINDS:
         pipe = pipeline(kind)
         checkpoint = write_checkpoint(folder / "published" / kind, kind, pipe)
-        pack = seal_checkpoint(checkpoint, folder / kind, kind, name=kind, licence="Apache-2.0")
-        found[kind] = (pipe, load_frame_model(pack))
+        found[kind] = (pipe, load_frame_model(sealed(checkpoint, folder / kind, kind)))
     return found
 
 
@@ -148,9 +147,7 @@ def test_texts_are_read_as_by_diffusers(pairs: dict[str, Pair], kind: str) -> No
 def test_xl_may_read_an_empty_text_instead_of_zeros(pairs: dict[str, Pair], tmp_path: Path) -> None:
     pipe = copy.copy(pairs["sdxl"][0])
     pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    pack = seal_checkpoint(
-        write_checkpoint(tmp_path / "published", "sdxl", pipe), tmp_path / "own", "sdxl", name="own", licence="MIT"
-    )
+    pack = sealed(write_checkpoint(tmp_path / "published", "sdxl", pipe), tmp_path / "own", "sdxl")
     pipe.register_to_config(force_zeros_for_empty_prompt=True)
     nothing = load_frame_model(pack).text.encode([""])
     with torch.no_grad():
