@@ -9,6 +9,10 @@
    complete or not there. A run that was killed goes on from the last one and ends with the same weights, bit for bit.
 3. The weights are read back as a frame service reads them, and written; then the card beside them, last.
 
+Whoever starts a run may follow and stop it (`customize_progress`): `--progress FILE` is told of steps and snapshots;
+SIGTERM, or a file at `--stop-file`, ends a run after the step in progress and its save. `--snapshots N` writes what was
+learned after each N-th part of the steps, as weights and card like the last ones.
+
 `--minutes` becomes a number of steps before the first one is taken, by timing a few, and stays that number: what a run
 learns does not depend on the clock, however often it is interrupted. On a machine that gets busier it takes longer.
 """
@@ -16,18 +20,22 @@ learns does not depend on the clock, however often it is interrupted. On a machi
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from services.models.cast import Cast
@@ -36,7 +44,15 @@ from services.models.lora import read_adapter
 from services.models.pack import Pack, load_pack
 from services.models.registry import FrameModel, load_frame_model
 from training.command import run_arguments
-from training.customize_errors import CustomizationError, LossNotFinite, RecipeInvalid, RunMismatch
+from training.customize_errors import (
+    CustomizationError,
+    DiskFull,
+    LossNotFinite,
+    RecipeInvalid,
+    RunMismatch,
+    RunStopped,
+)
+from training.customize_progress import NO_ROOM, STOPPED, Progress, Stop
 from training.lessons import LessonRecipe, Lessons
 from training.loop import STARTED_FROM, LoopRecipe, step_generator, train
 from training.methods.adam import GroupedAdam
@@ -54,6 +70,7 @@ from training.storage import Checkpoint, load_checkpoint, save_checkpoint, with_
 
 CHECKPOINT = "checkpoint.safetensors"
 PLAN = "plan.json"
+SNAPSHOTS = "snapshots"  # folder of what was learned on the way
 CARD_FORMAT = 1
 _STRETCHES = 10  # of a run, of each of which the card tells the mean losses
 _TIMED_STEPS = 2
@@ -62,7 +79,10 @@ _PARTS = ("mse_new", "mse_existing", "mse_prior", "mse", "adversarial", "discrim
 
 Say = Callable[[str], None]
 Watch = Callable[[int, Mapping[str, float]], None]
-"""Is told each step's number and losses."""
+"""Is told each step's number and losses, before it moves anything."""
+Keep = Callable[[int, "Artefact"], None]
+"""Is given what was learned in so many steps."""
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,14 +217,28 @@ def customize(
     say: Say = lambda line: print(line, flush=True),
     watch: Watch = lambda step, parts: None,
     until_step: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    snapshot_steps: Collection[int] = (),
+    keep: Keep = lambda step, artefact: None,
 ) -> Artefact:
     """Run `recipe` to its end, or to `until_step`, from the checkpoint in `folder` where there is one.
 
-    Raises what `customization` raises, RunMismatch when the checkpoint is of another run, and LossNotFinite when
-    training went wrong; the checkpoint in `folder` is then the last good one.
+    `keep` is given what was learned after each of `snapshot_steps`; a run that goes on may give it one again.
+
+    Raises what `customization` raises, RunMismatch when the checkpoint is of another run, RunStopped when `stop` said
+    so, and LossNotFinite when training went wrong; the checkpoint in `folder` is then the last good one.
     """
     model = load_frame_model(pack, device=default_device())
-    trainee = customization(model, story, existing, recipe, watch)
+
+    def seen(step: int, parts: Mapping[str, float]) -> None:
+        if step in snapshot_steps:
+            keep(step, artefact(step))
+        watch(step, parts)
+
+    def artefact(steps: int) -> Artefact:
+        return _artefact(trainee, model, pack, story, existing, recipe, run=identity, steps=steps)
+
+    trainee = customization(model, story, existing, recipe, seen)
     path, identity = folder / CHECKPOINT, _identity(pack, story, existing, recipe)
     found = load_checkpoint(path)
     if found is None:
@@ -221,12 +255,32 @@ def customize(
             optimizer_of=lambda named: GroupedAdam(named, trainee.method.rates, recipe.clip_norm),
             say=say,
             until_step=until_step,
+            stop=stop,
             device=str(model.device),
         )
     except FloatingPointError as error:
         kept = load_checkpoint(path)
         step = kept.facts["step"] if kept is not None else 0
         raise LossNotFinite(f"{error}; {path} holds the state after step {step}") from error
+    if until_step is None and result.steps < recipe.steps:
+        raise RunStopped(f"stopped after step {result.steps} of {recipe.steps}")
+    learned = artefact(result.steps)
+    figures = {name: round(value, 6) for name, value in result.figures.items()}
+    return Artefact(learned.payload, {**learned.card, "elapsed_s": round(result.elapsed_s, 1), "figures": figures})
+
+
+def _artefact(
+    trainee: Customization,
+    model: FrameModel,
+    pack: Pack,
+    story: NewStory,
+    existing: Sequence[KnownStory],
+    recipe: CustomizationRecipe,
+    *,
+    run: str,
+    steps: int,
+) -> Artefact:
+    """What was learned so far, read back as a frame service reads it."""
     payload = trainee.method.payload()
     adapter = read_adapter(
         payload,
@@ -239,7 +293,7 @@ def customize(
         "format": CARD_FORMAT,
         "character": {"id": story.id, "name": story.name, "phrase": story.phrase, "noun": story.noun},
         "recipe": recipe.to_dict(),
-        "run": identity,
+        "run": run,
         "pack": {"name": pack.name, "digest": pack.digest, "base_digest": model.base_digest},
         "weights": {"sha256": adapter.digest, "size_bytes": len(payload), "rank": adapter.rank},
         "trained": parameter_names(trainee.method.networks),
@@ -247,10 +301,8 @@ def customize(
             "new": {frame.id: frame.digest for frame in story.frames},
             "existing": {frame.id: frame.digest for one in existing for frame in one.frames},
         },
-        "steps": result.steps,
-        "elapsed_s": round(result.elapsed_s, 1),
+        "steps": steps,
         "losses": trainee.tally.means(),
-        "figures": {name: round(value, 6) for name, value in result.figures.items()},
     }
     return Artefact(payload, card)
 
@@ -380,18 +432,62 @@ def _stories(
     return story, known_stories(lessons.existing_stories, width, lessons.existing_first_seed)
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def snapshot_steps(steps: int, count: int) -> tuple[int, ...]:
+    """The ends of `count` equal parts of a run but the last, whose artefact is the run's own."""
+    return tuple(sorted({round(steps * part / count) for part in range(1, count)} - {0, steps}))
+
+
+def run(arguments: argparse.Namespace, progress: Progress, stop: Stop) -> dict[str, Any]:
     """What the command line asks for. Returns the card."""
     pack = load_pack(arguments.pack)
     recipe = replace(toon_customization(arguments.method, learns=arguments.learns), seed=arguments.seed)
     if arguments.rate is not None:
         recipe = replace(recipe, method=replace(recipe.method, rate=arguments.rate))
+    if arguments.save_every_s is not None:
+        recipe = replace(recipe, save_every_s=arguments.save_every_s)
     folder = arguments.folder or Path.home() / ".cache" / "fabula" / "customize" / arguments.out.stem
     recipe = replace(recipe, steps=_planned(pack, arguments, folder, recipe))
     story, existing = _stories(pack, arguments, recipe)
-    artefact = customize(pack, story, existing, recipe, folder)
+    progress.tell("began", pid=os.getpid(), steps=recipe.steps)
+
+    def seen(step: int, parts: Mapping[str, float]) -> None:
+        progress.step(step + 1, parts, is_last=step + 1 == recipe.steps)
+
+    def keep(step: int, artefact: Artefact) -> None:
+        path = folder / SNAPSHOTS / f"{step:06d}.safetensors"
+        if not card_path(path).is_file():
+            write_artefact(artefact, path)
+        progress.tell("snapshot", step=step, file=str(path))
+
+    artefact = customize(
+        pack,
+        story,
+        existing,
+        recipe,
+        folder,
+        watch=seen,
+        stop=stop,
+        snapshot_steps=snapshot_steps(recipe.steps, arguments.snapshots),
+        keep=keep,
+    )
     write_artefact(artefact, arguments.out)
+    progress.tell("snapshot", step=recipe.steps, file=str(arguments.out))
     return artefact.card
+
+
+@contextmanager
+def _room_named() -> Iterator[None]:
+    """A full disk by its own name, whoever met it. Raises DiskFull."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFull(f"{DiskFull.__doc__} ({error.strerror})") from error
+        raise
+    except SafetensorError as error:  # tells the number only in words
+        if (told := re.search(r"os error (\d+)", str(error))) and int(told[1]) in _FULL:
+            raise DiskFull(f"{DiskFull.__doc__} ({error})") from error
+        raise
 
 
 def main() -> None:
@@ -411,15 +507,29 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--progress", type=Path, help="file to tell of steps and snapshots, one JSON object a line")
+    parser.add_argument("--stop-file", type=Path, help="where it is, the run ends as after SIGTERM")
+    parser.add_argument("--snapshots", type=int, default=1, help="parts of a run after each of which weights are kept")
+    parser.add_argument("--save-every-s", type=float, help="between checkpoints; instead of the recipe's")
     arguments = run_arguments(parser)
+    stop = Stop(arguments.stop_file)
+    stop.listen()
+    progress: Progress | None = None
     try:
-        card = run(arguments)
+        try:
+            with _room_named():
+                progress = Progress(arguments.progress)
+                card = run(arguments, progress, stop)
+                progress.tell("ended", outcome="succeeded", step=card["steps"])
+        except ValueError as error:
+            raise RecipeInvalid(str(error)) from None
     except (CustomizationError, ModelError) as error:
-        print(json.dumps({"error": error.reason, "message": str(error)}, ensure_ascii=False), file=sys.stderr)
-        sys.exit(1)
-    except ValueError as error:
-        print(json.dumps({"error": RecipeInvalid.reason, "message": str(error)}, ensure_ascii=False), file=sys.stderr)
-        sys.exit(1)
+        outcome = "stopped" if isinstance(error, RunStopped) else "failed"
+        with suppress(OSError):  # there may be no room for it; the exit status says so, too
+            if progress is not None:
+                progress.tell("ended", outcome=outcome, reason=error.reason, message=str(error))
+            print(json.dumps({"error": error.reason, "message": str(error)}, ensure_ascii=False), file=sys.stderr)
+        sys.exit({RunStopped: STOPPED, DiskFull: NO_ROOM}.get(type(error), 1))
     print(json.dumps({key: card[key] for key in ("character", "steps", "elapsed_s", "losses", "figures")}))
 
 

@@ -5,6 +5,8 @@ CustomizationError
 ├── RecipeInvalid     the recipe cannot be run on this pack
 ├── FramesSeen        pictures that a run must not see, or an evaluation that a run has seen
 ├── RunMismatch       the folder holds another run's checkpoint
+├── RunStopped        somebody asked for an end; a later run goes on from the checkpoint
+├── DiskFull          there is no room for what is to be kept; the last good checkpoint is
 └── LossNotFinite     training went wrong; the last good checkpoint is kept
 """
 
@@ -43,6 +45,18 @@ class RunMismatch(CustomizationError):
     """The folder holds another run's checkpoint. Choose another folder, or take the old one away."""
 
     reason = "RUN_MISMATCH"
+
+
+class RunStopped(CustomizationError):
+    """The run was told to stop before its end. Start it again to go on."""
+
+    reason = "RUN_STOPPED"
+
+
+class DiskFull(CustomizationError):
+    """There is no room for what a run keeps. The last good checkpoint is there; make room and go on."""
+
+    reason = "DISK_FULL"
 
 
 class LossNotFinite(CustomizationError):

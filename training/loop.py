@@ -101,11 +101,14 @@ def train(
     optimizer_of: Callable[[list[tuple[str, nn.Parameter]]], Any] | None = None,
     say: Callable[[str], None] = lambda line: print(line, flush=True),
     until_step: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
     device: str | None = None,
     clock: Callable[[], float] = time.monotonic,
     peers: Peers | None = None,
 ) -> RunResult:
     """Train from the checkpoint at `path` (or from nothing) to the end of `recipe`, or to `until_step`.
+
+    `stop` is asked before each step and ends the run where it is; the first process decides for its peers.
 
     With `peers` (those this process was started with, if None) every process draws batches of its own. A trainee may
     then draw from `generator` alone, or all of them would draw the same.
@@ -166,7 +169,11 @@ def train(
     networks.train()
     recent: list[float] = []
     last_report, last_step = clock(), step
+    stopped = False
     while until_step is None or step < until_step:
+        stopped = peers.agreed(float(stop())) > 0.0
+        if stopped:
+            break
         now_s = peers.agreed(elapsed_s())
         progress, factor = recipe.pace.progress(step, now_s), recipe.pace.factor(step, now_s)
         if progress >= 1.0:
@@ -197,7 +204,7 @@ def train(
         if clock() - saved > recipe.save_every_s:
             keep(done=False)
             saved = clock()
-    done = until_step is None or recipe.pace.progress(step, elapsed_s()) >= 1.0
+    done = (until_step is None and not stopped) or recipe.pace.progress(step, elapsed_s()) >= 1.0
     if done and peers.is_first:
         figures = look()
     keep(done=done)
