@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +11,9 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from dbos import DBOS
-from sqlalchemy import Engine, make_url, text
+from sqlalchemy import Engine, text
 
+from services.runtime.database import migrating_alone
 from services.story.database import DatabaseUrls, open_for_migrations, prepare_sqlite
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -60,9 +60,7 @@ def _config() -> Config:
 @contextmanager
 def _alone(urls: DatabaseUrls, engine: Engine) -> Iterator[None]:
     if urls.is_sqlite:
-        database = Path(make_url(urls.migrations).database or "")
-        with database.with_name(database.name + ".migrate").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with migrating_alone(urls.migrations):
             yield
         return
     with engine.connect() as connection:
