@@ -48,17 +48,23 @@ def byte_tokenizer() -> StoryTokenizer:
 
 
 def build_tiny_pack(
-    folder: Path, seed: int = 0, *, name: str = "tiny", captions: bool = True, world: World | None = None
+    folder: Path,
+    seed: int = 0,
+    *,
+    name: str = "tiny",
+    captions: bool = True,
+    world: World | None = None,
+    positions: int = 96,
 ) -> Pack:
     """Write a pack of random weights to `folder` (made if need be; must hold no pack yet) and return it checked.
 
     `captions=False` leaves the LLaVA out, which halves the time. `world` is what the pack says it knows; without one it
-    never warns. Same arguments, same digest.
+    never warns. `positions` is the text encoder's window, in bytes. Same arguments, same digest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
     tokenizer.save(folder / "tokenizer")
-    text_shape = TextShape(vocab_size=tokenizer.vocabulary_size, width=16, layers=1, heads=2, positions=96)
+    text_shape = TextShape(vocab_size=tokenizer.vocabulary_size, width=16, layers=1, heads=2, positions=positions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet: Any = build_storygen(UNET)
