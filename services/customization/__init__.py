@@ -1,0 +1,1 @@
+"""The customization service: teaches a pack somebody new from one example story."""
