@@ -11,6 +11,8 @@ FabulaError
 │   ├── RequestIdInvalid          REQUEST_ID_INVALID              400
 │   ├── PageTokenInvalid          PAGE_TOKEN_INVALID              400
 │   ├── PackUnknown               PACK_UNKNOWN                    400
+│   ├── MethodUnknown             METHOD_UNKNOWN                  400
+│   ├── ExampleStoryRefused       EXAMPLE_STORY_REFUSED           400
 │   ├── TensorInvalid             TENSOR_INVALID                  400
 │   ├── CaptionEmpty              CAPTION_EMPTY                   400
 │   ├── CaptionTooLong            CAPTION_TOO_LONG                400
@@ -18,6 +20,7 @@ FabulaError
 │   ├── DescriptionEmpty          DESCRIPTION_EMPTY               400
 │   ├── DescriptionTooLong        DESCRIPTION_TOO_LONG            400
 │   ├── TooManyReferences         TOO_MANY_REFERENCES             400
+│   ├── TooFewReferences          TOO_FEW_REFERENCES              400
 │   ├── CharacterWeightsUnusable  CHARACTER_WEIGHTS_UNUSABLE      400
 │   ├── ImageMissing              IMAGE_MISSING                   400
 │   ├── ImageUnreadable           IMAGE_UNREADABLE                400
@@ -33,10 +36,14 @@ FabulaError
 │   ├── ImageNotFound             IMAGE_NOT_FOUND                 404
 │   ├── ModelUnknown              MODEL_UNKNOWN                   404
 │   ├── CharacterWeightsUnknown   CHARACTER_WEIGHTS_UNKNOWN       404
+│   ├── CustomizationJobNotFound  CUSTOMIZATION_JOB_NOT_FOUND     404
+│   ├── CheckpointNotFound        CHECKPOINT_NOT_FOUND            404
+│   ├── CharacterVersionNotFound  CHARACTER_VERSION_NOT_FOUND     404
 │   └── ObjectNotFound            OBJECT_NOT_FOUND                404
 ├── AlreadyExists                 ALREADY_EXISTS                  409
 │   └── IdempotencyKeyReused      IDEMPOTENCY_KEY_REUSED          422
 ├── FailedPrecondition            FAILED_PRECONDITION             409  something else must happen first
+│   └── JobStateUnsuitable        JOB_STATE_UNSUITABLE            409
 ├── ResourceExhausted             RESOURCE_EXHAUSTED              429  try again only when `retry_after_s` is set
 │   ├── QueueFull                 QUEUE_FULL                      429
 │   ├── DeadlineUnreachable       DEADLINE_UNREACHABLE            429
@@ -177,6 +184,18 @@ class PackUnknown(InvalidArgument):
     reason = "PACK_UNKNOWN"
 
 
+class MethodUnknown(InvalidArgument):
+    """There is no customization method of this name."""
+
+    reason = "METHOD_UNKNOWN"
+
+
+class ExampleStoryRefused(InvalidArgument):
+    """The example story cannot be learned from as it is. Mend what is told, or accept it where it is a warning."""
+
+    reason = "EXAMPLE_STORY_REFUSED"
+
+
 class TensorInvalid(InvalidArgument):
     """A tensor of an inference request is not what its model takes."""
 
@@ -214,9 +233,15 @@ class DescriptionTooLong(InvalidArgument):
 
 
 class TooManyReferences(InvalidArgument):
-    """At most three reference frames are taken."""
+    """The pack takes fewer reference frames: the message says how many."""
 
     reason = "TOO_MANY_REFERENCES"
+
+
+class TooFewReferences(InvalidArgument):
+    """The pack goes on from frames that are there: give it at least as many references as the message says."""
+
+    reason = "TOO_FEW_REFERENCES"
 
 
 class CharacterWeightsUnusable(InvalidArgument):
@@ -316,6 +341,24 @@ class CharacterWeightsUnknown(NotFound):
     reason = "CHARACTER_WEIGHTS_UNKNOWN"
 
 
+class CustomizationJobNotFound(NotFound):
+    """There is no customization job with this id; it may have been deleted for good."""
+
+    reason = "CUSTOMIZATION_JOB_NOT_FOUND"
+
+
+class CheckpointNotFound(NotFound):
+    """The job has no checkpoint of this step. List its checkpoints and choose one."""
+
+    reason = "CHECKPOINT_NOT_FOUND"
+
+
+class CharacterVersionNotFound(NotFound):
+    """No character version with this id was published here."""
+
+    reason = "CHARACTER_VERSION_NOT_FOUND"
+
+
 class ObjectNotFound(NotFound):
     """The object store has no object with this SHA-256."""
 
@@ -343,6 +386,12 @@ class FailedPrecondition(FabulaError):
     code = Code.FAILED_PRECONDITION
     http_status = 409
     reason = "FAILED_PRECONDITION"
+
+
+class JobStateUnsuitable(FailedPrecondition):
+    """The job is not in a state for this."""
+
+    reason = "JOB_STATE_UNSUITABLE"
 
 
 class ResourceExhausted(FabulaError):

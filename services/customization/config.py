@@ -1,0 +1,58 @@
+"""Settings of the customization service: `FABULA_CUSTOMIZATION_*`, section `[customization]` of config.toml."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from services.runtime.config import Installation, Settings
+
+
+class CustomizationSettings(Settings):
+    """How characters are learned here. Every default suits one machine that also serves."""
+
+    model_config = SettingsConfigDict(env_prefix="FABULA_CUSTOMIZATION_", frozen=True, extra="forbid")
+    section: ClassVar[str] = "customization"
+
+    backend: Literal["local", "ray", "kuberay"] = "local"  # where a job's training process runs
+    default_pack: str = "toon"  # the pack of a request that names none
+    # Jobs, their checkpoints and reports; empty: home/customization. Other backends than local need a folder that the
+    # service and every place where training runs see under the same path.
+    folder: Path | None = None
+    characters_url: str = ""  # object store that frame replicas read, their FABULA_FRAME_CHARACTERS_URL; empty: as they
+    max_running: int = Field(default=1, ge=1, le=64)  # jobs trained at once; the others wait for their turn
+    max_queued: int = Field(default=20, ge=1, le=10_000)  # jobs that wait; one more is refused at once
+    default_budget_s: float = Field(default=600.0, gt=0)  # training time of a job that names neither steps nor budget
+    most_budget_s: float = Field(default=24 * 3600.0, gt=0)  # training time that a job may ask for
+    threads: int = Field(default=0, ge=0, le=256)  # CPU threads of a training process; 0: every core
+    niceness: int = Field(default=10, ge=0, le=19)  # of a local training process: it gets what serving leaves
+    save_every_s: float = Field(default=30.0, gt=0)  # between complete checkpoints: what a crash costs at most
+    snapshots: int = Field(default=5, ge=1, le=100)  # times that a job leaves weights that can be published
+    crashes_max: int = Field(default=3, ge=0, le=100)  # in a row without a step between them; one more fails the job
+    stop_grace_s: float = Field(default=300.0, gt=0)  # for the step in progress and its save; then it is killed
+    poll_s: float = Field(default=0.5, gt=0)  # how often jobs are looked at, and what other processes wrote
+    keep_deleted_s: float = Field(default=7 * 86_400.0, ge=0)  # a deleted job can be undeleted for so long
+    # Let the pack's eyes look whether the character is to be seen. Costs the memory of torch, once.
+    eyes: bool = True
+
+    gpus: float = Field(default=0.0, ge=0)  # GPUs that a job asks Ray for; 0: it trains on CPUs
+    ray_address: str = "http://127.0.0.1:8265"  # backend ray: the dashboard of the cluster that takes jobs
+    kuberay_api: str = "https://kubernetes.default.svc"  # backend kuberay: the cluster's API
+    kuberay_namespace: str = "fabula"  # of the jobs
+    kuberay_image: str = ""  # with training and its packages; the backend needs it
+    kuberay_claim: str = "fabula-customization"  # PersistentVolumeClaim that holds `folder`, ReadWriteMany
+    kuberay_cpus: int = Field(default=4, ge=1)  # that a job asks for
+    kuberay_memory_gib: int = Field(default=16, ge=1)  # that a job asks for
+
+    def jobs_folder(self, installation: Installation) -> Path:
+        """Where jobs are kept."""
+        return self.folder or installation.home / "customization"
+
+    @property
+    def thread_count(self) -> int:
+        """CPU threads of a training process."""
+        return self.threads or len(os.sched_getaffinity(0))

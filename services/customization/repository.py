@@ -1,0 +1,578 @@
+"""Reads and writes jobs. Each method is one transaction, so a crash leaves a job before it or after it.
+
+Durable events are written in the transaction of what they report, with the job's next sequence number: the number comes
+from updating the job's row, which only one transaction can do at a time, so the sequence has no gap and no duplicate.
+What the runner reads of a progress file is recorded together with how far it has read, so nothing is told twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import and_, delete, func, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.customization.checks import Finding
+from services.customization.records import (
+    CharacterVersion,
+    Checkpoint,
+    CheckpointSaved,
+    Durable,
+    Estimate,
+    Event,
+    Following,
+    Job,
+    NewCharacter,
+    ProbeDrawn,
+    Progress,
+    StateChanged,
+    StoredFrame,
+    TrainingSettings,
+    VersionPublished,
+    durable_from_json,
+    kind_of,
+    to_json,
+    version_from_json,
+)
+from services.customization.schema import checkpoints, events, images, jobs, request_keys, versions
+from services.customization.states import State
+from services.runtime.database import reading, writing
+from services.runtime.errors import (
+    CharacterVersionNotFound,
+    CheckpointNotFound,
+    CustomizationJobNotFound,
+    IdempotencyKeyReused,
+    JobStateUnsuitable,
+    QueueFull,
+)
+
+_WAITING = [State.VALIDATING.value, State.QUEUED.value]
+
+
+def now_us() -> int:
+    """Microseconds since 1970 UTC."""
+    return time.time_ns() // 1000
+
+
+class Repository:
+    """The jobs of one database."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    # -- making and reading ------------------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        *,
+        job_id: str,
+        character: NewCharacter,
+        frames: Sequence[StoredFrame],
+        settings: TrainingSettings,
+        findings: Sequence[Finding],
+        estimate: Estimate,
+        request_id: str,
+        body_sha256: str,
+        max_queued: int,
+    ) -> tuple[Job, bool]:
+        """Makes a job with its key and its first event; says whether it is new.
+
+        The same request id with the same body answers with the job it made before. Raises IdempotencyKeyReused,
+        QueueFull.
+        """
+        at = now_us()
+        try:
+            async with writing(self._engine) as connection:
+                await connection.execute(
+                    insert(jobs).values(
+                        job_id=job_id,
+                        state=State.VALIDATING.value,
+                        character=to_json(character),
+                        frames=[to_json(frame) for frame in frames],
+                        settings=to_json(settings),
+                        findings=[to_json(finding) for finding in findings],
+                        estimate=to_json(estimate),
+                        following=to_json(Following()),
+                        last_sequence=0,
+                        create_us=at,
+                        update_us=at,
+                    )
+                )
+                if request_id:
+                    await connection.execute(
+                        insert(request_keys).values(
+                            request_id=request_id, body_sha256=body_sha256, job_id=job_id, create_us=at
+                        )
+                    )
+                await _check_room(connection, max_queued=max_queued)
+                for sha256 in dict.fromkeys(frame.image_sha256 for frame in frames):
+                    await connection.execute(insert(images).values(job_id=job_id, sha256=sha256))
+                await _append(connection, job_id, StateChanged(state=State.VALIDATING, attempt=0), at)
+                return await _job(connection, job_id), True
+        except IntegrityError:
+            # Somebody else used this request id between the caller's look and now: theirs is the job.
+            found = await self.find_by_request(request_id, body_sha256)
+            if found is None:
+                raise
+            return found, False
+
+    async def find_by_request(self, request_id: str, body_sha256: str) -> Job | None:
+        """The job this request id made, if any. Raises IdempotencyKeyReused."""
+        if not request_id:
+            return None
+        async with reading(self._engine) as connection:
+            row = (
+                await connection.execute(select(request_keys).where(request_keys.c.request_id == request_id))
+            ).one_or_none()
+            if row is None:
+                return None
+            if row.body_sha256 != body_sha256:
+                raise IdempotencyKeyReused(metadata={"request_id": request_id})
+            return await _job(connection, row.job_id)
+
+    async def check_room(self, *, max_queued: int) -> None:
+        """Raises QueueFull while no further job would be taken."""
+        async with reading(self._engine) as connection:
+            await _check_room(connection, max_queued=max_queued, coming=1)
+
+    async def get(self, job_id: str) -> Job:
+        """A job, deleted ones that are not purged included. Raises CustomizationJobNotFound."""
+        async with reading(self._engine) as connection:
+            return await _job(connection, job_id)
+
+    async def position(self, job_id: str) -> tuple[State, int, int]:
+        """Where it stands, the sequence number of its last event, jobs before it. Raises CustomizationJobNotFound."""
+        async with reading(self._engine) as connection:
+            row = await _row(connection, job_id)
+            return State(row.state), int(row.last_sequence), await _ahead(connection, row)
+
+    async def page(self, *, limit: int, before: str = "", show_deleted: bool = False) -> list[Job]:
+        """Jobs without findings and versions, newest first, older than the id `before` if one is given."""
+        statement = select(jobs).order_by(jobs.c.job_id.desc()).limit(limit)
+        if not show_deleted:
+            statement = statement.where(jobs.c.delete_us.is_(None))
+        if before:
+            statement = statement.where(jobs.c.job_id < before)
+        async with reading(self._engine) as connection:
+            found = list(await connection.execute(statement))
+            return [replace(_job_from(row), ahead_count=await _ahead(connection, row), findings=()) for row in found]
+
+    async def events(self, job_id: str, *, after: int, limit: int = 500) -> list[Event]:
+        """Durable events above a sequence number, oldest first. Raises CustomizationJobNotFound."""
+        async with reading(self._engine) as connection:
+            await _row(connection, job_id)
+            rows = await connection.execute(
+                select(events)
+                .where(events.c.job_id == job_id, events.c.sequence > after)
+                .order_by(events.c.sequence)
+                .limit(limit)
+            )
+            return [
+                Event(
+                    job_id=job_id,
+                    sequence=row.sequence,
+                    time_us=row.time_us,
+                    what=durable_from_json(row.kind, row.payload),
+                )
+                for row in rows
+            ]
+
+    async def has_image(self, job_id: str, sha256: str) -> bool:
+        """Whether a picture belongs to a job. Raises CustomizationJobNotFound."""
+        async with reading(self._engine) as connection:
+            await _row(connection, job_id)
+            found = await connection.scalar(
+                select(images.c.sha256).where(images.c.job_id == job_id, images.c.sha256 == sha256)
+            )
+        return found is not None
+
+    # -- what happens to a job ---------------------------------------------------------------------------------------
+
+    async def change_state(
+        self,
+        job_id: str,
+        to: State,
+        *,
+        only_from: Collection[State],
+        reason: str = "",
+        message: str = "",
+        following: Following | None = None,
+    ) -> bool:
+        """Moves a job to a state, with its event, if it is in one of `only_from`; says whether it did."""
+        at = now_us()
+        async with writing(self._engine) as connection:
+            return await _move(connection, job_id, to, only_from, at, reason, message, following)
+
+    async def begin_attempt(self, job_id: str, *, in_state: State, following: Following) -> int | None:
+        """Counts a job's next attempt, with its event; None when it is no longer in `in_state`.
+
+        A job that is queued is provisioned by that; one that is running goes on running.
+        """
+        at = now_us()
+        to = State.PROVISIONING if in_state is State.QUEUED else in_state
+        async with writing(self._engine) as connection:
+            attempt = await connection.scalar(
+                update(jobs)
+                .where(jobs.c.job_id == job_id, jobs.c.state == in_state.value)
+                .values(
+                    state=to.value,
+                    attempt=jobs.c.attempt + 1,
+                    following=to_json(following),
+                    start_us=func.coalesce(jobs.c.start_us, at),
+                )
+                .returning(jobs.c.attempt)
+            )
+            if attempt is None:
+                return None
+            await _append(connection, job_id, StateChanged(state=to, attempt=int(attempt)), at)
+            return int(attempt)
+
+    async def following(self, job_id: str) -> Following:
+        """What the runner has seen of a job. Raises CustomizationJobNotFound."""
+        async with reading(self._engine) as connection:
+            return Following(**(await _row(connection, job_id)).following)
+
+    async def set_following(self, job_id: str, following: Following) -> None:
+        """Keeps what the runner has seen of a job, where nothing else changed."""
+        async with writing(self._engine) as connection:
+            await connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(following=to_json(following)))
+
+    async def record(
+        self,
+        job_id: str,
+        *,
+        following: Following,
+        happened: Iterable[Durable],
+        steps: int | None = None,
+        running: bool = False,
+        progress: Progress | None = None,
+        cards: Mapping[int, tuple[str, Mapping[str, Any]]] | None = None,
+    ) -> None:
+        """What was read of a job's training process: events in order, and how far it was read.
+
+        `steps` is the number that was measured, `running` says that the process began its work, `cards` are file and
+        card of the checkpoints among the events, by step.
+        """
+        at = now_us()
+        async with writing(self._engine) as connection:
+            row = await _row(connection, job_id, lock=True)
+            changed: dict[str, Any] = {"following": to_json(following)}
+            if steps is not None:
+                changed["settings"] = {**row.settings, "steps": steps}
+            if progress is not None:
+                changed["progress"] = to_json(progress)
+            await connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(**changed))
+            if running:
+                await _move(connection, job_id, State.RUNNING, {State.PROVISIONING}, at)
+            for what in happened:
+                if isinstance(what, CheckpointSaved) and not await _keep_checkpoint(
+                    connection, job_id, what.checkpoint, cards or {}
+                ):
+                    continue
+                if isinstance(what, ProbeDrawn):
+                    await _keep_image(connection, job_id, what.image_sha256)
+                await _append(connection, job_id, what, at)
+
+    # -- checkpoints and versions ------------------------------------------------------------------------------------
+
+    async def checkpoints(self, job_id: str, *, after_step: int = -1, limit: int = 10_000) -> list[Checkpoint]:
+        """A job's checkpoints above a step, oldest first. Raises CustomizationJobNotFound."""
+        async with reading(self._engine) as connection:
+            await _row(connection, job_id)
+            rows = await connection.execute(
+                select(checkpoints)
+                .where(checkpoints.c.job_id == job_id, checkpoints.c.step > after_step)
+                .order_by(checkpoints.c.step)
+                .limit(limit)
+            )
+            return [Checkpoint(**row.payload) for row in rows]
+
+    async def newest_step(self, job_id: str) -> int:
+        """The step of a job's newest checkpoint; 0 when there is none."""
+        async with reading(self._engine) as connection:
+            step = await connection.scalar(select(func.max(checkpoints.c.step)).where(checkpoints.c.job_id == job_id))
+        return int(step or 0)
+
+    async def checkpoint(self, job_id: str, step: int) -> tuple[Checkpoint, str, Mapping[str, Any]]:
+        """A checkpoint, where its file lies and its card.
+
+        Raises CustomizationJobNotFound, CheckpointNotFound.
+        """
+        async with reading(self._engine) as connection:
+            await _row(connection, job_id)
+            row = (
+                await connection.execute(
+                    select(checkpoints).where(checkpoints.c.job_id == job_id, checkpoints.c.step == step)
+                )
+            ).one_or_none()
+        if row is None:
+            raise CheckpointNotFound(metadata={"job_id": job_id, "step": str(step)})
+        return Checkpoint(**row.payload), row.file, row.card
+
+    async def publish(self, version: CharacterVersion, manifest: str) -> tuple[CharacterVersion, bool]:
+        """Adds a version with its event; says whether it is new. One that is there already stays as it is."""
+        at = now_us()
+        async with writing(self._engine) as connection:
+            found = (
+                await connection.execute(select(versions).where(versions.c.version_id == version.version_id))
+            ).one_or_none()
+            if found is not None:
+                return version_from_json(found.payload), False
+            await connection.execute(
+                insert(versions).values(
+                    version_id=version.version_id,
+                    name=version.character.name,
+                    job_id=version.job_id,
+                    publish_us=version.publish_us,
+                    payload=to_json(version),
+                    manifest=manifest,
+                )
+            )
+            await _append(connection, version.job_id, VersionPublished(version=version), at)
+            return version, True
+
+    async def version(self, version_id: str) -> CharacterVersion:
+        """One version. Raises CharacterVersionNotFound."""
+        async with reading(self._engine) as connection:
+            row = (await connection.execute(select(versions).where(versions.c.version_id == version_id))).one_or_none()
+        if row is None:
+            raise CharacterVersionNotFound(metadata={"version_id": version_id[:64]})
+        return version_from_json(row.payload)
+
+    async def versions(
+        self, *, limit: int, before: tuple[int, str] | None = None, name: str = ""
+    ) -> list[CharacterVersion]:
+        """Versions, newest first, older than `before` (publish time, id) if it is given."""
+        statement = select(versions).order_by(versions.c.publish_us.desc(), versions.c.version_id.desc()).limit(limit)
+        if name:
+            statement = statement.where(versions.c.name == name)
+        if before is not None:
+            at, version_id = before
+            same_time = and_(versions.c.publish_us == at, versions.c.version_id < version_id)
+            statement = statement.where(or_(versions.c.publish_us < at, same_time))
+        async with reading(self._engine) as connection:
+            return [version_from_json(row.payload) for row in await connection.execute(statement)]
+
+    # -- deleting ----------------------------------------------------------------------------------------------------
+
+    async def delete(self, job_id: str, *, purge_us: int) -> Job:
+        """Marks a job as deleted until it is purged. Raises CustomizationJobNotFound."""
+        async with writing(self._engine) as connection:
+            await _row(connection, job_id)
+            await connection.execute(
+                update(jobs)
+                .where(jobs.c.job_id == job_id, jobs.c.delete_us.is_(None))
+                .values(delete_us=now_us(), purge_us=purge_us)
+            )
+            return await _job(connection, job_id)
+
+    async def undelete(self, job_id: str) -> Job:
+        """Takes a deletion back. Raises CustomizationJobNotFound."""
+        async with writing(self._engine) as connection:
+            await _row(connection, job_id)
+            await connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(delete_us=None, purge_us=None))
+            return await _job(connection, job_id)
+
+    async def purgeable(self, *, at_us: int) -> list[str]:
+        """Deleted jobs whose time is over and that have no training process."""
+        async with reading(self._engine) as connection:
+            rows = await connection.execute(
+                select(jobs.c.job_id).where(
+                    jobs.c.purge_us <= at_us, jobs.c.state.in_([state.value for state in State if not state.occupies])
+                )
+            )
+            return [row.job_id for row in rows]
+
+    async def purge(self, job_id: str) -> list[str]:
+        """Removes a job for good. Returns its pictures that nobody has any more; published versions keep theirs."""
+        async with writing(self._engine) as connection:
+            own = list(await connection.scalars(select(images.c.sha256).where(images.c.job_id == job_id)))
+            for table in (events, checkpoints, images, request_keys):
+                await connection.execute(delete(table).where(table.c.job_id == job_id))
+            await connection.execute(delete(jobs).where(jobs.c.job_id == job_id))
+            shared = set(await connection.scalars(select(images.c.sha256).where(images.c.sha256.in_(own))))
+            for row in await connection.execute(select(versions.c.payload)):
+                shared.update(row.payload["reference_sha256s"])
+            return [sha256 for sha256 in own if sha256 not in shared]
+
+    # -- what the runner asks ----------------------------------------------------------------------------------------
+
+    async def in_states(self, states: Collection[State]) -> list[str]:
+        """Jobs in one of these states, who came first being first."""
+        async with reading(self._engine) as connection:
+            rows = await connection.execute(
+                select(jobs.c.job_id)
+                .where(jobs.c.state.in_([state.value for state in states]))
+                .order_by(jobs.c.queue_us, jobs.c.job_id)
+            )
+            return [row.job_id for row in rows]
+
+    async def measured(self, *, pack_digest: str, method: str, learns: str, limit: int = 20) -> list[float]:
+        """Seconds a step of the newest jobs like this one, newest first."""
+        async with reading(self._engine) as connection:
+            rows = await connection.execute(
+                select(jobs.c.settings, jobs.c.following).order_by(jobs.c.job_id.desc()).limit(500)
+            )
+            told = [
+                float(row.following["seconds_a_step"])
+                for row in rows
+                if row.following.get("seconds_a_step")
+                and (row.settings["pack_digest"], row.settings["method"], row.settings["learns"])
+                == (pack_digest, method, learns)
+            ]
+        return told[:limit]
+
+    async def waiting(self) -> list[Job]:
+        """Every job that waits for its turn or has it, who came first being first."""
+        wanted = [State.VALIDATING, State.QUEUED, *sorted(state for state in State if state.occupies)]
+        async with reading(self._engine) as connection:
+            rows = await connection.execute(
+                select(jobs)
+                .where(jobs.c.state.in_([state.value for state in wanted]))
+                .order_by(jobs.c.queue_us, jobs.c.job_id)
+            )
+            return [_job_from(row) for row in rows]
+
+
+async def _append(connection: AsyncConnection, job_id: str, what: Durable, at: int) -> None:
+    sequence = await connection.scalar(
+        update(jobs)
+        .where(jobs.c.job_id == job_id)
+        .values(last_sequence=jobs.c.last_sequence + 1, update_us=at)
+        .returning(jobs.c.last_sequence)
+    )
+    if sequence is None:
+        raise CustomizationJobNotFound(metadata={"job_id": job_id[:64]})
+    await connection.execute(
+        insert(events).values(job_id=job_id, sequence=sequence, time_us=at, kind=kind_of(what), payload=to_json(what))
+    )
+
+
+async def _move(
+    connection: AsyncConnection,
+    job_id: str,
+    to: State,
+    only_from: Collection[State],
+    at: int,
+    reason: str = "",
+    message: str = "",
+    following: Following | None = None,
+) -> bool:
+    changed: dict[str, Any] = {"state": to.value, "reason": reason, "message": message}
+    changed["end_us"] = at if to.ended else None
+    if to is State.QUEUED:
+        changed["queue_us"] = at
+    if following is not None:
+        changed["following"] = to_json(following)
+    attempt = await connection.scalar(
+        update(jobs)
+        .where(jobs.c.job_id == job_id, jobs.c.state.in_([state.value for state in only_from]))
+        .values(**changed)
+        .returning(jobs.c.attempt)
+    )
+    if attempt is None:
+        return False
+    what = StateChanged(state=to, attempt=int(attempt), reason=reason, message=message)
+    await _append(connection, job_id, what, at)
+    return True
+
+
+async def _keep_checkpoint(
+    connection: AsyncConnection,
+    job_id: str,
+    checkpoint: Checkpoint,
+    cards: Mapping[int, tuple[str, Mapping[str, Any]]],
+) -> bool:
+    """Says whether it is new: an attempt that goes on from before it tells of it again."""
+    found = await connection.scalar(
+        select(checkpoints.c.step).where(checkpoints.c.job_id == job_id, checkpoints.c.step == checkpoint.step)
+    )
+    if found is not None:
+        return False
+    file, card = cards[checkpoint.step]
+    await connection.execute(
+        insert(checkpoints).values(
+            job_id=job_id, step=checkpoint.step, file=file, payload=to_json(checkpoint), card=dict(card)
+        )
+    )
+    return True
+
+
+async def _keep_image(connection: AsyncConnection, job_id: str, sha256: str) -> None:
+    found = await connection.scalar(select(images.c.sha256).where(images.c.job_id == job_id, images.c.sha256 == sha256))
+    if found is None:
+        await connection.execute(insert(images).values(job_id=job_id, sha256=sha256))
+
+
+async def _check_room(connection: AsyncConnection, *, max_queued: int, coming: int = 0) -> None:
+    queued = await connection.scalar(select(func.count()).select_from(jobs).where(jobs.c.state.in_(_WAITING)))
+    if (queued or 0) + coming > max_queued:
+        raise QueueFull(
+            f"{max_queued} jobs wait already; try again when some have ended",
+            metadata={"queued_count": str(max_queued)},
+            retry_after_s=60.0,
+        )
+
+
+async def _row(connection: AsyncConnection, job_id: str, *, lock: bool = False) -> Any:
+    statement = select(jobs).where(jobs.c.job_id == job_id)
+    row = (await connection.execute(statement.with_for_update() if lock else statement)).one_or_none()
+    if row is None:
+        raise CustomizationJobNotFound(metadata={"job_id": job_id[:64]})
+    return row
+
+
+async def _ahead(connection: AsyncConnection, row: Any) -> int:
+    """Jobs that are trained before this one, those that are being trained included."""
+    if row.state not in _WAITING:
+        return 0
+    occupying = jobs.c.state.in_([state.value for state in State if state.occupies])
+    queued = jobs.c.state == State.QUEUED.value
+    if row.state == State.QUEUED.value:
+        same_time = and_(jobs.c.queue_us == row.queue_us, jobs.c.job_id < row.job_id)
+        queued = and_(queued, or_(jobs.c.queue_us < row.queue_us, same_time))
+    return int(await connection.scalar(select(func.count()).select_from(jobs).where(or_(occupying, queued))) or 0)
+
+
+async def _job(connection: AsyncConnection, job_id: str) -> Job:
+    row = await _row(connection, job_id)
+    found = await connection.execute(
+        select(versions.c.payload).where(versions.c.job_id == job_id).order_by(versions.c.publish_us)
+    )
+    own = tuple(version_from_json(each.payload) for each in found)
+    return replace(_job_from(row), ahead_count=await _ahead(connection, row), versions=own)
+
+
+def _job_from(row: Any) -> Job:
+    return Job(
+        job_id=row.job_id,
+        state=State(row.state),
+        attempt=row.attempt,
+        character=NewCharacter(**row.character),
+        frames=tuple(StoredFrame(**frame) for frame in row.frames),
+        settings=TrainingSettings(**row.settings),
+        findings=tuple(Finding(**finding) for finding in row.findings),
+        estimate=Estimate(**row.estimate),
+        create_us=row.create_us,
+        update_us=row.update_us,
+        last_sequence=row.last_sequence,
+        progress=Progress(**row.progress) if row.progress else None,
+        reason=row.reason,
+        message=row.message,
+        start_us=row.start_us,
+        end_us=row.end_us,
+        delete_us=row.delete_us,
+        purge_us=row.purge_us,
+    )
+
+
+def unsuitable(job: Job, wish: str) -> JobStateUnsuitable:
+    """What whoever asked too late, or too early, is told."""
+    return JobStateUnsuitable(
+        f"a job that is {job.state.value} cannot {wish}",
+        metadata={"job_id": job.job_id, "state": job.state.value},
+    )
