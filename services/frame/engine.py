@@ -306,8 +306,8 @@ class FrameEngine:
                 number=self._arrivals,
                 # Only those who share a network can share a forward.
                 kind=(manifest.name, sketch.height_px, sketch.width_px, whole.digest if whole else ""),
-                rows=-(-rows_of_a_frame(sketch) // sketch.steps),
-                steps=sketch.steps,
+                rows=-(-rows_of_a_frame(sketch, reads=model.reader is not None) // sketch.steps_taken),
+                steps=sketch.steps_taken,
                 arrived_s=self._clock(),
                 tenant=job.tenant,
                 priority=job.priority,

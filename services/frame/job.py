@@ -24,6 +24,15 @@ class ReferenceImage:
     image: bytes  # PNG, JPEG or WebP
     description: str
     given: bool = False  # somebody's own picture, not one that a pack drew
+    distance: int = 0  # in frames, from the one to be drawn; 0: the references are those just before it
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedImage:
+    """A picture that the frame is made of, as it came."""
+
+    image: bytes  # PNG, JPEG or WebP
+    strength: float = 0.5  # above 0 and at most 1: how much of it is drawn anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,7 @@ class FrameJob:
     image_guidance: float | None = None
     quality: Quality = Quality.STANDARD  # what it leaves to the pack besides
     sampler: str = ""  # one of `services.models.samplers.SAMPLERS`
+    edit: EditedImage | None = None  # None: the frame is made of noise
     preview_every_steps: int = 0
     characters: tuple[CharacterWeights, ...] = ()  # those with weights of their own
     tenant: str = ""  # who shares the engine with others; they take turns

@@ -19,7 +19,7 @@ from fabula.frame.v1 import frame_service_pb2_grpc as pb_grpc
 from fabula.warning.v1 import warning_pb2
 
 from services.frame.config import FrameSettings
-from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
+from services.frame.job import EditedImage, Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.metrics import MeteredObserver, ServeMeters
 from services.frame.scheduler import Priority
 from services.models.character import CharacterWeights
@@ -73,7 +73,8 @@ def job_from_pb(request: pb.RenderFrameRequest) -> FrameJob:
         seed=request.seed,
         pack=request.pack,
         references=tuple(
-            ReferenceImage(image=r.image, description=r.description, given=r.given) for r in request.references
+            ReferenceImage(image=r.image, description=r.description, given=r.given, distance=r.distance)
+            for r in request.references
         ),
         width_px=request.width_px,
         height_px=request.height_px,
@@ -82,6 +83,7 @@ def job_from_pb(request: pb.RenderFrameRequest) -> FrameJob:
         image_guidance=request.image_guidance if request.HasField("image_guidance") else None,
         quality=_QUALITIES.get(request.quality, Quality.STANDARD),
         sampler=request.sampler,
+        edit=_edit_from_pb(request.edit) if request.HasField("edit") else None,
         preview_every_steps=request.preview_every_steps,
         characters=tuple(
             CharacterWeights(c.digest, c.scale if c.HasField("scale") else 1.0) for c in request.characters
@@ -90,6 +92,12 @@ def job_from_pb(request: pb.RenderFrameRequest) -> FrameJob:
         priority=_PRIORITIES.get(request.priority, Priority.STANDARD),  # a newer peer's is nobody's loss
         deadline_s=call.deadline_s if call is not None else None,
     )
+
+
+def _edit_from_pb(edit: pb.EditedImage) -> EditedImage:
+    if not edit.HasField("strength"):
+        return EditedImage(image=edit.image)
+    return EditedImage(image=edit.image, strength=edit.strength)
 
 
 _PRIORITIES = {pb.PRIORITY_BATCH: Priority.BATCH, pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE}
@@ -128,6 +136,7 @@ def event_to_pb(event: Event) -> pb.RenderFrameResponse:
                 pack_digest=event.pack_digest,
                 fingerprint=event.fingerprint,
                 sampler=sketch.sampler,
+                edit_strength=0.0 if sketch.edit is None else sketch.edit.strength,
                 queue_s=event.queue_s,
                 render_s=event.render_s,
                 warnings=[warning_to_pb(each) for each in event.warnings],
@@ -153,7 +162,14 @@ def _pack_to_pb(engine: FrameEngine, name: str) -> pb.Pack:
     manifest = model.manifest
     limits = limits_of(model)
     qualities = {quality: quality_of(model, quality) for quality in Quality}
-    offered = {pb.FEATURE_REFERENCES: manifest.max_references > 0, pb.FEATURE_CHARACTERS: engine.has_characters}
+    offered = {
+        pb.FEATURE_REFERENCES: manifest.max_references > 0,
+        pb.FEATURE_HISTORY: model.reader is not None,
+        pb.FEATURE_CHARACTERS: engine.has_characters,
+        pb.FEATURE_EDIT: True,
+        # What reads a history was trained to see only what came before.
+        pb.FEATURE_INSERT: manifest.max_references > 1 and model.reader is None,
+    }
     return pb.Pack(
         name=name,
         digest=manifest.digest,

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from services.frame.job import FrameJob
+from services.frame.job import EditedImage, FrameJob
 from services.frame.picture import read_reference
 from services.models.character import CharacterWeights
-from services.models.drawing import Seen, Sketch
+from services.models.drawing import Edit, Seen, Sketch
 from services.models.errors import TextTooLong
 from services.models.pack import QualitySettings
 from services.models.quality import Quality
@@ -19,7 +19,13 @@ from services.models.references import EXACT, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.samplers import SAMPLERS
 from services.models.text_encoder import NO_WORDS, Words
-from services.runtime.errors import DescriptionEmpty, DescriptionTooLong, TooManyReferences, ValueOutOfRange
+from services.runtime.errors import (
+    DescriptionEmpty,
+    DescriptionTooLong,
+    TooFewReferences,
+    TooManyReferences,
+    ValueOutOfRange,
+)
 from services.runtime.store import SHA256
 
 MAX_STEPS = 200
@@ -28,6 +34,7 @@ MIN_SIDE_PX = 32
 MAX_AREA_RATIO = 4  # of a frame against the pack's own size: cost grows at least with the area
 CHARACTERS_MAX = 2  # with weights of their own, in one frame
 MAX_CHARACTER_SCALE = 2.0
+MAX_DISTANCE = 3  # of a reference: networks were trained with none further away
 DESCRIPTION_CHARACTERS = 10_000  # more than any window holds; keeps the tokenizer from reading megabytes
 
 
@@ -84,6 +91,11 @@ def sketch_of(
             f"{len(job.references)} references; the pack {manifest.name!r} takes at most {manifest.max_references}",
             field="references",
         )
+    if model.reader is not None and len(job.references) < model.reader.given_frames:
+        raise TooFewReferences(
+            f"{len(job.references)} references; the pack {manifest.name!r} goes on from {model.reader.given_frames}",
+            field="references",
+        )
     width_px, height_px = job.width_px or manifest.width_px, job.height_px or manifest.height_px
     limits = limits_of(model)
     _check_size(width_px, height_px, limits)
@@ -109,6 +121,7 @@ def sketch_of(
                 # The caption of a given first frame is the user's, and may be long. Of an earlier frame its beginning
                 # will do; only what is to be drawn must be read to its end.
                 description=model.text.fitting(reference.description[:DESCRIPTION_CHARACTERS], words),
+                distance=_distance(reference.distance, f"references[{index}].distance"),
             )
             for index, reference in enumerate(job.references)
         ),
@@ -116,7 +129,21 @@ def sketch_of(
         sampler=job.sampler or manifest.sampling.sampler,
         policy=policy,
         deep_every=deep_every,
+        edit=None if job.edit is None else _edit(job.edit, width_px, height_px),
     )
+
+
+def _distance(given: int, field: str) -> int:
+    if not 0 <= given <= MAX_DISTANCE:
+        raise ValueOutOfRange(f"a reference's distance is at most {MAX_DISTANCE} frames", field=field)
+    return given
+
+
+def _edit(given: EditedImage, width_px: int, height_px: int) -> Edit:
+    if not 0.0 < given.strength <= 1.0:
+        raise ValueOutOfRange("an edit's strength is above 0 and at most 1", field="edit.strength")
+    pixels = read_reference(given.image, width_px, height_px, field="edit.image")
+    return Edit(pixels=pixels, strength=given.strength)
 
 
 def _own(model: FrameModel, quality: QualitySettings) -> tuple[CharacterWeights, ...]:

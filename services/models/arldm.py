@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.models.arldm_blip import Blip, BlipShape, black, build_blip
 from services.models.arldm_text import TokenRows
+from services.models.arldm_unet import ArldmUNet, Context
 from services.models.schedule import Schedule, ScheduleConfig
 from services.models.shape import config_values
 from services.models.storygen import StoryGenConfig
@@ -95,45 +95,6 @@ class ArldmConfig:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What rows of the UNet look at: states, and which of them each row may see (True: seen). Each must see one."""
-
-    states_BKD: Tensor
-    seen_BK: Tensor
-
-    def __post_init__(self) -> None:
-        """Raises ValueError when the mask is not of these states: the library below would pad it and go on."""
-        if self.seen_BK.dtype != torch.bool or self.seen_BK.shape != self.states_BKD.shape[:2]:
-            raise ValueError(
-                f"the mask is {self.seen_BK.dtype} {tuple(self.seen_BK.shape)} "
-                f"and the states are {tuple(self.states_BKD.shape)}"
-            )
-
-    def trimmed(self) -> Context:
-        """The same to look at, and less of it: hidden states dropped, rows filled up to the longest.
-
-        Attention over K states of which some are hidden is attention over the others, in their order.
-        """
-        longest = int(self.seen_BK.sum(dim=1).max())
-        if longest == self.seen_BK.shape[1]:
-            return self
-        kept_BK = self.seen_BK.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]
-        index = kept_BK[:, :, None].expand(-1, -1, self.states_BKD.shape[2])
-        return Context(self.states_BKD.gather(1, index), self.seen_BK.gather(1, kept_BK))
-
-    @classmethod
-    def joined(cls, *contexts: Context) -> Context:
-        """The rows of several, one after another; shorter contexts are filled with hidden states."""
-        longest = max(context.seen_BK.shape[1] for context in contexts)
-        states, seen = [], []
-        for context in contexts:
-            short = longest - context.seen_BK.shape[1]
-            states.append(F.pad(context.states_BKD, (0, 0, 0, short)))
-            seen.append(F.pad(context.seen_BK, (0, short), value=False))
-        return cls(torch.cat(states), torch.cat(seen))
-
-
-@dataclass(frozen=True)
 class Memory:
     """What earlier frames left, oldest first: states with their type and time, and which of them are no padding.
 
@@ -185,10 +146,9 @@ class Arldm(nn.Module):
     def __init__(self, config: ArldmConfig) -> None:
         super().__init__()
         self.config = config
-        unet: Any = UNet2DConditionModel(**config.unet.to_dict())
         # The marks only matter to CLIP's pooled output, which nobody reads.
         text: Any = build_text_encoder(config.text, bos_id=0, eos_id=0, pad_id=0)
-        self.unet = unet
+        self.unet: ArldmUNet = ArldmUNet(**config.unet.to_dict())
         self.text_encoder = text
         self.mm_encoder: Blip = build_blip(config.blip)
         self.type_embeddings = nn.Embedding(2, config.frame.width)
@@ -225,16 +185,7 @@ class Arldm(nn.Module):
 
     def predict(self, latents_BCHW: Tensor, timesteps_B: Tensor, context: Context) -> Tensor:
         """`[B, C, H, W]`: the noise that each row believes it sees."""
-        # diffusers makes a mask m the bias (1 − m)·(−10000), which a large state can outweigh; −∞ it cannot.
-        mask_BK = torch.ones_like(context.seen_BK, dtype=latents_BCHW.dtype).masked_fill(~context.seen_BK, -torch.inf)
-        out: Tensor = self.unet(
-            latents_BCHW,
-            timesteps_B,
-            encoder_hidden_states=context.states_BKD.to(latents_BCHW.dtype),
-            encoder_attention_mask=mask_BK,
-            return_dict=False,
-        )[0]
-        return out
+        return self.unet.answer(latents_BCHW, timesteps_B, context)
 
 
 def build_arldm(config: ArldmConfig) -> Arldm:

@@ -116,6 +116,11 @@ class CaptionTokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, marks left out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
     def window_for(self, texts: Sequence[str]) -> int:
         """Positions that the longest of `texts` needs, marks included."""
         return 2 + max((len(self.encode(text)) for text in texts), default=0)

@@ -17,7 +17,7 @@ _PROBE = 1024  # side of the product that peaks are measured with
 def flops_of_a_row(model: FrameModel) -> float:
     """Floating-point operations of one main row at the pack's size that looks at one earlier frame; two a multiply-add.
 
-    At none where the pack takes no references. A reference row costs about as much. Counted by torch from the
+    At none where the pack takes no references, or reads them as texts. A reference row costs about as much. Counted by torch from the
     operations themselves, not estimated.
     """
     manifest, factor = model.manifest, model.codec.factor
@@ -28,7 +28,7 @@ def flops_of_a_row(model: FrameModel) -> float:
     step = torch.zeros(1, dtype=torch.long, device=model.device)
     unet = model.denoiser.unet
     seen: References | None = None
-    if manifest.max_references:
+    if manifest.max_references and model.reader is None:
         rows_BN = torch.zeros(1, 1, dtype=torch.long).to(step)
         seen = References(unet.project(unet.features(latents, step, text)), rows_BN)
     with FlopCounterMode(display=False) as counter:

@@ -42,6 +42,9 @@ class Seen:
 
     pixels: Pixels
     description: str
+    # In frames from the one that is drawn, at least 1. 0: by its place, the last reference being the frame just before.
+    # With 1 everywhere the network looks at all alike, which is StoryGen's "multi-image-condition".
+    distance: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,12 @@ class Sketch:
     edit: Edit | None = None
 
     @property
+    def distances(self) -> tuple[int, ...]:
+        """Of the references from the frame, in their order."""
+        count = len(self.references)
+        return tuple(seen.distance or count - index for index, seen in enumerate(self.references))
+
+    @property
     def steps_taken(self) -> int:
         """Of its steps those that are really taken: all, or those that an edit leaves, one at least."""
         return self.steps if self.edit is None else max(1, int(self.steps * self.edit.strength))
@@ -101,7 +110,7 @@ class Drawing:
     reference_text_NSD: Tensor
     blank_CHW: Tensor
     reference_noise_CHW: Tensor
-    pictures: tuple[str, ...] = ()  # digests of the references' pixels
+    pictures: tuple[str, ...] = ()  # digests of the pixels of the references that are looked at
     tenant: str = ""
     done: int = 0
     history: History | None = field(default=None, repr=False)
@@ -124,9 +133,12 @@ class Drawing:
         return self.guided if first <= done / len(self.steps) < last else UNGUIDED
 
 
-def rows_of_a_frame(sketch: Sketch) -> int:
-    """Rows of a whole frame when it finds nothing in the cache but the blank's shared table."""
-    count, policy = len(sketch.references), sketch.policy
+def rows_of_a_frame(sketch: Sketch, *, reads: bool = False) -> int:
+    """Rows of a whole frame when it finds nothing in the cache but the blank's shared table.
+
+    `reads`: the model reads earlier frames (`FrameModel.reader`), so nothing is looked at.
+    """
+    count, policy = 0 if reads else len(sketch.references), sketch.policy
     branches = guidance(sketch.image_guidance, sketch.text_guidance, has_references=count > 0)
     nothing, images, everything = (weight != 0.0 for weight in (branches.nothing, branches.images, branches.everything))
     steps = sketch.steps_taken
@@ -174,7 +186,8 @@ def begin(
     if len(outfit) != len(sketch.characters):
         raise ValueError(f"{len(sketch.characters)} characters lie in {len(outfit)} slots")
     codec, device = model.codec, model.device
-    count = len(sketch.references)
+    looked_at = () if model.reader else sketch.references
+    count = len(looked_at)
     shape = (codec.channels, sketch.height_px // codec.factor, sketch.width_px // codec.factor)
     random = Randomness(sketch.seed)
     latents, reference_noise = random.normal(*shape), random.normal(*shape)
@@ -182,11 +195,14 @@ def begin(
     if sketch.policy.shared_noise:
         around = Randomness(_SHARED_SEED)
         reference_noise = around.normal(*shape)
-    told = ["", sketch.description, *(seen.description for seen in sketch.references)]
-    texts = model.text.encode(told, words, changes)
+    if model.reader is None:
+        told = ["", sketch.description, *(seen.description for seen in looked_at)]
+        texts = model.text.encode(told, words, changes)
+    else:
+        texts = model.reader.contexts(sketch.description, [(s.pixels, s.description) for s in sketch.references])
     if count:
         blank = codec.encode_blank(sketch.height_px, sketch.width_px, around.normal(1, *shape).to(device))[0]
-        pixels = np.stack([seen.pixels for seen in sketch.references])
+        pixels = np.stack([seen.pixels for seen in looked_at])
         values = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255.0
         noise = around.normal(1, *shape).expand(count, *shape) if sketch.policy.shared_noise else None
         seen = codec.encode_references(values, (random.normal(count, *shape) if noise is None else noise).to(device))
@@ -212,7 +228,7 @@ def begin(
         reference_text_NSD=texts[2:],
         blank_CHW=blank,
         reference_noise_CHW=reference_noise.to(device),
-        pictures=tuple(hashlib.sha256(seen.pixels.tobytes()).hexdigest() for seen in sketch.references),
+        pictures=tuple(hashlib.sha256(seen.pixels.tobytes()).hexdigest() for seen in looked_at),
         tenant=tenant,
         outfit=tuple(outfit),
     )

@@ -19,7 +19,7 @@ from services.models.errors import PackTooLarge
 from services.models.pack import Manifest
 
 OVERRIDE = "FABULA_FRAME_CHECK_MEMORY=false"
-_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # what the frame service loads of a pack
+_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "mm_encoder")  # what the frame service loads of a pack
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _HEADER_BYTES_MAX = 100 << 20
 _LEVELS_MAX = 32

@@ -12,10 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from services.models.arldm_checkpoint import load_arldm
+from services.models.arldm_reader import ArldmReader, arldm_files, check_arldm
 from services.models.denoiser import StoryDenoiser
 from services.models.errors import AdapterError, PackManifestInvalid, PackWeightsMismatch
 from services.models.glimpse import FILE as GLIMPSE_FILE
@@ -72,6 +76,23 @@ class Texts(Protocol):
         """`[B, S, D']`, with what characters taught and change. Raises TextTooLong when a text does not fit."""
 
 
+class StoryReader(Protocol):
+    """Reads earlier frames, picture and caption together, into the texts of the frame that is drawn.
+
+    What has one looks at no picture while it draws: all that it knows of the story is in its texts.
+    """
+
+    @property
+    def given_frames(self) -> int:
+        """How many earlier frames it needs at least: it was trained to go on from them."""
+
+    def contexts(self, description: str, past: Sequence[tuple[npt.NDArray[np.uint8], str]]) -> Tensor:
+        """`[2, S, D']`: about nothing, then about the story. `past` is pixels `[H, W, 3]` with captions, oldest first.
+
+        Raises TextTooLong when a text does not fit, and ValueError for more frames than it knows.
+        """
+
+
 @dataclass(frozen=True)
 class FrameModel:
     """Everything that draws frames of one pack, on one device."""
@@ -83,6 +104,7 @@ class FrameModel:
     sampler: Sampler
     device: torch.device
     dtype: torch.dtype  # of the UNet's arithmetic; latents are always float32 between steps
+    reader: StoryReader | None = None  # of earlier frames; None: the UNet looks at them itself, or nobody does
     adapters: Mapping[str, Adapter] = field(default_factory=dict)  # of the pack's own, by file: see `pack.Sampling`
     glimpse: Glimpse | None = None  # for previews; None: the autoencoder draws them, smaller
     slots: AdapterSlots | None = None  # where characters' weights lie; None: it draws nobody but its own
@@ -179,6 +201,30 @@ def load_stable_diffusion_xl(pack: Pack, device: torch.device, dtype: torch.dtyp
     return _load_published(pack, device, dtype, functools.partial(load_networks, is_xl=True))
 
 
+def load_arldm_pack(pack: Pack, device: torch.device, dtype: torch.dtype) -> FrameModel:
+    """The `arldm` architecture: Stable Diffusion that reads the story so far."""
+    sampler = _sampler(pack.manifest)
+    for relative in arldm_files():
+        pack.path(relative)  # only what the manifest lists was checked
+    loaded = load_arldm(pack.folder, device=str(device), dtype=dtype)
+    try:
+        check_arldm(pack.manifest, loaded)
+    except ValueError as error:
+        raise PackManifestInvalid(f"pack {pack.name!r}: {error}") from None
+    reader = ArldmReader(loaded)
+    return FrameModel(
+        manifest=pack.manifest,
+        adapters=_own_adapters(pack, loaded.networks.unet),
+        denoiser=StoryDenoiser(loaded.networks.unet, Schedule(pack.manifest.schedule)),
+        codec=Codec(loaded.codec.vae, pack.manifest.latents, sample_latents=pack.manifest.sample_latents),
+        text=reader,
+        sampler=sampler,
+        device=device,
+        dtype=dtype,
+        reader=reader,
+    )
+
+
 def _load_published(
     pack: Pack, device: torch.device, dtype: torch.dtype, load: Callable[[Pack, torch.device, torch.dtype], Networks]
 ) -> FrameModel:
@@ -236,6 +282,7 @@ def check_fit(manifest: Manifest, unet: StoryGenConfig, vae: VaeShape, text: Tex
 
 
 ARCHITECTURES: dict[str, Callable[[Pack, torch.device, torch.dtype], FrameModel]] = {
+    "arldm": load_arldm_pack,
     "stable-diffusion": load_stable_diffusion,
     "stable-diffusion-xl": load_stable_diffusion_xl,
     "storygen": load_storygen,

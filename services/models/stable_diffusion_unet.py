@@ -60,7 +60,7 @@ class StableDiffusionUNet(_Base):
         """
         _refuse(references)
         words_BSD, told = self._told(latents_BCHW, text_BSD)
-        out: Tensor = self(latents_BCHW, timesteps_B, words_BSD, added_cond_kwargs=told, return_dict=False)[0]
+        out: Tensor = self(latents_BCHW, timesteps_B, words_BSD, **told, return_dict=False)[0]
         return out
 
     def predict_and_keep(
@@ -93,13 +93,14 @@ class StableDiffusionUNet(_Base):
         net: Any = self  # torch types a module's children as tensors, too
         words_BSD, told = self._told(latents_BCHW, text_BSD)
         time = net.time_embedding(net.get_time_embed(sample=latents_BCHW, timestep=timesteps_B))
-        added = net.get_aug_embed(emb=time, encoder_hidden_states=words_BSD, added_cond_kwargs=told)
+        extra = told.get("added_cond_kwargs", {})
+        added = net.get_aug_embed(emb=time, encoder_hidden_states=words_BSD, added_cond_kwargs=extra)
         time = time if added is None else time + added
         first, last = net.down_blocks[0], net.up_blocks[-1]
         states = net.conv_in(latents_BCHW)
-        _, skipped = first(states, time, **_for(first, words_BSD))
+        _, skipped = first(states, time, **_for(first, words_BSD, told))
         skips = (states, *skipped)[: len(last.resnets)]
-        states = last(deep_BCHW, skips, time, **_for(last, words_BSD))
+        states = last(deep_BCHW, skips, time, **_for(last, words_BSD, told))
         if net.conv_norm_out:
             states = net.conv_act(net.conv_norm_out(states))
         out: Tensor = net.conv_out(states)
@@ -113,15 +114,19 @@ class StableDiffusionUNet(_Base):
         """Raises TypeError, as `features`."""
         raise TypeError(_BLIND)
 
-    def _told(self, latents_BCHW: Tensor, text_BSD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The words' vectors, and what XL is told besides: the picture is whole and of the size that is drawn."""
+    def _told(self, latents_BCHW: Tensor, text_BSD: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The words' vectors, and what `forward` is told besides them, by its arguments' names.
+
+        XL is told that the picture is whole and of the size that is drawn.
+        """
         width = self.pooled_width
         if not width:
             return text_BSD, {}
         height_px, width_px = (side * PIXELS_PER_LATENT for side in latents_BCHW.shape[2:])
         sizes = torch.tensor([height_px, width_px, 0, 0, height_px, width_px], device=text_BSD.device)
         pooled_BD = text_BSD[:, -1, :width]
-        return text_BSD[:, :-1], {"text_embeds": pooled_BD, "time_ids": sizes.float().expand(len(text_BSD), -1)}
+        told = {"text_embeds": pooled_BD, "time_ids": sizes.float().expand(len(text_BSD), -1)}
+        return text_BSD[:, :-1], {"added_cond_kwargs": told}
 
 
 def _refuse(references: References | None) -> None:
@@ -129,9 +134,13 @@ def _refuse(references: References | None) -> None:
         raise TypeError(_BLIND)
 
 
-def _for(block: nn.Module, words_BSD: Tensor) -> dict[str, Any]:
-    """The argument that only a block with attention takes."""
-    return {"encoder_hidden_states": words_BSD} if getattr(block, "has_cross_attention", False) else {}
+def _for(block: nn.Module, words_BSD: Tensor, told: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that only a block with attention takes. What masks words is a bias there, as `forward` makes it."""
+    if not getattr(block, "has_cross_attention", False):
+        return {}
+    mask_BS = told.get("encoder_attention_mask")
+    bias_B1S = None if mask_BS is None else ((1.0 - mask_BS) * -10000.0)[:, None]
+    return {"encoder_hidden_states": words_BSD, "encoder_attention_mask": bias_B1S}
 
 
 def build_stable_diffusion_unet(values: Mapping[str, Any], *, is_xl: bool) -> StableDiffusionUNet:

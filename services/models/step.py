@@ -119,8 +119,9 @@ def _branches(drawing: Drawing, done: int) -> Iterator[tuple[int, float, Tensor,
     """Number, weight, text and references of each branch that counts in a step."""
     sketch = drawing.sketch
     branches = drawing.branches_at(done)
-    count = len(sketch.references)
-    levels = [sketch.policy.level(drawing.steps, done, count - index) for index in range(count)]
+    # A model that reads earlier frames has them in its texts, and no picture to look at.
+    distances = sketch.distances if drawing.pictures else ()
+    levels = [sketch.policy.level(drawing.steps, done, distance) for distance in distances]
     blanks = tuple(_blank(drawing, level) for level in levels) if branches.nothing != 0.0 else ()
     seen = tuple(_earlier(drawing, index, level) for index, level in enumerate(levels))
     for number, (weight, text, sees) in enumerate(

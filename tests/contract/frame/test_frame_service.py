@@ -187,6 +187,58 @@ async def test_same_request_same_bytes_and_another_seed_others(service: Service)
     assert (await service.frame(request(seed=5, earlier=0))).sha256 != first.sha256
 
 
+async def test_a_frame_may_be_made_of_a_picture(service: Service) -> None:
+    edit = pb.EditedImage(image=picture(7))
+    events = await service.events(request(steps=10, edit=edit))
+    assert [e.progress.step_count for e in events if e.WhichOneof("event") == "progress"] == [5] * 5
+    frame = events[-1].frame
+    assert (frame.steps, frame.edit_strength) == (10, 0.5)  # a strength that is not set is the report's
+    again = await service.frame(request(steps=10, edit=edit))
+    assert again.sha256 == frame.sha256
+    others = [
+        request(steps=10),
+        request(steps=10, edit=pb.EditedImage(image=picture(8))),
+        request(steps=10, edit=pb.EditedImage(image=picture(7), strength=0.2)),
+        request(steps=10, edit=edit, description="a boat"),
+    ]
+    drawn = [await service.frame(other) for other in others]
+    assert len({frame.sha256, *(each.sha256 for each in drawn)}) == 5
+    assert [each.edit_strength for each in drawn] == [0.0, 0.5, 0.2, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason", "field"),
+    [
+        (pb.EditedImage(), "IMAGE_MISSING", "edit.image"),
+        (pb.EditedImage(image=b"no picture"), "IMAGE_UNREADABLE", "edit.image"),
+        (pb.EditedImage(image=bytes((8 << 20) + 1)), "IMAGE_TOO_LARGE", "edit.image"),
+        (pb.EditedImage(image=picture(), strength=0.0), "VALUE_OUT_OF_RANGE", "edit.strength"),
+        (pb.EditedImage(image=picture(), strength=1.01), "VALUE_OUT_OF_RANGE", "edit.strength"),
+        (pb.EditedImage(image=picture(), strength=float("nan")), "VALUE_OUT_OF_RANGE", "edit.strength"),
+    ],
+)
+async def test_what_cannot_be_edited_is_refused_by_name(
+    service: Service, steps: Steps, edit: pb.EditedImage, reason: str, field: str
+) -> None:
+    code, info, status = await service.refusal(service.call(request(edit=edit)))
+    assert (code, info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
+    assert field in str(status)
+    assert not steps.count
+
+
+async def test_a_frame_between_two_looks_at_both_alike(service: Service) -> None:
+    def between(*distances: int) -> pb.RenderFrameRequest:
+        both = [pb.Reference(image=picture(i), description=f"frame {i}", distance=d) for i, d in enumerate(distances)]
+        return request(references=both)
+
+    alike = await service.frame(between(1, 1))
+    by_place = await service.frame(between(0, 0))
+    assert (await service.frame(between(2, 1))).sha256 == by_place.sha256 != alike.sha256
+    code, info, status = await service.refusal(service.call(between(1, 4)))
+    assert (code, info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "VALUE_OUT_OF_RANGE")
+    assert "references[1].distance" in str(status)
+
+
 async def test_what_is_asked_for_is_what_is_told(service: Service) -> None:
     frame = await service.frame(
         request(width_px=96, height_px=32, steps=2, text_guidance=0.0, image_guidance=0.0, seed=2**64 - 1)
@@ -422,12 +474,12 @@ async def test_only_what_can_be_asked_for_is_a_feature(model: FrameModel) -> Non
     alone = replace(model, manifest=model.manifest.model_copy(update={"name": "alone", "max_references": 0}))
     engine = FrameEngine({"tiny": model, "alone": alone}, "tiny")
     assert [(pack.name, list(pack.features)) for pack in packs_to_pb(engine).packs] == [
-        ("tiny", [pb.FEATURE_REFERENCES]),
-        ("alone", []),
+        ("tiny", [pb.FEATURE_REFERENCES, pb.FEATURE_EDIT, pb.FEATURE_INSERT]),
+        ("alone", [pb.FEATURE_EDIT]),
     ]
     engine = FrameEngine({"alone": alone}, "alone", fetch=lambda digest: b"")
     (pack,) = packs_to_pb(engine).packs
-    assert list(pack.features) == [pb.FEATURE_CHARACTERS]
+    assert list(pack.features) == [pb.FEATURE_CHARACTERS, pb.FEATURE_EDIT]
 
 
 async def test_no_quality_takes_more_steps_than_the_pack_has(model: FrameModel) -> None:
