@@ -102,7 +102,7 @@ class PackSettings(_Strict):
     width_px: int = Field(ge=8)
     height_px: int = Field(ge=8)
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights as stored
-    max_references: int = Field(ge=0, le=3)
+    max_references: int = Field(ge=0, le=8)
     reference_range: ReferenceRange
     # True: reference latents are drawn from the VAE's posterior with the job's seed, as StoryGen does. False: its mean.
     sample_latents: bool = True
