@@ -446,7 +446,8 @@ fill:var(--mark);stroke:none}
 .probes td,.probes thead th{padding:4px}.probes thead th{font-size:13px;color:var(--quiet);text-align:center}
 .probes tbody th{width:210px;min-width:150px;padding:4px 14px 4px 0;vertical-align:middle;font-weight:400}
 .probes tbody th span{display:block;font-size:12px;color:var(--quiet)}
-.probes img{width:128px;min-width:96px;height:auto}.chosen{background:var(--tint)}.probes thead .chosen{color:var(--mark)}
+.probes img{width:128px;min-width:96px;height:auto}
+.chosen{background:var(--tint)}.probes thead .chosen{color:var(--mark)}
 img{display:block;border-radius:6px;max-width:100%}
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));gap:18px;margin-top:10px}
 figure{margin:0;min-width:0}.curves figure{
