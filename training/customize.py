@@ -63,7 +63,7 @@ from training.methods.lora import LoraRecipe
 from training.methods.method import TOTAL, Method, Parts, ground_of, parameter_names
 from training.methods.registry import METHODS, MethodRecipe, method_of, name_of
 from training.methods.textual_inversion import TextualInversionRecipe
-from training.new_story import KnownStory, NewStory, check_wall, known_stories, read_story, world_story
+from training.new_story import KnownStory, NewStory, check_wall, known_stories, read_story, together, world_story
 from training.optimizer import OptimizerRecipe, Pace
 from training.precision import autocast, default_device
 from training.storage import Checkpoint, load_checkpoint, save_checkpoint, with_prefix
@@ -180,7 +180,7 @@ class Customization:
 
 def customization(
     model: FrameModel,
-    story: NewStory,
+    story: NewStory | Sequence[NewStory],
     existing: Sequence[KnownStory],
     recipe: CustomizationRecipe,
     watch: Watch = lambda step, parts: None,
@@ -190,14 +190,15 @@ def customization(
     Raises FramesSeen, StoryInvalid or RecipeInvalid.
     """
     check_wall(story, existing)
+    stories = together(story)
     try:
-        ground = ground_of(model, story.name, recipe.seed)
+        ground = ground_of(model, [one.name for one in stories], recipe.seed)
         method = method_of(ground, recipe.method)
     except ValueError as error:
         raise RecipeInvalid(str(error)) from None
     lessons = Lessons(
         model,
-        story,
+        stories,
         existing,
         recipe.lessons,
         named_share=recipe.method.named_share,
@@ -209,7 +210,7 @@ def customization(
 
 def customize(
     pack: Pack,
-    story: NewStory,
+    story: NewStory | Sequence[NewStory],
     existing: Sequence[KnownStory],
     recipe: CustomizationRecipe,
     folder: Path,
@@ -223,11 +224,14 @@ def customize(
 ) -> Artefact:
     """Run `recipe` to its end, or to `until_step`, from the checkpoint in `folder` where there is one.
 
+    Several new characters, a story each, are taught jointly: a step shows one of them, and all are in one artefact.
+
     `keep` is given what was learned after each of `snapshot_steps`; a run that goes on may give it one again.
 
     Raises what `customization` raises, RunMismatch when the checkpoint is of another run, RunStopped when `stop` said
     so, and LossNotFinite when training went wrong; the checkpoint in `folder` is then the last good one.
     """
+    stories = together(story)
     model = load_frame_model(pack, device=default_device())
 
     def seen(step: int, parts: Mapping[str, float]) -> None:
@@ -236,10 +240,10 @@ def customize(
         watch(step, parts)
 
     def artefact(steps: int) -> Artefact:
-        return _artefact(trainee, model, pack, story, existing, recipe, run=identity, steps=steps)
+        return _artefact(trainee, model, pack, stories, existing, recipe, run=identity, steps=steps)
 
-    trainee = customization(model, story, existing, recipe, seen)
-    path, identity = folder / CHECKPOINT, _identity(pack, story, existing, recipe)
+    trainee = customization(model, stories, existing, recipe, seen)
+    path, identity = folder / CHECKPOINT, _identity(pack, stories, existing, recipe)
     found = load_checkpoint(path)
     if found is None:
         # Step 0 is a checkpoint as any other, so that there always is a last good one.
@@ -273,7 +277,7 @@ def _artefact(
     trainee: Customization,
     model: FrameModel,
     pack: Pack,
-    story: NewStory,
+    stories: Sequence[NewStory],
     existing: Sequence[KnownStory],
     recipe: CustomizationRecipe,
     *,
@@ -289,16 +293,18 @@ def _artefact(
         text_width=model.text.width,
         name="what was learned",
     )
+    told = [{"id": one.id, "name": one.name, "phrase": one.phrase, "noun": one.noun} for one in stories]
     card = {
         "format": CARD_FORMAT,
-        "character": {"id": story.id, "name": story.name, "phrase": story.phrase, "noun": story.noun},
+        **({"character": told[0]} if len(told) == 1 else {}),
+        "characters": told,
         "recipe": recipe.to_dict(),
         "run": run,
         "pack": {"name": pack.name, "digest": pack.digest, "base_digest": model.base_digest},
         "weights": {"sha256": adapter.digest, "size_bytes": len(payload), "rank": adapter.rank},
         "trained": parameter_names(trainee.method.networks),
         "dataset": {
-            "new": {frame.id: frame.digest for frame in story.frames},
+            "new": {frame.id: frame.digest for one in stories for frame in one.frames},
             "existing": {frame.id: frame.digest for one in existing for frame in one.frames},
         },
         "steps": steps,
@@ -322,7 +328,9 @@ def _loop(recipe: CustomizationRecipe) -> LoopRecipe:
     )
 
 
-def _identity(pack: Pack, story: NewStory, existing: Sequence[KnownStory], recipe: CustomizationRecipe) -> str:
+def _identity(
+    pack: Pack, stories: Sequence[NewStory], existing: Sequence[KnownStory], recipe: CustomizationRecipe
+) -> str:
     """64 hex digits of all that decides what a run learns."""
 
     def told(frames: Sequence[Any]) -> list[list[Any]]:
@@ -331,8 +339,8 @@ def _identity(pack: Pack, story: NewStory, existing: Sequence[KnownStory], recip
     clock = ("save_every_s", "measure_every_s")  # how often a run is looked at changes nothing of it
     document = {
         "pack": pack.digest,
-        "character": [story.id, story.name, story.phrase, story.noun],
-        "new": told(story.frames),
+        "characters": [[one.id, one.name, one.phrase, one.noun] for one in stories],
+        "new": [told(one.frames) for one in stories],
         "existing": [told(one.frames) for one in existing],
         "recipe": {key: value for key, value in recipe.to_dict().items() if key not in clock},
     }

@@ -24,7 +24,7 @@ from services.models.step import draw
 from services.models.text_encoder import NO_WORDS, TextEncoder, Words
 from training.customize_errors import RecipeInvalid, StoryInvalid
 from training.methods.method import EXISTING, NEW, PRIOR, Batch
-from training.new_story import STORY_FRAMES, KnownStory, NewStory, SeenFrame
+from training.new_story import STORY_FRAMES, Called, KnownStory, NewStory, SeenFrame
 
 _T = TypeVar("_T")
 _TOGETHER = 16  # pictures or texts encoded at a time
@@ -59,7 +59,7 @@ class _Shelf:
     latents_FCHW: Tensor
     reference_latents_FCHW: Tensor
     ids_FVS: Tensor
-    named_ids_FVS: Tensor  # the new character by name alone; the same as `ids_FVS` for everybody else
+    named_ids_FVS: Tensor  # the frame's new character by name alone; the same as `ids_FVS` for everybody else
     states_FVSD: Tensor  # what the encoder says of `ids_FVS` and, behind them, of `named_ids_FVS`
 
 
@@ -69,7 +69,7 @@ class Lessons:
     def __init__(
         self,
         model: FrameModel,
-        new: NewStory,
+        new: Sequence[NewStory],
         existing: Sequence[KnownStory],
         recipe: LessonRecipe,
         *,
@@ -77,7 +77,9 @@ class Lessons:
         words: Words = NO_WORDS,
         with_prior: bool = False,
     ) -> None:
-        """`words` are those that a method learns: whose descriptions hold one are encoded anew in every batch.
+        """A step shows one of the `new` stories.
+
+        `words` are those that a method learns: whose descriptions hold one are encoded anew in every batch.
 
         Raises StoryInvalid for a description of the new story that does not fit the text encoder's window, and
         RecipeInvalid where there are no stories of others.
@@ -90,14 +92,16 @@ class Lessons:
         self.schedule = model.denoiser.schedule
         self._learns_words = bool(words)
         manifest = model.manifest
+        frames = [frame for story in new for frame in story.frames]
+        called = [story.called for story in new for _ in story.frames]
         try:
-            self.new = self._shelf(new.frames, words, new)
+            self.new = self._shelf(frames, words, called)
         except TextTooLong as error:
-            raise StoryInvalid(f"a description of {new.name} does not fit: {error}", field="frames") from None
+            raise StoryInvalid(f"a description of somebody new does not fit: {error}", field="frames") from None
         self.existing = self._shelf([frame for story in existing for frame in story.frames])
         self.prior: _Shelf | None = None
         if with_prior:
-            general = [new.called.by_noun(frame.descriptions[0]) for frame in new.frames]
+            general = [who.by_noun(frame.descriptions[0]) for who, frame in zip(called, frames, strict=True)]
             drawn = [_drawn(model, text, recipe.prior_seed + number) for number, text in enumerate(general)]
             own = [
                 SeenFrame(id=f"prior:{n}", pixels=pixels, caption=text, descriptions=(text,), characters=frozenset())
@@ -109,11 +113,15 @@ class Lessons:
             self.blank_CHW = self.codec.encode_blank(manifest.height_px, manifest.width_px)[0].float()
         self._gallery = self._galleries()
 
-    def _shelf(self, frames: Sequence[SeenFrame], words: Words = NO_WORDS, new: NewStory | None = None) -> _Shelf:
-        """`words` may stand in descriptions of the new story alone."""
+    def _shelf(
+        self, frames: Sequence[SeenFrame], words: Words = NO_WORDS, called: Sequence[Called] | None = None
+    ) -> _Shelf:
+        """`words` may stand in descriptions of new stories alone; `called` is how each frame's new one is."""
         most = max(len(frame.descriptions) for frame in frames)
         wordings = [frame.descriptions[number % len(frame.descriptions)] for frame in frames for number in range(most)]
-        named = wordings if new is None else [new.called.by_name(text) for text in wordings]
+        named = wordings
+        if called is not None:
+            named = [called[number // most].by_name(text) for number, text in enumerate(wordings)]
         ids, named_ids = (self.text.token_ids(texts, words).view(len(frames), most, -1) for texts in (wordings, named))
         pixels = torch.from_numpy(np.stack([frame.pixels for frame in frames])).permute(0, 3, 1, 2).float() / 255.0
         with torch.no_grad():
@@ -141,15 +149,17 @@ class Lessons:
         return (*self.new.frames, *self.existing.frames)
 
     def batch(self, generator: torch.Generator, words: Words = NO_WORDS, *, varied: bool = True) -> Batch:
-        """One step: frames of the new story, of one known story, and of the prior where there is one.
+        """One step: frames of one new story, of one known story, and of the prior where there is one.
 
-        Without `varied`, for measuring: all frames of both, in their first wording, nothing hidden.
+        Without `varied`, for measuring: all frames of the first of both, in their first wording, nothing hidden.
         """
         count = self.recipe.frames_per_story if varied else STORY_FRAMES
         stories_count = len(self.existing.frames) // STORY_FRAMES
         story = int(torch.randint(stories_count, (1,), generator=generator)) if varied else 0
+        taught = self._taught(generator) if varied else 0
         rows: list[tuple[int, int, int]] = []  # kind, first frame of the story, beat
-        kinds = [(NEW, 0), (EXISTING, story * STORY_FRAMES), *([(PRIOR, 0)] if self.prior is not None else [])]
+        kinds = [(NEW, taught * STORY_FRAMES), (EXISTING, story * STORY_FRAMES)]
+        kinds += [(PRIOR, taught * STORY_FRAMES)] if self.prior is not None else []
         for kind, first in kinds:
             beats = sorted(torch.randperm(STORY_FRAMES, generator=generator)[:count].tolist())
             rows += [(kind, first, beat) for beat in beats]
@@ -181,6 +191,11 @@ class Lessons:
             exemplars_PCHW=exemplars,
             strangers_PCHW=strangers,
         )
+
+    def _taught(self, generator: torch.Generator) -> int:
+        """Whose turn it is."""
+        count = len(self.new.frames) // STORY_FRAMES
+        return int(torch.randint(count, (1,), generator=generator)) if count > 1 else 0
 
     def _of(self, kind: int) -> _Shelf:
         shelf = {NEW: self.new, EXISTING: self.existing, PRIOR: self.prior}[kind]
@@ -232,14 +247,18 @@ class Lessons:
         everybody = sorted(self._gallery)
         for number, (kind, first, beat) in enumerate(rows):
             shown = self._of(kind).frames[first + beat].characters
-            others = [one for one in everybody if one not in shown]
             for one in sorted(shown):
                 chances = torch.rand(3, generator=generator).tolist()
                 places = [place for place in self._gallery[one] if place != (kind, first + beat)]
                 places = (places or self._gallery[one])[: self.recipe.exemplars]
-                wrong = self._gallery[_picked(others, chances[1])] if others else places
-                # A picture in which somebody else stands beside them is no picture without them.
-                wrong = [place for place in wrong if one not in self._frame(place).characters] or wrong
+                # A picture in which they stand beside somebody else is no picture without them.
+                without = {
+                    other: [place for place in self._gallery[other] if one not in self._frame(place).characters]
+                    for other in everybody
+                    if other not in shown
+                }
+                others = [other for other in without if without[other]]
+                wrong = without[_picked(others, chances[1])] if others else places
                 pairs.append(number)
                 exemplars.append(self._latents(_picked(places, chances[0])))
                 strangers.append(self._latents(_picked(wrong, chances[2])))

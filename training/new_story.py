@@ -285,14 +285,28 @@ def _frame(frame: StoryFrame, frame_id: str, size_px: int) -> SeenFrame:
     )
 
 
-def check_wall(new: NewStory, known: Sequence[KnownStory]) -> None:
-    """No frame of the known stories may show the new character, or be one of theirs.
+def together(new: NewStory | Sequence[NewStory]) -> tuple[NewStory, ...]:
+    """The stories of all who are taught in one run. Raises StoryInvalid when there is none, or somebody comes twice."""
+    stories = (new,) if isinstance(new, NewStory) else tuple(new)
+    if not stories:
+        raise StoryInvalid("nobody is to be taught", field="stories")
+    for what, values in (("id", [one.id for one in stories]), ("name", [one.name for one in stories])):
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise StoryInvalid(f"two of the new characters have the {what} {twice!r}", field="stories")
+    return stories
+
+
+def check_wall(new: NewStory | Sequence[NewStory], known: Sequence[KnownStory]) -> None:
+    """No frame of the known stories may show somebody new, or be one of theirs.
 
     By id and by pixels. Raises FramesSeen.
     """
-    ids, digests = {frame.id for frame in new.frames}, {frame.digest for frame in new.frames}
+    stories = together(new)
+    frames = [frame for story in stories for frame in story.frames]
+    ids, digests = {frame.id for frame in frames}, {frame.digest for frame in frames}
+    new_ids = {story.id for story in stories} | _NEW_IDS
     for frame in (frame for story in known for frame in story.frames):
-        if frame.characters & {new.id, *_NEW_IDS}:
+        if frame.characters & new_ids:
             raise FramesSeen(f"{frame.id} shows somebody new")
         if frame.id in ids or frame.digest in digests:
             raise FramesSeen(f"{frame.id} is a frame of the new character's story")

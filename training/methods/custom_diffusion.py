@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from services.models.lora import WORDS
 from services.models.text_encoder import Words
 from training.methods.changes import TEXT_KEYS_AND_VALUES, WholeChanges
 from training.methods.method import (
@@ -26,7 +25,7 @@ from training.methods.method import (
     reconstruction,
     squared_errors,
 )
-from training.methods.words import LearnedWord
+from training.methods.words import LearnedWords
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ class CustomDiffusion:
         self.ground, self.recipe = ground, recipe
         generator = torch.Generator().manual_seed(ground.seed)
         self.change = WholeChanges(ground.unet, TEXT_KEYS_AND_VALUES)
-        self.word = LearnedWord(ground.text, ground.name, recipe.vectors, generator)
+        self.word = LearnedWords(ground.text, ground.names, recipe.vectors, generator)
         self.networks = nn.ModuleDict({"change": self.change, "word": self.word})
 
     @property
@@ -67,4 +66,4 @@ class CustomDiffusion:
     def payload(self) -> bytes:
         dtype = STORED[self.recipe.stored]
         deltas = {f"{name}.delta": delta.to(dtype) for name, delta in self.change.deltas().items()}
-        return file_of({**deltas, f"{WORDS}{self.word.word}": self.word.vectors_nD}, self.ground.base_digest)
+        return file_of({**deltas, **self.word.tensors()}, self.ground.base_digest)

@@ -9,7 +9,7 @@ Shapes: B rows, a story's frames one behind the other; P pairs of a row and some
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -55,7 +55,7 @@ class Ground:
     denoiser: StoryDenoiser
     text: TextEncoder
     latent_shape: tuple[int, int, int]
-    name: str  # of the new character; a method that learns a word learns this one
+    names: tuple[str, ...]  # of the new characters; a method that learns words learns these
     base_digest: str
     seed: int
 
@@ -99,7 +99,7 @@ class Method(Protocol):
         ...
 
 
-def ground_of(model: FrameModel, name: str, seed: int) -> Ground:
+def ground_of(model: FrameModel, names: Sequence[str], seed: int) -> Ground:
     """The ground for a run on a loaded pack.
 
     Raises ValueError for a pack whose frames do not see earlier ones: the methods here are for those.
@@ -115,7 +115,7 @@ def ground_of(model: FrameModel, name: str, seed: int) -> Ground:
         denoiser=StoryDenoiser(unet, model.denoiser.schedule),
         text=model.text,
         latent_shape=(model.codec.channels, height, width),
-        name=name,
+        names=tuple(names),
         base_digest=model.base_digest,
         seed=seed,
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from services.models.lora import WORDS
 from services.models.text_encoder import Words
 from training.methods.method import (
     TOTAL,
@@ -24,7 +23,7 @@ from training.methods.method import (
     reconstruction,
     squared_errors,
 )
-from training.methods.words import LearnedWord
+from training.methods.words import LearnedWords
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class TextualInversion:
     def __init__(self, ground: Ground, recipe: TextualInversionRecipe) -> None:
         self.ground, self.recipe = ground, recipe
         generator = torch.Generator().manual_seed(ground.seed)
-        self.word = LearnedWord(ground.text, ground.name, recipe.vectors, generator)
+        self.word = LearnedWords(ground.text, ground.names, recipe.vectors, generator)
         self.networks = nn.ModuleDict({"word": self.word})
 
     @property
@@ -60,4 +59,4 @@ class TextualInversion:
         return {**parts, TOTAL: parts["mse"]}
 
     def payload(self) -> bytes:
-        return file_of({f"{WORDS}{self.word.word}": self.word.vectors_nD}, self.ground.base_digest)
+        return file_of(self.word.tensors(), self.ground.base_digest)
