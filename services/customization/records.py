@@ -133,7 +133,8 @@ class Following:
     """What the runner has seen of a job's training processes."""
 
     offset_bytes: int = 0  # of the progress file, up to which everything is recorded
-    crashes: int = 0  # in a row without a step between them
+    crashes: int = 0  # in a row without a new step between them
+    top_step: int = 0  # the most steps that any attempt told of
     # How the attempt in progress said it ended; None before, and for one that said nothing.
     outcome: Mapping[str, str] | None = None
     stop_us: int | None = None  # when the attempt in progress was first told to stop

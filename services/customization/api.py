@@ -1,0 +1,346 @@
+"""What the customization service can do, once. gRPC only translates to and from these methods.
+
+Every method raises FabulaError and nothing else that a client should see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+import uuid_utils
+
+from services.customization.backends import STORY_FOLDER
+from services.customization.checks import (
+    Finding,
+    GivenStory,
+    KnownCharacter,
+    Looks,
+    check_story,
+    is_acceptable,
+)
+from services.customization.config import CustomizationSettings
+from services.customization.estimate import estimate
+from services.customization.events import Broadcaster, watch
+from services.customization.intake import (
+    JobRequest,
+    TaughtPack,
+    check_request_id,
+    check_upload,
+    clean_pictures,
+    count_findings,
+    given_story,
+    new_character,
+    taught_pack,
+    training_settings,
+    violations,
+)
+from services.customization.metrics import CHECK_SECONDS, CREATED, PUBLISHED, REFUSED
+from services.customization.publishing import manifest_of, put_weights, version_of
+from services.customization.records import CharacterVersion, Checkpoint, Estimate, Event, Job, StoredFrame
+from services.customization.repository import Repository, now_us, unsuitable
+from services.customization.states import State, Wish, wished
+from services.customization.suggestion import Measured, suggestion
+from services.runtime.errors import (
+    CharacterVersionNotFound,
+    CheckpointNotFound,
+    CustomizationJobNotFound,
+    ExampleStoryRefused,
+    ImageNotFound,
+    PageTokenInvalid,
+    ShuttingDown,
+)
+from services.runtime.store import SHA256, ObjectStore
+
+DEFAULT_PAGE = 50
+MOST_PAGE = 200
+JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_TRIES = 5  # of a wish, against whatever else happens to the job meanwhile
+
+Eyes = Callable[[Path], Looks | None]
+"""The eyes of the pack in a folder; slow at the first call."""
+
+log = structlog.get_logger("fabula.customization.api")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Created:
+    """What became of a request: no job where it was only to be checked."""
+
+    job: Job | None
+    findings: tuple[Finding, ...]
+    estimate: Estimate
+    is_acceptable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPage:
+    """A page of jobs; an empty token is the end."""
+
+    jobs: tuple[Job, ...]
+    next_page_token: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPage:
+    """A page of checkpoints; an empty token is the end."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    suggested_step: int
+    next_page_token: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionPage:
+    """A page of character versions; an empty token is the end."""
+
+    versions: tuple[CharacterVersion, ...] = field(default_factory=tuple)
+    next_page_token: str = ""
+
+
+class CustomizationApi:
+    """The operations of the service."""
+
+    def __init__(
+        self,
+        *,
+        repository: Repository,
+        objects: ObjectStore,
+        characters: ObjectStore,
+        broadcaster: Broadcaster,
+        settings: CustomizationSettings,
+        folder: Path,
+        pack_folders: Sequence[Path],
+        eyes: Eyes,
+    ) -> None:
+        """`objects` has pictures, `characters` is what frame replicas read weights from."""
+        self._repository, self._objects, self._characters = repository, objects, characters
+        self._broadcaster, self._settings, self._folder = broadcaster, settings, folder
+        self._pack_folders, self._eyes = tuple(pack_folders), eyes
+        self.accepting = True  # false once the process is stopping
+
+    async def create(self, request: JobRequest) -> Created:
+        """Checks a story and accepts a job. Once this returns, the job is never lost."""
+        if not self.accepting:
+            raise ShuttingDown()
+        check_request_id(request.request_id)
+        check_upload(request.frames)
+        if not request.validate_only:
+            known = await self._repository.find_by_request(request.request_id, request.body_sha256)
+            if known is not None:
+                return Created(job=known, findings=known.findings, estimate=known.estimate, is_acceptable=True)
+        name = request.pack or self._settings.default_pack
+        pack = await asyncio.to_thread(taught_pack, name, self._pack_folders)
+        settings = training_settings(request, pack, self._settings)
+        story = given_story(request, pack)
+        with CHECK_SECONDS.time():
+            findings = await asyncio.to_thread(self._look_over, story, await self._known(pack, story), pack)
+        measured = await self._repository.measured(
+            pack_digest=settings.pack_digest, method=settings.method, learns=settings.learns
+        )
+        expected = estimate(
+            settings, measured=measured, ahead=await self._repository.waiting(), gpus=self._settings.gpus
+        )
+        acceptable = is_acceptable(findings, request.accepted_findings)
+        if request.validate_only:
+            return Created(job=None, findings=tuple(findings), estimate=expected, is_acceptable=acceptable)
+        if not acceptable:
+            REFUSED.inc()
+            raise _refusal(findings, request.accepted_findings)
+        await self._repository.check_room(max_queued=self._settings.max_queued)
+        pictures = await asyncio.to_thread(clean_pictures, request.frames)
+        frames = [
+            StoredFrame(
+                image_sha256=await self._objects.put(picture),
+                caption=given.caption.strip(),
+                description=given.description.strip(),
+            )
+            for given, picture in zip(request.frames, pictures, strict=True)
+        ]
+        job, is_new = await self._repository.create(
+            job_id=str(uuid_utils.uuid7()),
+            character=new_character(story),
+            frames=frames,
+            settings=settings,
+            findings=findings,
+            estimate=expected,
+            request_id=request.request_id,
+            body_sha256=request.body_sha256,
+            max_queued=self._settings.max_queued,
+        )
+        if is_new:
+            CREATED.inc()
+            log.info("job_created", job_id=job.job_id, pack=settings.pack, method=settings.method)
+        return Created(job=job, findings=job.findings, estimate=job.estimate, is_acceptable=True)
+
+    def _look_over(self, story: GivenStory, cast: Sequence[KnownCharacter], pack: TaughtPack) -> list[Finding]:
+        findings = check_story(story, cast, self._eyes(pack.folder))
+        return [*count_findings(story, findings), *findings]
+
+    async def _known(self, pack: TaughtPack, story: GivenStory) -> list[KnownCharacter]:
+        """The pack's cast, and who else was published for it: the same one may be taught again."""
+        published = await self._repository.versions(limit=1000)
+        own = {one.character.name: one.character.phrase for one in published if one.pack == pack.manifest.name}
+        known = {*(one.name for one in pack.cast), story.name}
+        added = [KnownCharacter(name=name, phrase=phrase) for name, phrase in own.items() if name not in known]
+        return [*pack.cast, *added]
+
+    async def get(self, job_id: str) -> Job:
+        """A job as it stands."""
+        return await self._repository.get(_checked(job_id))
+
+    async def list(self, *, page_size: int, page_token: str, show_deleted: bool) -> JobPage:
+        """Jobs, newest first, without findings and versions."""
+        size = min(page_size or DEFAULT_PAGE, MOST_PAGE)
+        before = _untold(page_token)
+        if before and not JOB_ID.fullmatch(before):
+            raise PageTokenInvalid(field="page_token")
+        found = await self._repository.page(limit=size + 1, before=before, show_deleted=show_deleted)
+        more = len(found) > size
+        return JobPage(jobs=tuple(found[:size]), next_page_token=_told(found[size - 1].job_id) if more else "")
+
+    async def watch(self, job_id: str, *, after: int) -> AsyncGenerator[Event, None]:
+        """Durable events above `after`, then what happens, until the job has ended."""
+        events = watch(self._repository, self._broadcaster, _checked(job_id), after=after, poll_s=self._settings.poll_s)
+        async for event in events:
+            yield event
+
+    async def wish(self, job_id: str, wish: Wish) -> Job:
+        """Cancels, pauses or resumes a job. Raises JobStateUnsuitable where that cannot be."""
+        _checked(job_id)
+        for _ in range(_TRIES):
+            job = await self._repository.get(job_id)
+            if job.delete_us is not None and wish == "resume":
+                raise unsuitable(job, "go on while it is deleted")
+            to = wished(job.state, wish)
+            if to is None:
+                raise unsuitable(job, "be paused" if wish == "pause" else "go on")
+            if to is job.state:
+                return job
+            if to is State.QUEUED:
+                await self._repository.check_room(max_queued=self._settings.max_queued)
+                # A job that was paused before its story was laid out has that before it still.
+                to = State.QUEUED if await asyncio.to_thread(self._is_laid_out, job_id) else State.VALIDATING
+            if await self._repository.change_state(job_id, to, only_from={job.state}):
+                self._broadcaster.note(job_id)
+                return await self._repository.get(job_id)
+        raise unsuitable(await self._repository.get(job_id), f"{wish} just now, so much happens to it; try again")
+
+    def _is_laid_out(self, job_id: str) -> bool:
+        return (self._folder / job_id / STORY_FOLDER).is_dir()
+
+    async def checkpoints(self, job_id: str, *, page_size: int, page_token: str) -> CheckpointPage:
+        """What a job has learned so far, oldest first."""
+        size = min(page_size or DEFAULT_PAGE, MOST_PAGE)
+        after = _untold(page_token)
+        if after and not re.fullmatch(r"\d{1,9}", after):
+            raise PageTokenInvalid(field="page_token")
+        every = await self._repository.checkpoints(_checked(job_id))
+        found = [one for one in every if one.step > int(after or -1)]
+        more = len(found) > size
+        return CheckpointPage(
+            checkpoints=tuple(found[:size]),
+            suggested_step=_suggested(every),
+            next_page_token=_told(str(found[size - 1].step)) if more else "",
+        )
+
+    async def publish(self, job_id: str, step: int) -> CharacterVersion:
+        """Makes a checkpoint a version that frame services can draw at once."""
+        job = await self._repository.get(_checked(job_id))
+        if not step:
+            step = _suggested(await self._repository.checkpoints(job_id))
+            if not step:
+                raise CheckpointNotFound("the job has no checkpoint yet; wait for the first one")
+        checkpoint, file, card = await self._repository.checkpoint(job_id, step)
+        manifest = manifest_of(job, card, [frame.image_sha256 for frame in job.frames])
+        version = version_of(job, checkpoint, card, manifest, now_us())
+        await put_weights(self._characters, checkpoint, self._folder / job_id / file)
+        # Under its own digest, which is the version's name: whoever has the weights' store can say whose they are.
+        await self._characters.put(manifest.encode())
+        published, is_new = await self._repository.publish(version, manifest)
+        if is_new:
+            PUBLISHED.inc()
+            log.info("version_published", job_id=job_id, version_id=published.version_id, step=step)
+            self._broadcaster.note(job_id)
+        return published
+
+    async def delete(self, job_id: str) -> Job:
+        """Deletes a job, after cancelling it; it can be undeleted for a while. Published versions stay."""
+        await self.wish(job_id, "cancel")
+        purge_us = now_us() + round(self._settings.keep_deleted_s * 1e6)
+        return await self._repository.delete(job_id, purge_us=purge_us)
+
+    async def undelete(self, job_id: str) -> Job:
+        """Takes a deletion back."""
+        return await self._repository.undelete(_checked(job_id))
+
+    async def versions(self, *, page_size: int, page_token: str, name: str) -> VersionPage:
+        """Published versions, newest first."""
+        size = min(page_size or DEFAULT_PAGE, MOST_PAGE)
+        before = None
+        if token := _untold(page_token):
+            told = re.fullmatch(r"(\d{1,20}) ([0-9a-f]{64})", token)
+            if told is None:
+                raise PageTokenInvalid(field="page_token")
+            before = (int(told[1]), told[2])
+        found = await self._repository.versions(limit=size + 1, before=before, name=name)
+        more = len(found) > size
+        last = found[size - 1] if more else None
+        token = _told(f"{last.publish_us} {last.version_id}") if last is not None else ""
+        return VersionPage(versions=tuple(found[:size]), next_page_token=token)
+
+    async def read_weights(self, version_id: str) -> bytes:
+        """The safetensors file of a version."""
+        if not SHA256.fullmatch(version_id):
+            raise CharacterVersionNotFound(metadata={"version_id": version_id[:64]})
+        return await self._characters.get((await self._repository.version(version_id)).weights_sha256)
+
+    async def read_image(self, job_id: str, sha256: str) -> bytes:
+        """A picture of a job, as PNG."""
+        if not await self._repository.has_image(_checked(job_id), sha256):
+            raise ImageNotFound(
+                "this job has no picture with this SHA-256", metadata={"job_id": job_id, "sha256": sha256[:64]}
+            )
+        return await self._objects.get(sha256)
+
+
+def _suggested(checkpoints: Sequence[Checkpoint]) -> int:
+    chosen = suggestion([Measured(step=one.step, figures=one.figures) for one in checkpoints])
+    return chosen.step if chosen is not None else 0
+
+
+def _refusal(findings: Sequence[Finding], accepted: Sequence[str]) -> ExampleStoryRefused:
+    errors = [one for one in findings if one.severity == "error"]
+    open_ = errors or [one for one in findings if one.code not in accepted]
+    first = open_[0]
+    more = f" ({len(open_) - 1} more)" if len(open_) > 1 else ""
+    hint = "" if errors else f" Or accept {', '.join(dict.fromkeys(one.code for one in open_))}."
+    return ExampleStoryRefused(
+        f"{first.message} {first.mend}{hint}{more}",
+        metadata={"codes": ",".join(dict.fromkeys(one.code for one in open_))},
+        field_violations=violations(open_),
+    )
+
+
+def _checked(job_id: str) -> str:
+    # What cannot be an id is not looked up; the answer is the same as for an id that does not exist.
+    if not JOB_ID.fullmatch(job_id):
+        raise CustomizationJobNotFound(metadata={"job_id": job_id[:64]})
+    return job_id
+
+
+def _told(place: str) -> str:
+    return base64.urlsafe_b64encode(place.encode()).decode().rstrip("=")
+
+
+def _untold(token: str) -> str:
+    try:
+        return base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode("ascii")
+    except (binascii.Error, ValueError):
+        raise PageTokenInvalid(field="page_token") from None
