@@ -9,6 +9,7 @@ and without the weights, from the same noise, and read by the judge:
   right can only come from the weights;
 * `old_*` the main cast;
 * `*_without`, `*_with` shares of figures that are right; `*_gain`, `*_drop` the difference, frame by frame;
+* `*_recognised` species, colour and accessory are right at once; `*_look` the accessory's colour, too;
 * `judge_*` the judge on the true pictures: no figure above can be trusted beyond it.
 
 Frames are drawn without references: an earlier frame would show what the weights should know. None of them was learned
@@ -54,6 +55,8 @@ from training.verdicts import Someone, Verdict, truth
 
 QUESTIONS = ("species", "colour", "accessory", "accessory_colour")
 LOOK = "look"  # all of them at once
+RECOGNISED = "recognised"  # species, colour and accessory: what makes somebody the same character in this world
+_MAKE_SOMEBODY = QUESTIONS[:3]
 _TOGETHER = 8  # frames drawn in one batch
 _SEARCHED = 60  # frames looked through for each that is wanted
 _MAIN_IDS = frozenset(character.id for character in MAIN)
@@ -155,7 +158,7 @@ def told_and_named(character: Mapping[str, str], scene: Scene) -> tuple[str, str
 
 def right(said: Sequence[Verdict], true: Sequence[Verdict], whom: Sequence[Sequence[int]]) -> dict[str, list[bool]]:
     """Right or wrong, per question, of the figures `whom` of each picture; all wrong where their number is."""
-    out: dict[str, list[bool]] = {name: [] for name in (*QUESTIONS, LOOK)}
+    out: dict[str, list[bool]] = {name: [] for name in (*QUESTIONS, LOOK, RECOGNISED)}
     for seen, real, places in zip(said, true, whom, strict=True):
         for place in places:
             there: Someone | None = seen.figures[place] if len(seen.figures) == len(real.figures) else None
@@ -163,13 +166,14 @@ def right(said: Sequence[Verdict], true: Sequence[Verdict], whom: Sequence[Seque
             for name in QUESTIONS:
                 out[name].append(there is not None and getattr(there, name) == getattr(should, name))
             out[LOOK].append(there is not None and there.look == should.look)
+            out[RECOGNISED].append(all(out[name][-1] for name in _MAKE_SOMEBODY))
     return out
 
 
 def compared(prefix: str, without: Mapping[str, list[bool]], worn: Mapping[str, list[bool]]) -> list[Figure]:
     """Shares without and with the weights, and how much was gained, question by question."""
     figures: list[Figure] = []
-    for name in (*QUESTIONS, LOOK):
+    for name in (*QUESTIONS, LOOK, RECOGNISED):
         figures += [share(f"{prefix}_{name}_without", without[name]), share(f"{prefix}_{name}_with", worn[name])]
         figures.append(difference(f"{prefix}_{name}_gain", _numbers(worn[name]), _numbers(without[name])))
     return figures
@@ -209,7 +213,7 @@ def character_figures(
         pictures = [render(task.scene, size) for task in own]
         if name != "named":  # the same pictures as told
             sure = right(judge.verdicts(pictures), true, whom[name])
-            figures.append(share(f"judge_{name}_look", sure[LOOK]))
+            figures += [share(f"judge_{name}_{question}", sure[question]) for question in (LOOK, RECOGNISED)]
         without, with_them = (right(judge.verdicts(one[name]), true, whom[name]) for one in (plain, worn))
         figures += compared(name, without, with_them)
     if sheet is not None:
