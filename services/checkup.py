@@ -60,12 +60,12 @@ def wanted_packs() -> list[str]:
 def check_packs() -> Iterator[Finding]:
     """Each pack that will be loaded: found, complete, and every file as its digest says."""
     from services.models.errors import ModelError
-    from services.models.pack import find_pack, load_pack
+    from services.models.pack import find_pack, load_any_pack
 
     installation = Installation.load()
     for name in wanted_packs():
         try:
-            pack = load_pack(find_pack(name, installation.pack_folders))
+            pack = load_any_pack(find_pack(name, installation.pack_folders))
         except (ModelError, OSError) as error:
             folders = ", ".join(str(folder) for folder in installation.pack_folders)
             mend = f"Restore the pack (`git checkout` it, or `make toon-pack`) in one of: {folders}"

@@ -39,17 +39,20 @@ def library_folder(installation: Installation) -> Path:
 
 def add(given: argparse.Namespace, say: Say) -> Answer:
     """Copies a pack, or makes one of a published checkpoint. Raises ModelError."""
+    from services.models import captioner
+    from services.models.captioner_published import is_captioner, plan_captioner
     from services.models.errors import PackSourceInvalid
     from services.models.library import plan_sealed
     from services.models.pack import MANIFEST
     from services.models.published import Told, plan_published
     from services.models.registry import ARCHITECTURES
+    from services.models.source import Source
     from services.sources import open_source
 
-    source = open_source(given.source, fetch=given.fetch)
+    source: Source = open_source(given.source, fetch=given.fetch)
     files = source.files()
     if MANIFEST in files:
-        plan = plan_sealed(source, files, ARCHITECTURES)
+        plan = plan_sealed(source, files, {*ARCHITECTURES, *captioner.ARCHITECTURES})
         if given.name not in ("", plan.name):
             raise PackSourceInvalid(
                 f"{source.name} is sealed as pack {plan.name!r} and cannot be called {given.name!r}"
@@ -66,7 +69,10 @@ def add(given: argparse.Namespace, say: Say) -> Answer:
             image_guidance=given.image_guidance,
             made_by=_command_again(source.name, given),
         )
-        plan = plan_published(source, files, told, ARCHITECTURES)
+        if is_captioner(files):
+            plan, source = plan_captioner(source, files, told)
+        else:
+            plan = plan_published(source, files, told, ARCHITECTURES)
     added = _library().add(plan, source, _throttled(say))
     pack = added.pack
     return {
@@ -77,7 +83,8 @@ def add(given: argparse.Namespace, say: Say) -> Answer:
         "licence": pack.manifest.licence,
         "folder": str(pack.folder),
         "was_there": added.was_there,
-        "draws_only": "llava/config.json" not in pack.manifest.files,
+        "draws_only": not {"llava/config.json", captioner.CONFIG} & set(pack.manifest.files),
+        "writes_only": pack.manifest.architecture in captioner.ARCHITECTURES,
         "notes": list(added.notes),
     }
 
@@ -95,7 +102,7 @@ def list_packs(given: argparse.Namespace, say: Say) -> Answer:
 def verify(given: argparse.Namespace, say: Say) -> Answer:
     """Every digest of the packs named. Raises PackNotFound only for a name that was given."""
     from services.models.errors import ModelError
-    from services.models.pack import find_pack, load_pack
+    from services.models.pack import find_pack, load_any_pack
 
     library = _library()
     names = library.names() if given.all else [given.name]
@@ -105,7 +112,7 @@ def verify(given: argparse.Namespace, say: Say) -> Answer:
         try:
             folder = find_pack(name, Installation.load().pack_folders)
             found["folder"] = str(folder)
-            pack = load_pack(folder)
+            pack = load_any_pack(folder)
             found |= {"digest": pack.digest, "files_count": len(pack.manifest.files)}
         except ModelError as error:
             if error.reason == "PACK_NOT_FOUND":

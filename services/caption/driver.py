@@ -1,6 +1,6 @@
 """Drives vLLM's engine: token ids and a picture in, token ids out, many requests decoded together.
 
-Two ways behind one interface, `Driver`:
+Two ways behind one interface, `Driver` (`plain.py` has a third, for networks that vLLM does not serve):
 
     InProcessDriver   vLLM's LLMEngine stepped by one thread of this process. Lightest: for CPUs.
     AsyncDriver       vLLM's AsyncLLM, whose engine core is a child process. For GPUs.
@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from services.runtime.errors import EngineDead, Internal, ReplicaLost, ShuttingD
 
 log = structlog.get_logger("fabula.caption")
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the sizes that vLLM makes room for
 _STOP_WITHIN_S = 5.0  # how long `stop` waits for the thread
 
 
@@ -39,9 +41,9 @@ _STOP_WITHIN_S = 5.0  # how long `stop` waits for the thread
 class DriverSettings:
     """What vLLM is told."""
 
-    llava: Path  # folder of the base
+    base: Path  # folder of the network
     adapters: Mapping[str, Path]  # name to PEFT folder
-    adapter_rank_max: int
+    adapter_rank_max: int  # 0 without adapters
     context_tokens: int
     on_gpu: bool
     dtype: str
@@ -50,14 +52,15 @@ class DriverSettings:
     kv_cache_bytes: int
     gpu_memory_ratio: float
     stall_s: float
+    sees_pictures: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One request. `ids` hold one image token, which stands for `image`."""
+    """One request. `ids` hold one image token, which stands for `image`; none where there is none."""
 
     ids: Sequence[int]
-    image: Image.Image
+    image: Image.Image | None
     adapter: str | None  # None asks the base
     temperature: float
     top_p: float
@@ -126,19 +129,27 @@ def prepare_environment(settings: DriverSettings) -> None:
 def engine_arguments(settings: DriverSettings) -> dict[str, Any]:
     """vLLM's EngineArgs."""
     arguments: dict[str, Any] = {
-        "model": str(settings.llava),
-        "tokenizer": str(settings.llava),
+        "model": str(settings.base),
+        "tokenizer": str(settings.base),
+        "load_format": "safetensors",  # a pickle can run code
+        "trust_remote_code": False,
         "dtype": settings.dtype,
         "max_model_len": settings.context_tokens,
         "max_num_seqs": settings.max_running,
-        "enable_lora": True,
-        "max_loras": max(1, len(settings.adapters)),
-        "max_lora_rank": settings.adapter_rank_max,
-        "limit_mm_per_prompt": {"image": 1},
-        "mm_processor_cache_gb": 0.05,  # some thousand pictures; vLLM's own default may take 4 GiB
         "generation_config": "vllm",  # all sampling options come with the request
         "disable_log_stats": True,
     }
+    if settings.adapters:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": len(settings.adapters),
+            "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= settings.adapter_rank_max),
+        }
+    if settings.sees_pictures:
+        arguments |= {
+            "limit_mm_per_prompt": {"image": 1},
+            "mm_processor_cache_gb": 0.05,  # some thousand pictures; vLLM's own default may take 4 GiB
+        }
     if settings.on_gpu:
         arguments["gpu_memory_utilization"] = settings.gpu_memory_ratio
     else:
@@ -160,7 +171,8 @@ def _lora_requests(settings: DriverSettings) -> dict[str, Any]:
 
 
 def _prompt(ask: Ask) -> Any:
-    return {"prompt_token_ids": list(ask.ids), "multi_modal_data": {"image": ask.image}}
+    prompt: dict[str, Any] = {"prompt_token_ids": list(ask.ids)}
+    return prompt if ask.image is None else {**prompt, "multi_modal_data": {"image": ask.image}}
 
 
 def _parameters(ask: Ask) -> Any:
@@ -306,13 +318,20 @@ class InProcessDriver:
             _fail(loop, future, self._closed or ShuttingDown())
             return
         try:
-            adapter = self._adapters[ask.adapter] if ask.adapter is not None else None
-            self._engine.add_request(number, _prompt(ask), _parameters(ask), lora_request=adapter)
+            self._submit(number, ask)
         except Exception as error:
             log.exception("vllm_refused_request")
             _fail(loop, future, Internal(f"vLLM refused the request: {type(error).__name__}"))
         else:
             self._waiting[number] = (loop, future, ask)
+
+    def _submit(self, number: str, ask: Ask) -> None:
+        adapter = self._adapters[ask.adapter] if ask.adapter is not None else None
+        self._engine.add_request(number, _prompt(ask), _parameters(ask), lora_request=adapter)
+
+    def _finished(self) -> list[tuple[str, Callable[[Ask], Reply]]]:
+        """One step of the engine: the requests that it ended, and how their replies are read."""
+        return [(each.request_id, partial(_reply, each)) for each in self._engine.step() if each.finished]
 
     def _abort(self, number: str) -> None:
         if self._waiting.pop(number, None) is not None:
@@ -320,12 +339,12 @@ class InProcessDriver:
 
     def _step(self) -> None:
         self._step_began_s = time.monotonic()
-        outputs = self._engine.step()
+        finished = self._finished()
         self._step_began_s = None
-        for output in outputs:
-            if output.finished and output.request_id in self._waiting:
-                loop, future, ask = self._waiting.pop(output.request_id)
-                _settle(loop, future, _reply(output, ask))
+        for number, reply in finished:
+            if number in self._waiting:
+                loop, future, ask = self._waiting.pop(number)
+                _settle(loop, future, reply(ask))
 
 
 def _settle(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Reply], reply: Reply) -> None:

@@ -29,13 +29,16 @@ from PIL import Image
 
 from services.caption.driver import Ask, Driver
 from services.caption.image import read_image
-from services.caption.job import DescribeJob, Finish, Sampling, StoryJob, Written
+from services.caption.job import TOKENS_MAX, DescribeJob, Finish, Sampling, StoryJob, Written
 from services.models import llava, prompts, repetition, thread
 from services.models import looks as look_lock
+from services.models.captioner import read_adapters, read_captioner
 from services.models.cast import Cast, name_tokens
+from services.models.errors import PackManifestInvalid
 from services.models.eyes import Eyes, load_eyes, new_looks
-from services.models.pack import Pack
+from services.models.pack import CaptionerManifest, SealedPack
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
+from services.models.wording import StoryWording, Wording
 from services.models.world import World
 from services.runtime.errors import CaptionEmpty, CaptionNotWritten, CaptionTooLong, FabulaError, PackUnknown, QueueFull
 
@@ -50,6 +53,8 @@ DEFAULT_TOKENS = {STORY: 64, DESCRIPTIVE: 90}
 NAME_LOCK_TRIES = 7  # more descriptions to choose from when the first leaves somebody out or names one twice
 CAPTION_TRIES = 4  # more captions to choose from when the first repeats itself or loses the story's hero
 RETRY_TEMPERATURE = 0.7  # at least this for another try: a greedy try would only repeat itself
+
+_UNSEEN_PX = 32  # a picture that only needs to be one
 
 _SENTENCE_END = re.compile(r"[.!?…。！？؟]+[\"'”’»)]*(?=\s|$)")
 _EXAMPLE = "Once upon a time there was a small bear who found a red kite."
@@ -67,50 +72,84 @@ class Guards:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionModel:
-    """What the engine needs to know of a pack's LLaVA; its weights are the driver's business."""
+    """What the engine needs to know of a pack's captioner; its weights are the driver's business."""
 
     pack_name: str
     pack_digest: str
     architecture: str
-    tokenizer: StoryTokenizer
-    image_px: int
-    image_tokens_count: int
+    wording: Wording
+    image_px: int  # side of the square that pictures are squeezed to; 0: it sees none
+    image_tokens_count: int  # that a picture takes in a prompt; 1 where no token stands for it
     context_tokens: int
+    whole_pictures: bool = False  # pictures keep their shape, and `image_px` is the longest side
+    adapters: frozenset[str] = frozenset(llava.ADAPTERS)  # questions that have one; others are put to the base
+    also_called: tuple[str, ...] = ()  # more names that requests may give as their pack's
     cast: Cast = field(default_factory=Cast)
     world: World = field(default_factory=World)
     eyes: Eyes | None = None
 
 
-def read_model(pack: Pack) -> CaptionModel:
-    """The sizes of a checked pack's LLaVA. Raises PackFileMissing when the pack has none.
+def read_model(pack: SealedPack, context_tokens_max: int = 1 << 20) -> CaptionModel:
+    """What a checked pack's captioner is: its own LLaVA, or one that others published.
 
-    Raises ValueError when its `cast.json`, `world.json` or eyes are malformed.
+    Raises PackFileMissing when the pack has none, PackManifestInvalid for a published one that contradicts itself or
+    has no room for a question, and ValueError when a `cast.json`, `world.json` or eyes are malformed.
     """
+    if isinstance(pack.manifest, CaptionerManifest):
+        return _read_published(pack, pack.manifest, context_tokens_max)
     config = json.loads(pack.path("llava/config.json").read_text(encoding="utf-8"))
     vision = config["vision_config"]
     return CaptionModel(
         pack_name=pack.name,
         pack_digest=pack.digest,
         architecture="llava",
-        tokenizer=StoryTokenizer.load(pack.path("tokenizer/tokenizer.json")),
+        wording=StoryWording(StoryTokenizer.load(pack.path("tokenizer/tokenizer.json"))),
         image_px=vision["image_size"],
         image_tokens_count=(vision["image_size"] // vision["patch_size"]) ** 2,
-        context_tokens=config["text_config"]["max_position_embeddings"],
+        context_tokens=min(config["text_config"]["max_position_embeddings"], context_tokens_max),
         cast=Cast.load(pack.folder),
         world=World.load(pack.folder),
         eyes=load_eyes(pack.folder),
     )
 
 
-def adapter_folders(pack: Pack) -> dict[str, Path]:
+def _read_published(pack: SealedPack, manifest: CaptionerManifest, context_tokens_max: int) -> CaptionModel:
+    asked = manifest.captioner
+    published = read_captioner(pack)
+    model = CaptionModel(
+        pack_name=pack.name,
+        pack_digest=pack.digest,
+        architecture=manifest.architecture,
+        wording=published.wording,
+        image_px=asked.image_px,
+        image_tokens_count=published.image_tokens_count,
+        context_tokens=min(asked.context_tokens, context_tokens_max),
+        whole_pictures=asked.whole_pictures,
+        adapters=frozenset(asked.adapters),
+    )
+    budget = model.context_tokens - (model.image_tokens_count - 1) - TOKENS_MAX
+    longest = "0 1 2 3 4 5 6 7 8 9 " * prompts.CAPTION_TOKENS_MAX
+    try:
+        model.wording.story_prompt([longest], budget)
+        model.wording.description_prompt(longest, longest, budget)
+    except ValueError as error:
+        raise PackManifestInvalid(
+            f"pack {pack.name!r} has {model.context_tokens} tokens of context, too few for a question: {error}"
+        ) from None
+    return model
+
+
+def adapter_folders(pack: SealedPack) -> dict[str, Path]:
     """The pack's adapters by name. Raises PackFileMissing when one is not there."""
+    if isinstance(pack.manifest, CaptionerManifest):
+        return read_adapters(pack, pack.manifest)
     return {name: pack.path(f"adapters/{name}/{llava.ADAPTER_CONFIG_FILE}").parent for name in llava.ADAPTERS}
 
 
 def adapter_rank_max(folders: Sequence[Path]) -> int:
-    """The largest LoRA rank among PEFT folders."""
+    """The largest LoRA rank among PEFT folders; 0 without any."""
     configs = (json.loads((folder / llava.ADAPTER_CONFIG_FILE).read_text(encoding="utf-8")) for folder in folders)
-    return max(int(config["r"]) for config in configs)
+    return max((int(config["r"]) for config in configs), default=0)
 
 
 Rule = Callable[[str], int]  # how many faults a guard finds in a text
@@ -170,11 +209,12 @@ class CaptionEngine:
         """Load the model, then write an example caption and description. Raises RuntimeError when it cannot."""
         await self._driver.start()
         if warm_up:
-            picture = Image.new("RGB", (self.model.image_px, self.model.image_px), (150, 190, 220))
-            tokenizer, budget = self.model.tokenizer, self._budget(0, STORY)
+            side_px = self.model.image_px
+            picture = Image.new("RGB", (side_px, side_px), (150, 190, 220)) if side_px else None
+            wording, budget = self.model.wording, self._budget(0, STORY)
             asks = {
-                STORY: prompts.story_prompt(tokenizer, [_EXAMPLE], budget),
-                DESCRIPTIVE: prompts.description_prompt(tokenizer, _EXAMPLE, _EXAMPLE, budget),
+                STORY: wording.story_prompt([_EXAMPLE], budget),
+                DESCRIPTIVE: wording.description_prompt(_EXAMPLE, _EXAMPLE, budget),
             }
             sampling = Sampling(max_tokens=16)
             await asyncio.gather(
@@ -208,7 +248,7 @@ class CaptionEngine:
         for number, caption in enumerate(job.captions):
             check_caption(caption, f"captions[{number}]")
         budget = self._budget(job.sampling.max_tokens, STORY)
-        prompt = prompts.story_prompt(self.model.tokenizer, job.captions, budget)
+        prompt = self.model.wording.story_prompt(job.captions, budget)
 
         async def write(sampling: Sampling) -> Written:
             return await self._write(prompt, job.image, STORY, sampling)
@@ -245,22 +285,22 @@ class CaptionEngine:
                 raise CaptionTooLong(f"{len(texts)} texts are more than {CAPTIONS_MAX}", field=name)
             for number, text in enumerate(texts):
                 check_caption(text, f"{name}[{number}]")
-        cast, tokenizer = self.model.cast, self.model.tokenizer
+        cast, wording = self.model.cast, self.model.wording
         captions = cast.context(job.earlier_captions, job.previous_caption, job.caption)
         known = {**prompts.told_looks(job.earlier_descriptions), **self.model.world.characters}
         self._refuse_if_full()  # before the work of looking
         looks = {**await self._seen_looks(job, known), **known}
         lines = prompts.cast_lines(looks, (*job.earlier_captions, job.previous_caption, job.caption))
-        prompt = prompts.description_prompt(tokenizer, job.previous_caption, job.caption, budget, lines)
+        prompt = wording.description_prompt(job.previous_caption, job.caption, budget, lines)
         locked = self._guards.name_lock
-        forbidden = name_tokens(tokenizer, cast.strangers(captions), captions) if locked else ()
+        forbidden = name_tokens(wording, cast.strangers(captions), captions) if locked else ()
         room_tokens = min(job.sampling.max_tokens or DEFAULT_TOKENS[DESCRIPTIVE], DEFAULT_TOKENS[DESCRIPTIVE])
 
         async def write(sampling: Sampling) -> Written:
             return await self._write(prompt, job.image, DESCRIPTIVE, sampling, forbidden)
 
         def fits(text: str) -> bool:
-            return len(text) <= TEXT_CHARACTERS_MAX and len(tokenizer.encode(text)) <= room_tokens
+            return len(text) <= TEXT_CHARACTERS_MAX and len(wording.encode(text)) <= room_tokens
 
         def repair(text: str) -> str:
             text = cast.repaired(text, *captions, fits, looks) if locked else text
@@ -355,12 +395,12 @@ class CaptionEngine:
         started_s, tokens, outcome = self._clock(), 0, "cancelled"
         self._count(1)
         try:
-            picture = await asyncio.to_thread(read_image, image, self.model.image_px)
+            picture = await asyncio.to_thread(self._see, image)
             for attempt in range(self._max_attempts):
                 ask = self._ask(prompt, picture, adapter, sampling, attempt)
                 reply = await self._driver.generate(replace(ask, forbidden_ids=forbidden_ids))
                 tokens += len(reply.ids)
-                text = readable(self.model.tokenizer.decode(reply.ids))
+                text = readable(self.model.wording.decode(reply.ids))
                 if reply.finish is Finish.LENGTH:
                     text = whole_sentences(text)
                 if text:
@@ -387,17 +427,24 @@ class CaptionEngine:
         if self._running >= self._max_requests:
             raise QueueFull(f"{self._running} captions are being written; try again after a pause")
 
-    def _ask(self, prompt: prompts.Prompt, picture: Image.Image, adapter: str, sampling: Sampling, attempt: int) -> Ask:
+    def _see(self, image: bytes) -> Image.Image | None:
+        """The picture as the model gets it. Checked for one that sees none too: a request is good or bad for all."""
+        picture = read_image(image, self.model.image_px or _UNSEEN_PX, whole=self.model.whole_pictures)
+        return picture if self.model.image_px else None
+
+    def _ask(
+        self, prompt: prompts.Prompt, picture: Image.Image | None, adapter: str, sampling: Sampling, attempt: int
+    ) -> Ask:
         again = attempt > 0
         return Ask(
             ids=prompt.ids,
             image=picture,
-            adapter=adapter,
+            adapter=adapter if adapter in self.model.adapters else None,
             temperature=max(sampling.temperature, RETRY_TEMPERATURE) if again else sampling.temperature,
             top_p=sampling.top_p,
             seed=derived_seed(sampling.seed, attempt),
             max_tokens=sampling.max_tokens or DEFAULT_TOKENS[adapter],
-            stop_ids=tuple(sorted(self.model.tokenizer.special_ids)),
+            stop_ids=self.model.wording.stop_ids,
         )
 
     def _budget(self, max_tokens: int, adapter: str) -> int:
@@ -405,7 +452,7 @@ class CaptionEngine:
         return self.model.context_tokens - (self.model.image_tokens_count - 1) - (max_tokens or DEFAULT_TOKENS[adapter])
 
     def _check_pack(self, name: str) -> None:
-        if name not in ("", self.model.pack_name):
+        if name not in ("", self.model.pack_name, *self.model.also_called):
             raise PackUnknown(f"pack {name!r} is not loaded here; {self.model.pack_name!r} is", field="pack")
 
     def _count(self, change: int) -> None:

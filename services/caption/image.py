@@ -17,8 +17,10 @@ BYTES_MAX = 8 << 20
 PIXELS_MAX = 40_000_000  # checked from the header, before anything is decoded
 
 
-def read_image(data: bytes, size_px: int) -> Image.Image:
+def read_image(data: bytes, size_px: int, *, whole: bool = False) -> Image.Image:
     """The first frame of a picture file as RGB, `size_px` square; transparency becomes white, EXIF rotation is applied.
+
+    A `whole` picture keeps its shape instead: it is only made smaller, where its longer side is over `size_px`.
 
     Raises ImageMissing, ImageTooLarge or ImageUnreadable, each naming the field `image`.
     """
@@ -44,7 +46,9 @@ def read_image(data: bytes, size_px: int) -> Image.Image:
         raise ImageTooLarge(f"the picture has more than {PIXELS_MAX} pixels", field="image") from None
     except Exception:  # noqa: BLE001 - decoders raise anything for damaged files; what they say is not for callers
         raise ImageUnreadable(field="image") from None
-    if picture.size != (size_px, size_px):
+    if whole:
+        picture.thumbnail((size_px, size_px), Image.Resampling.BICUBIC)
+    elif picture.size != (size_px, size_px):
         picture = picture.resize((size_px, size_px), Image.Resampling.BICUBIC)
     return picture
 

@@ -1,18 +1,31 @@
-"""From settings to an engine: finds and checks the pack, and chooses how vLLM is driven.
+"""From settings to an engine: finds and checks the pack, and chooses who drives its network.
 
 Apart from `service.py` because it imports torch, and Ray reads that file in processes that never need it.
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from importlib import metadata
 
 import torch
 
 from services.caption.config import CaptionSettings
-from services.caption.driver import AsyncDriver, Driver, DriverSettings, InProcessDriver
+from services.caption.driver import (
+    LORA_RANKS,
+    AsyncDriver,
+    Driver,
+    DriverSettings,
+    InProcessDriver,
+    prepare_environment,
+)
 from services.caption.engine import CaptionEngine, Observer, adapter_folders, adapter_rank_max, read_model
-from services.models.pack import find_pack, load_pack
+from services.caption.plain import PlainDriver
+from services.models import captioner
+from services.models.errors import PackUnsupported
+from services.models.pack import CaptionerManifest, find_pack, load_any_pack
+from services.models.writers import WRITERS
 from services.runtime.config import Installation
 
 
@@ -20,14 +33,20 @@ def build_engine(
     settings: CaptionSettings, installation: Installation, observer: Observer | None = None
 ) -> CaptionEngine:
     """The engine the settings describe, not started yet. Raises ModelError when the pack cannot be used."""
-    pack = load_pack(find_pack(settings.pack, installation.pack_folders))
-    model = read_model(pack)
+    pack = load_any_pack(find_pack(settings.pack, installation.pack_folders))
+    model = replace(read_model(pack, settings.context_tokens_max), also_called=settings.other_names)
     adapters = adapter_folders(pack)
+    rank_max = adapter_rank_max(tuple(adapters.values()))
+    if rank_max > LORA_RANKS[-1]:
+        raise PackUnsupported(
+            f"an adapter of pack {pack.name!r} has rank {rank_max}; vLLM wears {LORA_RANKS[-1]} at most"
+        )
     on_gpu = _on_gpu(settings)
+    is_published = isinstance(pack.manifest, CaptionerManifest)
     driver_settings = DriverSettings(
-        llava=pack.path("llava/config.json").parent,
+        base=pack.path(captioner.CONFIG if is_published else "llava/config.json").parent,
         adapters=adapters,
-        adapter_rank_max=adapter_rank_max(tuple(adapters.values())),
+        adapter_rank_max=rank_max,
         context_tokens=model.context_tokens,
         on_gpu=on_gpu,
         dtype=("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype,
@@ -36,16 +55,40 @@ def build_engine(
         kv_cache_bytes=settings.kv_cache_mib << 20,
         gpu_memory_ratio=settings.gpu_memory_ratio,
         stall_s=settings.stall_s,
+        sees_pictures=model.image_px > 0,
     )
-    in_process = settings.drive == "in_process" or (settings.drive == "auto" and not on_gpu)
-    driver: Driver = InProcessDriver(driver_settings) if in_process else AsyncDriver(driver_settings)
     return CaptionEngine(
         model,
-        driver,
+        _driver(settings, driver_settings, model.architecture),
         max_requests=settings.max_running + settings.max_queued,
         max_attempts=settings.max_attempts,
         observer=observer,
     )
+
+
+def _driver(settings: CaptionSettings, driver_settings: DriverSettings, architecture: str) -> Driver:
+    """vLLM where it knows the network, else transformers."""
+    is_plain = settings.drive == "plain"
+    if settings.drive == "auto" and architecture in WRITERS:
+        is_plain = architecture == captioner.BLIP or not _vllm_serves(driver_settings)
+    if is_plain:
+        if driver_settings.adapters:
+            raise PackUnsupported(f"{architecture} with adapters needs a network that vLLM serves")
+        if architecture not in WRITERS:
+            raise PackUnsupported(f"{architecture} needs vLLM: set FABULA_CAPTION_DRIVE to auto")
+        return PlainDriver(driver_settings, architecture)
+    in_process = settings.drive == "in_process" or (settings.drive == "auto" and not driver_settings.on_gpu)
+    return InProcessDriver(driver_settings) if in_process else AsyncDriver(driver_settings)
+
+
+def _vllm_serves(settings: DriverSettings) -> bool:
+    """Whether vLLM has a network of its own for a checkpoint."""
+    prepare_environment(settings)
+    from vllm import ModelRegistry
+
+    config = json.loads((settings.base / "config.json").read_bytes())
+    known = ModelRegistry.get_supported_archs()
+    return any(name in known for name in config.get("architectures") or ())
 
 
 def _on_gpu(settings: CaptionSettings) -> bool:

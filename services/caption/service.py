@@ -57,10 +57,11 @@ class CaptionServicer(pb_grpc.CaptionServiceServicer):  # type: ignore[misc]
 
     @unary_method(pb.ListPacksResponse)
     async def ListPacks(self, request: pb.ListPacksRequest, context: Any) -> pb.ListPacksResponse:
-        """The one pack this service has loaded."""
+        """The one pack this service has loaded, under every name that it writes for."""
         model = self.engine.model
-        pack = pb.Pack(name=model.pack_name, digest=model.pack_digest, architecture=model.architecture)
-        return pb.ListPacksResponse(packs=[pack])
+        names = dict.fromkeys((model.pack_name, *model.also_called))
+        packs = [pb.Pack(name=name, digest=model.pack_digest, architecture=model.architecture) for name in names]
+        return pb.ListPacksResponse(packs=packs)
 
 
 def story_job_from_pb(request: pb.WriteCaptionRequest) -> StoryJob:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-
-from services.models.tokenizer import StoryTokenizer
+from typing import Protocol
 
 FILE_NAME = "cast.json"
 NEARBY = "{} stands nearby."  # says that somebody is there, in the words that descriptions are drawn from
@@ -27,6 +26,13 @@ _SENTENCE_END = re.compile(r"[.!?…。！？؟][\"'”’»)]*\s*$")
 _LOOKS_AFTER = re.compile(r",? (?=(?:an?|the)(?: \w+){2,3}(?:,| (?:with|wearing|in) ))")
 _LOOKS_BEFORE = re.compile(r"\b(?<!on )(?<!at )(?<!in )(?:an?|the)(?: \w+){2,3} $", re.IGNORECASE)
 _WORN_AFTER = re.compile(r" (?:with|wearing|in) ")
+
+
+class Encoder(Protocol):
+    """A tokenizer, as far as the lock needs one."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` as data."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,7 @@ def _without_name(text: str, slot: re.Match[str]) -> str:
     return before + (after[:1].upper() + after[1:] if starts else after)
 
 
-def name_tokens(tokenizer: StoryTokenizer, names: Iterable[str], texts: Iterable[str] = ()) -> tuple[int, ...]:
+def name_tokens(tokenizer: Encoder, names: Iterable[str], texts: Iterable[str] = ()) -> tuple[int, ...]:
     """Tokens that are a whole name, with or without the space before it. Names of several tokens have none.
 
     Tokens that `texts` are made of are left out: "Tom" is how "Tommy" begins, and Tommy may be a user's own.

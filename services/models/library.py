@@ -43,7 +43,17 @@ from services.models.errors import (
     PackSourceInvalid,
     PackUnsupported,
 )
-from services.models.pack import MANIFEST, Manifest, Pack, PackSettings, load_pack, may_hold, read_manifest, write_pack
+from services.models.pack import (
+    MANIFEST,
+    AnyManifest,
+    AnySettings,
+    SealedPack,
+    load_any_pack,
+    may_hold,
+    parse_manifest,
+    read_any_manifest,
+    seal_pack,
+)
 from services.models.source import BLOCK_BYTES, Source, SourceFile, is_hidden, read_start
 
 ADDING = ".adding-"
@@ -73,8 +83,8 @@ class PackPlan:
     name: str
     architecture: str
     files: tuple[WantedFile, ...]
-    sealed: Manifest | None = None  # the source is a pack: its manifest is kept as it is
-    settings: PackSettings | None = None  # it is not: a manifest is written with these
+    sealed: AnyManifest | None = None  # the source is a pack: its manifest is kept as it is
+    settings: AnySettings | None = None  # it is not: a manifest is written with these
     notes: tuple[str, ...] = ()  # what whoever adds it should know
 
     @property
@@ -87,7 +97,7 @@ class PackPlan:
 class Added:
     """A pack that is there now."""
 
-    pack: Pack
+    pack: SealedPack
     notes: tuple[str, ...]
     was_there: bool  # the very same pack had been added before; nothing was copied
 
@@ -118,7 +128,7 @@ def plan_sealed(source: Source, files: Mapping[str, SourceFile], architectures: 
     if len(data) > MANIFEST_BYTES_MAX:
         raise PackManifestInvalid(f"{MANIFEST} of {source.name} has more than {MANIFEST_BYTES_MAX} bytes")
     try:
-        manifest = Manifest.model_validate_json(data)
+        manifest = parse_manifest(data)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(str(p) for p in e['loc']) or 'document'}: {e['msg']}" for e in error.errors())
         raise PackManifestInvalid(f"{MANIFEST} of {source.name}: {faults}") from None
@@ -184,7 +194,7 @@ class Library:
                     f"hidden: make room and add it again to go on, or free it with `fabula pack remove {plan.name}`"
                 ) from None
             raise PackError(f"cannot write pack {plan.name!r} to {self.folder}: {error.strerror}") from None
-        return Added(pack=Pack(target, read_manifest(target)), notes=plan.notes, was_there=False)
+        return Added(pack=SealedPack(target, read_any_manifest(target)), notes=plan.notes, was_there=False)
 
     def packs(self) -> list[Listed]:
         """Every pack on the search path, in its order, then those whose adding did not end."""
@@ -234,7 +244,7 @@ class Library:
                 shutil.rmtree(hidden, ignore_errors=True)
         return freed
 
-    def _present(self, plan: PackPlan) -> Pack | None:
+    def _present(self, plan: PackPlan) -> SealedPack | None:
         """The very same pack where it was added before. Raises PackNameTaken when another one has its name."""
         for folder in self._search:
             path = folder / plan.name
@@ -242,9 +252,9 @@ class Library:
                 continue
             if plan.sealed is not None:
                 with suppress(PackManifestInvalid):
-                    manifest = read_manifest(path)
+                    manifest = read_any_manifest(path)
                     if manifest.digest == plan.sealed.digest:
-                        return load_pack(path)
+                        return load_any_pack(path)
             own = folder == self.folder
             how = f"`fabula pack remove {plan.name}` first" if own else "it would be found first"
             raise PackNameTaken(
@@ -396,13 +406,13 @@ class _Journal:
 
 
 def _seal(plan: PackPlan, staging: Path) -> None:
-    """Puts the manifest in and checks the whole as a reader would. Raises what `load_pack` raises."""
+    """Puts the manifest in and checks the whole as a reader would. Raises what `load_any_pack` raises."""
     journal = _Journal(staging / JOURNAL)
     if plan.sealed is not None:
         (staging / MANIFEST).write_text(plan.sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        load_pack(staging)
+        load_any_pack(staging)
     elif plan.settings is not None:
-        files = write_pack(staging, plan.settings).manifest.files
+        files = seal_pack(staging, plan.settings).manifest.files
         for wanted in plan.files:
             # The manifest was made from the disk; what came over the wire must be what lies there.
             if files[wanted.path].sha256 != journal.digest(wanted):
@@ -433,7 +443,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _listed(folder: Path, hidden_by: Path | None) -> Listed:
     try:
-        manifest = read_manifest(folder)
+        manifest = read_any_manifest(folder)
     except PackManifestInvalid as error:
         return Listed(
             name=folder.name,

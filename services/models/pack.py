@@ -6,6 +6,7 @@
       tokenizer/           tokenizer.json, shared by all networks
       unet/ vae/ text_encoder/        config.json + weights, for the frame service
       llava/ adapters/     for the caption service
+      captioner/           instead of all of these: a published captioner, which draws nothing (`CaptionerManifest`)
       eyes/                for the caption service, where its LLaVA needs help with looks
       clip/                for metrics
       cast.json world.json whom it names; what it knows, so that it can say what it does not
@@ -113,9 +114,7 @@ class PackSettings(_Strict):
     @field_validator("name")
     @classmethod
     def _name_is_plain(cls, name: str) -> str:
-        if not _NAME.fullmatch(name):
-            raise ValueError("a pack's name is 1 to 63 lower-case letters, digits and dashes")
-        return name
+        return _plain_name(name)
 
     @model_validator(mode="after")
     def _size_is_drawable(self) -> PackSettings:
@@ -134,11 +133,7 @@ class Manifest(PackSettings):
     @field_validator("files")
     @classmethod
     def _paths_stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
-        for path in files:
-            pure = PurePosixPath(path)
-            if pure.is_absolute() or ".." in pure.parts or "\\" in path or str(pure) != path or path == MANIFEST:
-                raise ValueError(f"{path!r} is not a plain path inside the pack")
-        return files
+        return _plain_paths(files)
 
     @model_validator(mode="after")
     def _adapters_are_there(self) -> Manifest:
@@ -153,16 +148,103 @@ class Manifest(PackSettings):
         document = self.model_dump(mode="json")
         if not document["sampling"]["qualities"]:  # came later: packs that say nothing there keep their digest
             del document["sampling"]["qualities"]
-        canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _digest(document)
+
+
+class Captioner(_Strict):
+    """How a published captioner is asked, and what it sees. `services.models.wording` puts the question together."""
+
+    opening: str = Field(max_length=8000)  # before the question; holds `image_token` once where it stands for a picture
+    closing: str = Field(max_length=8000)  # after it: the answer comes next
+    asks: bool = True  # False: it only looks, and is given `opening` as the beginning of what it says
+    image_token: str = ""  # empty: no token stands for the picture
+    image_px: int = Field(ge=0, le=4096)  # side of the square that pictures are squeezed to; 0: it sees none
+    # True: pictures come as they are, no side longer than `image_px`, and its own preprocessor sizes and crops them.
+    whole_pictures: bool = False
+    context_tokens: int = Field(ge=16)  # picture, question and answer together
+    stop_ids: tuple[int, ...] = Field(min_length=1)  # tokens that end what it says
+    adapters: dict[Literal["story", "descriptive"], str] = Field(default_factory=dict)  # to PEFT folders of the pack
+
+    @model_validator(mode="after")
+    def _token_stands_once(self) -> Captioner:
+        if self.image_token and self.opening.count(self.image_token) != 1:
+            raise ValueError(f"opening must hold {self.image_token!r} exactly once")
+        if self.image_token and not self.image_px:
+            raise ValueError("image_px must say how large the pictures are that image_token stands for")
+        return self
+
+
+class CaptionerSettings(_Strict):
+    """What whoever makes a pack of a published captioner decides. The manifest adds the files and the date."""
+
+    name: str
+    architecture: str  # a name of `captioner.ARCHITECTURES`
+    base: str
+    licence: str  # an SPDX expression
+    made_by: str  # the command that makes this pack again
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights as stored
+    captioner: Captioner
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_plain(cls, name: str) -> str:
+        return _plain_name(name)
+
+
+class CaptionerManifest(CaptionerSettings):
+    """`pack.json` of a pack that writes and does not draw."""
+
+    format: Literal[1] = 1
+    created: AwareDatetime
+    files: dict[str, FileEntry]
+
+    @field_validator("files")
+    @classmethod
+    def _paths_stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        return _plain_paths(files)
+
+    @model_validator(mode="after")
+    def _adapters_are_there(self) -> CaptionerManifest:
+        for name, folder in self.captioner.adapters.items():
+            if f"{folder}/adapter_config.json" not in self.files:
+                raise ValueError(f"captioner.adapters.{name}: no file of the pack lies in {folder!r}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """As `Manifest.digest`."""
+        return _digest(self.model_dump(mode="json"))
+
+
+AnySettings = PackSettings | CaptionerSettings
+AnyManifest = Manifest | CaptionerManifest
+
+
+def _plain_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError("a pack's name is 1 to 63 lower-case letters, digits and dashes")
+    return name
+
+
+def _plain_paths(files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+    for path in files:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in path or str(pure) != path or path == MANIFEST:
+            raise ValueError(f"{path!r} is not a plain path inside the pack")
+    return files
+
+
+def _digest(document: object) -> str:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Pack:
-    """A pack on this machine whose files were checked."""
+class SealedPack:
+    """A pack on this machine whose files were checked, whatever it is good for."""
 
     folder: Path
-    manifest: Manifest
+    manifest: AnyManifest
 
     @property
     def name(self) -> str:
@@ -181,6 +263,13 @@ class Pack:
         return self.folder / relative
 
 
+@dataclass(frozen=True)
+class Pack(SealedPack):
+    """One that draws."""
+
+    manifest: Manifest
+
+
 def may_hold(relative: str) -> bool:
     """Whether a pack may hold a file of this name."""
     suffix = PurePosixPath(relative).suffix
@@ -196,7 +285,7 @@ def find_pack(name: str, search: Sequence[Path]) -> Path:
     if _NAME.fullmatch(name):
         for folder in search:
             if (folder / name / MANIFEST).is_file():
-                own = read_manifest(folder / name).name
+                own = read_any_manifest(folder / name).name
                 if own != name:
                     raise PackManifestInvalid(f"the pack in {folder / name} calls itself {own!r}: rename the folder")
                 return folder / name
@@ -207,9 +296,21 @@ def find_pack(name: str, search: Sequence[Path]) -> Path:
 def load_pack(folder: Path) -> Pack:
     """Read the manifest of `folder` and check every file against it.
 
-    Raises PackManifestInvalid, PackFileMissing, PackFileDamaged or PackFileUnsafe.
+    Raises PackManifestInvalid, for a captioner's too, PackFileMissing, PackFileDamaged or PackFileUnsafe.
     """
     manifest = read_manifest(folder)
+    _check_files(folder, manifest)
+    return Pack(folder, manifest)
+
+
+def load_any_pack(folder: Path) -> SealedPack:
+    """The same for a pack of any kind."""
+    manifest = read_any_manifest(folder)
+    _check_files(folder, manifest)
+    return Pack(folder, manifest) if isinstance(manifest, Manifest) else SealedPack(folder, manifest)
+
+
+def _check_files(folder: Path, manifest: AnyManifest) -> None:
     for relative, entry in manifest.files.items():
         _check_file(folder, relative, entry)
     listed = set(manifest.files)
@@ -217,13 +318,30 @@ def load_pack(folder: Path) -> Pack:
         # A library pointed at the folder may pick up a file by its name alone, so none may lie about unchecked.
         if relative not in listed:
             raise PackFileUnsafe(f"{relative} lies in the pack {manifest.name!r} but its manifest does not list it")
-    return Pack(folder, manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest alone; no file is checked. Raises PackManifestInvalid."""
+    """The manifest alone; no file is checked. Raises PackManifestInvalid, for a captioner's too."""
+    manifest = read_any_manifest(folder)
+    if not isinstance(manifest, Manifest):
+        raise PackManifestInvalid(f"pack {manifest.name!r} holds a captioner, {manifest.architecture}: it cannot draw")
+    return manifest
+
+
+def parse_manifest(data: bytes) -> AnyManifest:
+    """What a `pack.json` says. Raises pydantic's ValidationError."""
     try:
-        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        document = json.loads(data)
+    except ValueError:
+        document = None  # what is wrong with it, pydantic says better
+    writes = isinstance(document, dict) and "captioner" in document
+    return CaptionerManifest.model_validate_json(data) if writes else Manifest.model_validate_json(data)
+
+
+def read_any_manifest(folder: Path) -> AnyManifest:
+    """The same for a pack of any kind."""
+    try:
+        return parse_manifest((folder / MANIFEST).read_bytes())
     except OSError as error:
         raise PackManifestInvalid(f"cannot read {folder / MANIFEST}: {error.strerror}") from None
     except ValidationError as error:
@@ -236,16 +354,23 @@ def write_pack(folder: Path, settings: PackSettings, *, created: datetime | None
 
     Raises PackFileUnsafe when a file may not be in a pack.
     """
+    seal_pack(folder, settings, created=created)
+    return load_pack(folder)
+
+
+def seal_pack(folder: Path, settings: AnySettings, *, created: datetime | None = None) -> SealedPack:
+    """The same for a pack of any kind."""
     files = {relative: _entry(folder / relative) for relative in _files_of(folder)}
-    manifest = Manifest(
-        **{name: getattr(settings, name) for name in PackSettings.model_fields},
+    draws = isinstance(settings, PackSettings)
+    manifest = (Manifest if draws else CaptionerManifest)(
+        **{name: getattr(settings, name) for name in (PackSettings if draws else CaptionerSettings).model_fields},
         created=created or datetime.now(UTC).replace(microsecond=0),
         files=files,
     )
     temporary = folder / f".{MANIFEST}.new"
     temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     temporary.replace(folder / MANIFEST)
-    return load_pack(folder)
+    return load_any_pack(folder)
 
 
 def _files_of(folder: Path) -> Iterator[str]:

@@ -32,10 +32,10 @@ _SCHEDULER = "scheduler/scheduler_config.json"
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _TEXT_STEM = "model"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _CONFIG_BYTES_MAX = 1 << 20
 _HEADER_BYTES_MAX = 100 << 20  # safetensors' own limit
-_DTYPES: dict[str, Literal["float16", "bfloat16", "float32"]] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+DTYPES: dict[str, Literal["float16", "bfloat16", "float32"]] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _PIPELINES = {
     "StableDiffusionPipeline": "stable-diffusion",
     "StableDiffusionImg2ImgPipeline": "stable-diffusion",
@@ -73,7 +73,7 @@ def plan_published(
 
     Raises PackSourceInvalid, PackUnsupported, PackFileUnsafe, PackSourceUnreadable.
     """
-    index = _json(source, files, INDEX) if INDEX in files else {}
+    index = read_json(source, files, INDEX) if INDEX in files else {}
     if not index and "unet/config.json" not in files:
         raise PackSourceInvalid(
             f"{source.name} holds neither a pack.json nor a published checkpoint (model_index.json, unet/, vae/, …)"
@@ -83,10 +83,10 @@ def plan_published(
             f"{source.name} has no pack.json: say under which licence its weights are published, "
             "for example --licence MIT or --licence LicenseRef-name"
         )
-    name = told.name or _slug(source.name)
+    name = told.name or pack_name(source.name)
     if not index or index.get("_class_name") in _PIPELINES:
         unet_weights = _weights(source, files, "unet")
-        header = _header(source, files, unet_weights)
+        header = read_header(source, files, unet_weights)
         architecture = _architecture(index, header)
     else:
         # Before its files are looked at: that it has no UNet, say, is no news about a pipeline that nobody knows.
@@ -121,10 +121,10 @@ def _settings(
     architecture: str,
     header: Mapping[str, Any],
 ) -> PackSettings:
-    unet = _json(source, files, f"unet/{_CONFIG}")
-    vae = _json(source, files, f"vae/{_CONFIG}")
+    unet = read_json(source, files, f"unet/{_CONFIG}")
+    vae = read_json(source, files, f"vae/{_CONFIG}")
     try:
-        schedule, sampler = read_scheduler(_json(source, files, _SCHEDULER))
+        schedule, sampler = read_scheduler(read_json(source, files, _SCHEDULER))
     except (ValueError, TypeError, KeyError) as error:
         raise PackUnsupported(
             f"this version cannot sample as {source.name} says: {error}. Nothing was copied"
@@ -222,7 +222,7 @@ def _weights(source: Source, files: Mapping[str, SourceFile], network: str) -> s
         if name in files:
             return name
     own = [path for path in files if path.startswith(f"{network}/")]
-    if any(path.endswith(_PICKLES) for path in own):
+    if any(path.endswith(PICKLES) for path in own):
         raise PackFileUnsafe(
             f"the weights of {network} in {source.name} are pickles, which can run code. Make them safetensors first: "
             "`fabula pack convert FOLDER OUT`, then add OUT"
@@ -232,7 +232,7 @@ def _weights(source: Source, files: Mapping[str, SourceFile], network: str) -> s
     raise PackSourceInvalid(f"{source.name} has no {network}/{stem}.safetensors")
 
 
-def _header(source: Source, files: Mapping[str, SourceFile], path: str) -> dict[str, Any]:
+def read_header(source: Source, files: Mapping[str, SourceFile], path: str) -> dict[str, Any]:
     """What a safetensors file says of its tensors, without reading one."""
     size = files[path].size_bytes
     start = read_start(source, path, 8) if size > 8 else b""
@@ -252,25 +252,28 @@ def _dtype(source: Source, header: Mapping[str, Any]) -> Literal["float16", "bfl
     """Of a file's first tensor."""
     values: Any = next(iter(header.values()), None)
     stored = str(values.get("dtype")) if isinstance(values, dict) else ""
-    if stored not in _DTYPES:
-        known = ", ".join(sorted(_DTYPES))
+    if stored not in DTYPES:
+        known = ", ".join(sorted(DTYPES))
         raise PackUnsupported(f"the UNet of {source.name} is stored as {stored}; this version reads {known}")
-    return _DTYPES[stored]
+    return DTYPES[stored]
 
 
-def _json(source: Source, files: Mapping[str, SourceFile], path: str) -> dict[str, Any]:
+def read_json(
+    source: Source, files: Mapping[str, SourceFile], path: str, *, bytes_max: int = _CONFIG_BYTES_MAX
+) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises PackSourceInvalid."""
     if path not in files:
         raise PackSourceInvalid(f"{source.name} has no {path}")
     try:
-        document = json.loads(read_start(source, path, _CONFIG_BYTES_MAX + 1)) if files[path].size_bytes else None
+        document = json.loads(read_start(source, path, bytes_max + 1)) if files[path].size_bytes else None
     except ValueError:
         document = None
-    if not isinstance(document, dict) or files[path].size_bytes > _CONFIG_BYTES_MAX:
+    if not isinstance(document, dict) or files[path].size_bytes > bytes_max:
         raise PackSourceInvalid(f"{path} of {source.name} is not a JSON object")
     return document
 
 
-def _slug(text: str) -> str:
+def pack_name(text: str) -> str:
     """A pack's name out of a folder's, a bucket's or a hub's."""
     last = text.partition("@")[0].rstrip("/").rpartition("/")[2]
     return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:63] or "pack"

@@ -17,6 +17,7 @@ from PIL import Image
 from services.caption.driver import Ask
 from services.caption.image import read_image
 from services.models import llava, prompts
+from services.models.tokenizer import StoryTokenizer
 from services.runtime.channel import ServiceChannel
 from services.runtime.errors import (
     CaptionEmpty,
@@ -43,6 +44,11 @@ async def until(true: Callable[[], bool]) -> None:
     """Wait for something that happens soon; the test's own time limit is the bound."""
     while not true():  # noqa: ASYNC110 - the engine's thread tells nobody
         await asyncio.sleep(0.01)
+
+
+def own_tokenizer(service: Service) -> StoryTokenizer:
+    """The pack's, which the engine keeps inside its wording."""
+    return StoryTokenizer.load(service.pack.path("tokenizer/tokenizer.json"))
 
 
 async def test_both_rpcs_answer_with_a_text_and_its_cost(service: Service) -> None:
@@ -86,7 +92,7 @@ async def test_the_loaded_pack_is_listed(service: Service) -> None:
 
 async def test_vllm_writes_what_transformers_writes_for_base_and_adapters(service: Service) -> None:
     model = service.engine.model
-    prompt = prompts.picture_prompt(model.tokenizer)
+    prompt = prompts.picture_prompt(own_tokenizer(service))
     image = read_image(picture(3), model.image_px)
     written = {}
     for adapter in (None, *llava.ADAPTERS):
@@ -101,7 +107,7 @@ async def test_vllm_writes_what_transformers_writes_for_base_and_adapters(servic
 async def test_forbidden_tokens_are_never_written(service: Service) -> None:
     model = service.engine.model
     image = read_image(picture(3), model.image_px)
-    ids = prompts.picture_prompt(model.tokenizer).ids
+    ids = prompts.picture_prompt(own_tokenizer(service)).ids
     ask = Ask(ids=ids, image=image, adapter="story", temperature=0.0, top_p=1.0, seed=0, max_tokens=8, stop_ids=())
     free = (await service.engine._driver.generate(ask)).ids
     locked = (await service.engine._driver.generate(replace(ask, forbidden_ids=tuple(set(free))))).ids
@@ -115,12 +121,12 @@ def greedy_by_transformers(
     """The same tokens by plain transformers and PEFT."""
     import numpy as np
 
-    known = service.engine.model
+    known, image_id = service.engine.model, own_tokenizer(service).image_id
     model = llava.load_base(service.pack.folder / "llava")
     if adapter is not None:
         model = llava.load_adapter(model, service.pack.folder / "adapters" / adapter)
-    place = prompt.index(known.tokenizer.image_id)
-    ids = [*prompt[:place], *[known.tokenizer.image_id] * known.image_tokens_count, *prompt[place + 1 :]]
+    place = prompt.index(image_id)
+    ids = [*prompt[:place], *[image_id] * known.image_tokens_count, *prompt[place + 1 :]]
     length = len(ids)
     pixels_BCHW = llava.pixels(np.asarray(image)[None])
     with torch.no_grad():

@@ -17,7 +17,7 @@ from services.caption.driver import Ask, AsyncDriver, DriverSettings, InProcessD
 from services.runtime.errors import EngineDead, ReplicaLost, ShuttingDown
 
 SETTINGS = DriverSettings(
-    llava=Path("nowhere"),
+    base=Path("nowhere"),
     adapters={},
     adapter_rank_max=8,
     context_tokens=64,

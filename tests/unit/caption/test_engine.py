@@ -28,6 +28,7 @@ from services.caption.job import DescribeJob, Finish, Sampling, StoryJob
 from services.models.cast import Cast
 from services.models.eyes import LOOK, Eyes, EyesShape, Figure
 from services.models.tokenizer import StoryTokenizer
+from services.models.wording import StoryWording
 from services.models.world import World
 from services.runtime.config import SHIPPED_PACKS
 from services.runtime.errors import CaptionEmpty, CaptionNotWritten, CaptionTooLong, QueueFull
@@ -36,7 +37,7 @@ MODEL = CaptionModel(
     pack_name="tiny",
     pack_digest="d" * 64,
     architecture="llava",
-    tokenizer=StoryTokenizer.load(SHIPPED_PACKS / "toon" / "tokenizer"),
+    wording=StoryWording(StoryTokenizer.load(SHIPPED_PACKS / "toon" / "tokenizer")),
     image_px=32,
     image_tokens_count=4,
     context_tokens=512,
@@ -58,7 +59,7 @@ class ScriptedDriver:
         if self.gate is not None:
             await self.gate.wait()
         text = self.texts[len(self.asks) - 1]
-        return Reply(ids=tuple(MODEL.tokenizer.encode(text)), finish=Finish.STOP, prompt_tokens=9)
+        return Reply(ids=tuple(MODEL.wording.encode(text)), finish=Finish.STOP, prompt_tokens=9)
 
     def check_health(self) -> None: ...
 
@@ -80,7 +81,7 @@ class SeededDriver(ScriptedDriver):
         tries = [derived_seed(self.seed, 0)]
         tries += [derived_seed(derived_seed(self.seed, number), 0) for number in range(1, len(self.texts))]
         text = self.texts[tries.index(ask.seed)]
-        return Reply(ids=tuple(MODEL.tokenizer.encode(text)), finish=Finish.STOP, prompt_tokens=9)
+        return Reply(ids=tuple(MODEL.wording.encode(text)), finish=Finish.STOP, prompt_tokens=9)
 
 
 @dataclass
@@ -128,9 +129,9 @@ async def test_a_description_may_only_name_who_the_captions_name() -> None:
     await engine.describe(replace(DESCRIBE, previous_caption="Pip slept.", caption="Mina met Zora."))
     await engine.describe(replace(DESCRIBE, previous_caption="She slept.", caption="She woke."))
     await engine.write_caption(STORY)
-    bruno = {*MODEL.tokenizer.encode(" Bruno"), *MODEL.tokenizer.encode("Bruno")}
+    bruno = {*MODEL.wording.encode(" Bruno"), *MODEL.wording.encode("Bruno")}
     assert set(driver.asks[0].forbidden_ids) <= bruno
-    assert MODEL.tokenizer.encode(" Bruno")[0] in driver.asks[0].forbidden_ids
+    assert MODEL.wording.encode(" Bruno")[0] in driver.asks[0].forbidden_ids
     assert driver.asks[1].forbidden_ids == driver.asks[2].forbidden_ids == (), "who 'she' is, the picture says"
 
 
@@ -142,7 +143,7 @@ async def test_a_description_that_leaves_somebody_out_is_chosen_again() -> None:
     assert written.text == "Mina waves to Pip."
     assert len(driver.asks) == 8
     assert len({ask.seed for ask in driver.asks}) == 8
-    assert written.completion_tokens == sum(len(MODEL.tokenizer.encode(text)) for text in wrong)
+    assert written.completion_tokens == sum(len(MODEL.wording.encode(text)) for text in wrong)
 
 
 async def test_a_description_survives_the_tries_that_were_to_better_it() -> None:
@@ -180,7 +181,7 @@ async def test_a_description_without_a_fault_is_not_repaired(first: str, guarded
 async def test_a_repair_stays_within_the_tokens_of_a_description(max_tokens: int) -> None:
     notes, room = Notes(), max_tokens or 90
     long = "Mina" + " runs" * room
-    while len(MODEL.tokenizer.encode(long)) > room:
+    while len(MODEL.wording.encode(long)) > room:
         long = long[: -len(" runs")]
     driver = SeededDriver([long] * (1 + NAME_LOCK_TRIES), seed=5)
     job = replace(MEETING, sampling=Sampling(seed=5, max_tokens=max_tokens))
@@ -209,7 +210,7 @@ async def test_a_caption_that_says_again_what_was_said_is_chosen_again() -> None
     assert len(driver.asks) == 1 + CAPTION_TRIES
     assert [ask.temperature for ask in driver.asks] == [0.0, *[0.7] * CAPTION_TRIES]
     assert len({ask.seed for ask in driver.asks}) == 1 + CAPTION_TRIES
-    assert written.completion_tokens == sum(len(MODEL.tokenizer.encode(text)) for text in driver.texts)
+    assert written.completion_tokens == sum(len(MODEL.wording.encode(text)) for text in driver.texts)
     assert notes.guarded == [("repetition", "second_choice")]
 
 
@@ -279,7 +280,7 @@ class GatedDriver(ScriptedDriver):
             assert self.gate is not None
             await self.gate.wait()
         text = "A cat." if ask.adapter == "descriptive" else COPY if ask.temperature < 0.7 else "A kite."
-        return Reply(ids=tuple(MODEL.tokenizer.encode(text)), finish=Finish.STOP, prompt_tokens=9)
+        return Reply(ids=tuple(MODEL.wording.encode(text)), finish=Finish.STOP, prompt_tokens=9)
 
 
 @pytest.mark.parametrize("room", [0, 1])
@@ -312,7 +313,7 @@ async def test_an_empty_answer_is_tried_again_with_another_seed_and_some_heat() 
     driver = ScriptedDriver(["", " \n\x07", "At last."])
     written = await CaptionEngine(MODEL, driver).write_caption(STORY)
     assert written.text == "At last."
-    assert written.completion_tokens == len(MODEL.tokenizer.encode(" \n\x07")) + len(MODEL.tokenizer.encode("At last."))
+    assert written.completion_tokens == len(MODEL.wording.encode(" \n\x07")) + len(MODEL.wording.encode("At last."))
     assert len({ask.seed for ask in driver.asks}) == 3
     assert [ask.temperature for ask in driver.asks] == [0.0, 0.7, 0.7]
 
@@ -394,7 +395,7 @@ async def test_a_description_is_asked_with_the_looks_that_the_pack_knows() -> No
     driver = ScriptedDriver(["Pip stands."])
     engine = CaptionEngine(model, driver)
     await engine.describe(replace(DESCRIBE, previous_caption="Pip came.", caption="Pip and Zora ran."))
-    asked = MODEL.tokenizer.decode(driver.asks[0].ids)
+    asked = MODEL.wording.decode(driver.asks[0].ids)
     assert "Cast: Pip, an orange cat. Previous frame" in asked
 
 
@@ -434,7 +435,7 @@ async def test_eyes_tell_what_a_stranger_looks_like(looks: tuple[str, ...], prev
     driver, eyes = ScriptedDriver(["Tessa runs."]), FixedEyes(*looks)
     model = replace(MODEL, world=WORLD_OF_PIP, eyes=eyes)
     await CaptionEngine(model, driver).describe(replace(DESCRIBE, previous_caption=previous, caption="Tessa ran."))
-    question = MODEL.tokenizer.decode(driver.asks[0].ids)
+    question = MODEL.wording.decode(driver.asks[0].ids)
     assert asked in question
     assert ("Tessa, a" in question) == ("Tessa, a" in asked)
     assert eyes.pictures == ([] if previous == "Pip came." else [(128, 128, 3)])
@@ -449,14 +450,14 @@ async def test_eyes_are_believed_only_when_they_are_sure_and_nobody_has_said_oth
         driver, eyes = ScriptedDriver(["Tessa runs."]), FixedEyes(DUCK, sureness=sureness)
         job = replace(DESCRIBE, previous_caption="Tessa came.", caption="Tessa ran.", earlier_descriptions=told)
         await CaptionEngine(replace(MODEL, world=WORLD_OF_PIP, eyes=eyes), driver).describe(job)
-        assert ("a red duck" in MODEL.tokenizer.decode(driver.asks[0].ids)) == asked
+        assert ("a red duck" in MODEL.wording.decode(driver.asks[0].ids)) == asked
 
 
 async def test_she_is_whom_the_story_named_last_alone() -> None:
     driver, eyes = ScriptedDriver(["Tessa runs."]), FixedEyes(DUCK)
     job = replace(DESCRIBE, earlier_captions=("Tessa came.",), previous_caption="She met.", caption="Tessa ran.")
     await CaptionEngine(replace(MODEL, world=WORLD_OF_PIP, eyes=eyes), driver).describe(job)
-    assert "Tessa, a red duck with a teal hat" in MODEL.tokenizer.decode(driver.asks[0].ids)
+    assert "Tessa, a red duck with a teal hat" in MODEL.wording.decode(driver.asks[0].ids)
 
 
 async def test_who_was_described_once_keeps_those_looks() -> None:
@@ -465,7 +466,7 @@ async def test_who_was_described_once_keeps_those_looks() -> None:
     told = ("In the park. Sam, a yellow monkey with a blue bow, runs.", "Pip, a dog with a hat, sits.")
     job = replace(DESCRIBE, previous_caption="Sam ran.", caption="Pip met Sam.", earlier_descriptions=told)
     written = await CaptionEngine(model, driver).describe(job)
-    asked = MODEL.tokenizer.decode(driver.asks[0].ids)
+    asked = MODEL.wording.decode(driver.asks[0].ids)
     assert "Cast: Pip, an orange cat; Sam, a yellow monkey with a blue bow. Previous" in asked, "the pack knows its own"
     assert written.text == "Pip runs. Sam, a yellow monkey with a blue bow, stands nearby."
     with pytest.raises(CaptionEmpty, match="caption"):
@@ -507,13 +508,13 @@ async def test_captions_that_name_nobody_are_about_whom_the_story_names() -> Non
     silent = replace(DESCRIBE, previous_caption="He fell.", caption="He got up.", earlier_captions=("Pip came.",))
     await engine.describe(silent)
     await engine.describe(replace(silent, caption="Mina came."))
-    pip = MODEL.tokenizer.encode(" Pip")[0]
+    pip = MODEL.wording.encode(" Pip")[0]
     assert pip not in driver.asks[0].forbidden_ids
-    assert MODEL.tokenizer.encode(" Mina")[0] in driver.asks[0].forbidden_ids
-    assert "Cast: Pip, an orange cat. Previous" in MODEL.tokenizer.decode(driver.asks[0].ids)
+    assert MODEL.wording.encode(" Mina")[0] in driver.asks[0].forbidden_ids
+    assert "Cast: Pip, an orange cat. Previous" in MODEL.wording.decode(driver.asks[0].ids)
     assert pip not in driver.asks[1].forbidden_ids, "who came before may still be there"
-    assert MODEL.tokenizer.encode(" Bruno")[0] in driver.asks[1].forbidden_ids
-    assert "Cast: Mina, a rabbit; Pip, an orange cat. Previous" in MODEL.tokenizer.decode(driver.asks[1].ids)
+    assert MODEL.wording.encode(" Bruno")[0] in driver.asks[1].forbidden_ids
+    assert "Cast: Mina, a rabbit; Pip, an orange cat. Previous" in MODEL.wording.decode(driver.asks[1].ids)
     with pytest.raises(CaptionEmpty, match="caption"):
         await engine.describe(replace(silent, earlier_captions=("",)))
 
