@@ -22,7 +22,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Dressed:
     model: FrameModel
     characters: tuple[CharacterWeights, ...] = ()
     outfit: Outfit = ()
-    words: Words = NO_WORDS
+    words: Words = field(default_factory=lambda: NO_WORDS)
 
 
 def dressed(model: FrameModel, adapter: Adapter) -> Dressed:

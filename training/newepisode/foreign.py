@@ -50,7 +50,7 @@ def read_array(path: Path) -> Any:
     """The array of a `.npy` file, one of objects included. Raises DataInvalid."""
     content = io.BytesIO(_bytes(path))
     try:
-        version = np.lib.format.read_magic(content)
+        version = np.lib.format.read_magic(content)  # type: ignore[no-untyped-call]
         read_header = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,

@@ -19,10 +19,10 @@ from training.new_story import KnownStory, NewStory, SeenFrame
 from training.newepisode.records import WINDOW_CLIPS, Clip, Corpus, Window
 from training.newepisode.registry import NewCharacter, Registry
 from training.pictures import ShelfRecipe
-from training.toon.cast import MAIN, NEW, Character, combination
+from training.toon.cast import MAIN, NEW, combination
 from training.toon.grammar import describe_plainly, phrase
 from training.toon.render import render
-from training.toon.scene import Look
+from training.toon.scene import Character, Look
 from training.toon.seeding import generator
 from training.toon.stories import Story, StoryFrame, draw_story
 
