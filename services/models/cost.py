@@ -17,8 +17,8 @@ _PROBE = 1024  # side of the product that peaks are measured with
 def flops_of_a_row(model: FrameModel) -> float:
     """Floating-point operations of one main row at the pack's size that looks at one earlier frame; two a multiply-add.
 
-    At none where the pack takes no references, or reads them as texts. A reference row costs about as much. Counted by torch from the
-    operations themselves, not estimated.
+    At none where the pack takes no references, or reads them as texts. A reference row costs about as much. Counted by
+    torch from the operations themselves, not estimated.
     """
     manifest, factor = model.manifest, model.codec.factor
     latents = torch.zeros(
