@@ -39,8 +39,7 @@ from services.models.errors import (
     PackNotFound,
 )
 from services.models.quality import Quality
-from services.models.schedule import ScheduleConfig
-from services.models.vae import LatentScaling, ReferenceRange
+from services.models.ranges import LatentScaling, ReferenceRange, ScheduleConfig
 
 MANIFEST = "pack.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")

@@ -10,47 +10,14 @@ hold rows at different noise levels. `signal` and `noise` amplitudes satisfy sig
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from services.models.ranges import ScheduleConfig as ScheduleConfig
+
 CLEAN = -1
 """The step after the last one: no noise left (or as little as `final_step_is_clean` says)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """What a pack's manifest says about its noise schedule. The defaults are Stable Diffusion 1.5's.
-
-    Raises ValueError for combinations that cannot work.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}  # when read from a manifest
-
-    train_steps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
-    # Rescale so that the last training step holds no signal at all (Lin et al., arXiv 2305.08891). Without it the
-    # network learns that pure noise has a known mean brightness and cannot draw very dark or very bright frames.
-    zero_terminal_snr: bool = False
-    # leading: 1, 26, … 976 (Stable Diffusion). trailing: 24, 49, … 999, needed when the last step must be used.
-    spacing: Literal["leading", "trailing"] = "leading"
-    steps_offset: int = 1  # added to every leading step
-    # Where sampling ends: at a signal of exactly one, or at the level of training step 0 (Stable Diffusion).
-    final_step_is_clean: bool = False
-
-    def __post_init__(self) -> None:
-        if self.train_steps < 2:
-            raise ValueError("train_steps must be at least 2")
-        if not 0 < self.beta_start < self.beta_end < 1:
-            raise ValueError("0 < beta_start < beta_end < 1 must hold")
-        if self.zero_terminal_snr and self.prediction != "v_prediction":
-            raise ValueError("zero_terminal_snr needs v_prediction: noise predicted from pure noise says nothing")
-        if self.zero_terminal_snr and self.spacing != "trailing":
-            raise ValueError("zero_terminal_snr needs trailing spacing, else sampling starts below pure noise")
 
 
 class Schedule:

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor
 
+from services.models.ranges import LatentScaling as LatentScaling
+from services.models.ranges import ReferenceRange as ReferenceRange
 from services.models.shape import config_values
-
-ReferenceRange = Literal["signed", "unit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,22 +79,6 @@ def build_vae(shape: VaeShape) -> AutoencoderKL:
         )
     vae.eval()
     return vae
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentScaling:
-    """Normalised latent = (raw − shift) · scale, per latent channel."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}  # when read from a manifest
-
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.shift) != len(self.scale) or not self.shift:
-            raise ValueError("shift and scale need one number per latent channel")
-        if any(s <= 0 for s in self.scale):
-            raise ValueError("every scale must be positive")
 
 
 class Codec:
