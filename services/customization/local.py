@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from services.customization.backends import LOG_FILE, REPOSITORY, Ended, Run, last_lines
@@ -28,9 +28,15 @@ _LEAVE_S = 5.0  # that a process of the attempt before may take to be gone
 class LocalBackend:
     """Child processes."""
 
-    def __init__(self, *, niceness: int, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        niceness: int,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "training.customize"),
+    ) -> None:
         """`environment` is what processes find beside what a run gives them; None: this process's own."""
-        self._niceness = niceness
+        self._niceness, self._program = niceness, tuple(program)
         self._environment = dict(os.environ if environment is None else environment)
         self._processes: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}  # by job, with the attempt
         self._folders: dict[str, Path] = {}
@@ -69,7 +75,7 @@ class LocalBackend:
 
             with (run.folder / LOG_FILE).open("ab") as log:
                 return subprocess.Popen(
-                    (sys.executable, "-m", "training.customize", *run.arguments),
+                    (*self._program, *run.arguments),
                     env={**self._environment, **run.environment},
                     cwd=REPOSITORY,
                     stdin=subprocess.DEVNULL,

@@ -113,7 +113,7 @@ def finding_to_pb(finding: Finding) -> Any:
     """What a check found."""
     return pb.Finding(
         code=finding.code,
-        severity=pb.Finding.Severity.Value(f"SEVERITY_{finding.severity.upper()}"),
+        severity=pb.Finding.SEVERITY_ERROR if finding.severity == "error" else pb.Finding.SEVERITY_WARNING,
         frame_number=finding.frame_number,
         message=finding.message,
         mend=finding.mend,

@@ -88,7 +88,8 @@ class RayJobsBackend:
                 return None
             return Ended(status=info.driver_exit_code, detail=f"{status}: {info.message or ''}"[:500])
 
-        return await self._ask(ask)
+        ended: Ended | None = await self._ask(ask)
+        return ended
 
     async def stop(self, run: Run) -> None:
         await self._ask(lambda client: client.stop_job(run.name))

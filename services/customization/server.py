@@ -53,7 +53,7 @@ async def run(installation: Installation, host: str, port: int, metrics_port: in
 
 
 def main() -> int:
-    """`python -m services.customization`. Exit status 2: a setting is wrong; 1: something the process needs is missing."""
+    """`python -m services.customization`. Exit status 2: a setting is wrong; 1: something that is needed is missing."""
     parser = argparse.ArgumentParser(prog="python -m services.customization", description="Runs customization jobs.")
     parser.add_argument("command", nargs="?", choices=("serve", "migrate"), default="serve")
     parser.add_argument("--host", default="127.0.0.1")
