@@ -11,7 +11,8 @@
 
 Whoever starts a run may follow and stop it (`customize_progress`): `--progress FILE` is told of steps and snapshots;
 SIGTERM, or a file at `--stop-file`, ends a run after the step in progress and its save. `--snapshots N` writes what was
-learned after each N-th part of the steps, as weights and card like the last ones.
+learned after each N-th part of the steps, as weights and card like the last ones. `--probes` draws the same pictures
+before the first step, at every snapshot and at the end, and puts what is recognised in them into the cards (`probes`).
 
 `--minutes` becomes a number of steps before the first one is taken, by timing a few, and stays that number: what a run
 learns does not depend on the clock, however often it is interrupted. On a machine that gets busier it takes longer.
@@ -66,11 +67,13 @@ from training.methods.textual_inversion import TextualInversionRecipe
 from training.new_story import KnownStory, NewStory, check_wall, known_stories, read_story, together, world_story
 from training.optimizer import OptimizerRecipe, Pace
 from training.precision import autocast, default_device
+from training.probes import Drawn, Prober
 from training.storage import Checkpoint, load_checkpoint, save_checkpoint, with_prefix
 
 CHECKPOINT = "checkpoint.safetensors"
 PLAN = "plan.json"
 SNAPSHOTS = "snapshots"  # folder of what was learned on the way
+PROBES = "probes"  # folder of the pictures that were drawn with it
 CARD_FORMAT = 1
 _STRETCHES = 10  # of a run, of each of which the card tells the mean losses
 _TIMED_STEPS = 2
@@ -82,6 +85,7 @@ Watch = Callable[[int, Mapping[str, float]], None]
 """Is told each step's number and losses, before it moves anything."""
 Keep = Callable[[int, "Artefact"], None]
 """Is given what was learned in so many steps."""
+_STATUSES = {RunStopped.reason: STOPPED, DiskFull.reason: NO_ROOM}  # of the process; 1 for every other reason
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -461,12 +465,26 @@ def run(arguments: argparse.Namespace, progress: Progress, stop: Stop) -> dict[s
     def seen(step: int, parts: Mapping[str, float]) -> None:
         progress.step(step + 1, parts, is_last=step + 1 == recipe.steps)
 
+    prober = Prober(pack, story) if arguments.probes else None
+
+    def probed(step: int, payload: bytes | None) -> dict[str, float]:
+        def told(one: Drawn) -> None:
+            file = str(folder / PROBES / one.file)
+            progress.tell("probe", step=step, probe=one.probe, description=one.description, file=file)
+
+        return {} if prober is None else prober.draw(step, payload, folder / PROBES, told, stop)
+
+    def with_probes(step: int, artefact: Artefact) -> Artefact:
+        figures = {**artefact.card.get("figures", {}), **probed(step, artefact.payload)}
+        return Artefact(artefact.payload, {**artefact.card, "figures": figures})
+
     def keep(step: int, artefact: Artefact) -> None:
         path = folder / SNAPSHOTS / f"{step:06d}.safetensors"
         if not card_path(path).is_file():
-            write_artefact(artefact, path)
+            write_artefact(with_probes(step, artefact), path)
         progress.tell("snapshot", step=step, file=str(path))
 
+    probed(0, None)
     artefact = customize(
         pack,
         story,
@@ -478,6 +496,7 @@ def run(arguments: argparse.Namespace, progress: Progress, stop: Stop) -> dict[s
         snapshot_steps=snapshot_steps(recipe.steps, arguments.snapshots),
         keep=keep,
     )
+    artefact = with_probes(recipe.steps, artefact)
     write_artefact(artefact, arguments.out)
     progress.tell("snapshot", step=recipe.steps, file=str(arguments.out))
     return artefact.card
@@ -518,6 +537,7 @@ def main() -> None:
     parser.add_argument("--progress", type=Path, help="file to tell of steps and snapshots, one JSON object a line")
     parser.add_argument("--stop-file", type=Path, help="where it is, the run ends as after SIGTERM")
     parser.add_argument("--snapshots", type=int, default=1, help="parts of a run after each of which weights are kept")
+    parser.add_argument("--probes", action="store_true", help="draw probes before, at every snapshot, and at the end")
     parser.add_argument("--save-every-s", type=float, help="between checkpoints; instead of the recipe's")
     arguments = run_arguments(parser)
     stop = Stop(arguments.stop_file)
@@ -537,7 +557,7 @@ def main() -> None:
             if progress is not None:
                 progress.tell("ended", outcome=outcome, reason=error.reason, message=str(error))
             print(json.dumps({"error": error.reason, "message": str(error)}, ensure_ascii=False), file=sys.stderr)
-        sys.exit({RunStopped: STOPPED, DiskFull: NO_ROOM}.get(type(error), 1))
+        sys.exit(_STATUSES.get(error.reason, 1))
     print(json.dumps({key: card[key] for key in ("character", "steps", "elapsed_s", "losses", "figures")}))
 
 
