@@ -18,6 +18,10 @@ from grpc_reflection.v1alpha import reflection
 from services.runtime.rpc import stream_method, unary_method
 from services.story.api import MOST_CALLS, StoryApi
 from services.story.config import port_refused
+from services.story.customization import MOST_MESSAGE_BYTES as MOST_JOB_BYTES
+from services.story.customization import Customizations
+from services.story.customization_grpc import SERVICE as CUSTOMIZATION
+from services.story.customization_grpc import add_to_server
 from services.story.inference import servicer as inference
 from services.story.intake import MOST_IMAGE_BYTES, StoryRequest
 from services.story.metrics import REQUEST_SECONDS
@@ -118,7 +122,7 @@ class RequestMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg
         """Wraps the handler of one method."""
         handler = await continuation(details)
         service, _, method = details.method.removeprefix("/").partition("/")
-        if handler is None or service not in (SERVICE, inference.SERVICE):
+        if handler is None or service not in (SERVICE, CUSTOMIZATION, inference.SERVICE):
             return handler
 
         def observe(started: float, context: Any) -> None:
@@ -158,14 +162,21 @@ class GrpcEdge:
     """The gRPC server and its health. Making one binds its port and raises ConfigInvalid when that is taken."""
 
     def __init__(
-        self, api: StoryApi, *, host: str, port: int, inference_servicer: inference.InferenceServicer | None = None
+        self,
+        api: StoryApi,
+        *,
+        host: str,
+        port: int,
+        inference_servicer: inference.InferenceServicer | None = None,
+        customizations: Customizations | None = None,
     ) -> None:
         self._inference = inference_servicer
+        most_bytes = MOST_MESSAGE_BYTES if customizations is None else MOST_JOB_BYTES
         self._server = grpc.aio.server(
             interceptors=[RequestMetrics()],
             maximum_concurrent_rpcs=MOST_CALLS,
             options=[
-                ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", most_bytes),
                 ("grpc.so_reuseport", 0),  # a second process on the port must fail, not share it
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ],
@@ -177,6 +188,9 @@ class GrpcEdge:
         if inference_servicer is not None:
             inference.add_to_server(inference_servicer, self._server)
             self._services += (inference.SERVICE,)
+        if customizations is not None:
+            add_to_server(customizations, self._server)
+            self._services += (CUSTOMIZATION,)
         names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         name = f"[{host}]" if ":" in host else host

@@ -41,6 +41,9 @@ from services.runtime.errors import (
 from services.runtime.telemetry import metrics_page
 from services.story.api import MOST_CALLS, StoryApi
 from services.story.config import StorySettings
+from services.story.customization import Customizations
+from services.story.customization_http import BODIES, JOBS, add_customization
+from services.story.customization_http import MOST_BODY_BYTES as MOST_JOB_BYTES
 from services.story.documents import (
     BackendListDocument,
     CreateStoryBody,
@@ -76,7 +79,12 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def http_app(api: StoryApi, settings: StorySettings, ready: Callable[[], Awaitable[None]]) -> FastAPI:
+def http_app(
+    api: StoryApi,
+    settings: StorySettings,
+    ready: Callable[[], Awaitable[None]],
+    customizations: Customizations | None = None,
+) -> FastAPI:
     """The ASGI application. `ready` raises FabulaError while the process is not ready."""
     app = FastAPI(
         title="Fabula",
@@ -90,6 +98,8 @@ def http_app(api: StoryApi, settings: StorySettings, ready: Callable[[], Awaitab
     _add_errors(app)
     _add_stories(app, api, settings)
     _add_backends(app, api)
+    if customizations is not None:
+        add_customization(app, customizations, heartbeat_s=settings.heartbeat_s)
     _add_operations(app, ready)
     _complete_openapi(app)
     if settings.origins():
@@ -383,7 +393,7 @@ class EdgeMiddleware:
             self._in_flight += 1
             try:
                 self._check(scope["path"], headers)
-                await self._app(scope, _bounded(receive, headers), send_with_id)
+                await self._app(scope, _bounded(receive, headers, scope["path"]), send_with_id)
             except FabulaError as error:
                 await _problem_response(error)(scope, receive, send_with_id)
             finally:
@@ -416,15 +426,16 @@ def _host_name(host: str) -> str:
     return host.rsplit(":", 1)[0].lower() if ":" in host else host.lower()
 
 
-def _bounded(receive: Receive, headers: Headers) -> Receive:
+def _bounded(receive: Receive, headers: Headers, path: str) -> Receive:
     """Reads no more of a body than the largest that can be right."""
+    most_bytes = MOST_JOB_BYTES if path == JOBS else MOST_BODY_BYTES
     too_large = ImageTooLarge(
-        f"the request is larger than {MOST_BODY_BYTES} bytes; a picture has at most {MOST_IMAGE_BYTES}",
+        f"the request is larger than {most_bytes} bytes; a picture has at most {MOST_IMAGE_BYTES}",
         field="image",
         metadata={"limit_bytes": str(MOST_IMAGE_BYTES)},
     )
     length = headers.get("content-length", "")
-    if length.isdecimal() and int(length) > MOST_BODY_BYTES:
+    if length.isdecimal() and int(length) > most_bytes:
         raise too_large
     seen = 0
 
@@ -433,7 +444,7 @@ def _bounded(receive: Receive, headers: Headers) -> Receive:
         message = await receive()
         if message["type"] == "http.request":
             seen += len(message.get("body", b""))
-            if seen > MOST_BODY_BYTES:
+            if seen > most_bytes:
                 raise too_large
         return message
 
@@ -449,7 +460,7 @@ def _complete_openapi(app: FastAPI) -> None:
             return app.openapi_schema
         schema = generate()
         components = schema.setdefault("components", {}).setdefault("schemas", {})
-        for model in (CreateStoryBody, CreateStoryForm, EventDocument, ProblemDocument):
+        for model in (CreateStoryBody, CreateStoryForm, EventDocument, ProblemDocument, *BODIES):
             found = model.model_json_schema(ref_template="#/components/schemas/{model}")
             components.update(found.pop("$defs", {}))
             components[model.__name__] = found

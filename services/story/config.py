@@ -23,6 +23,7 @@ class StorySettings(Settings):
     allowed_origins: str = ""  # web origins whose pages may call, comma-separated; none by default
     caption_target: str = ""  # host:port of the caption service; empty: this machine's Serve ingress
     frame_target: str = ""  # host:port of the frame service; empty: this machine's Serve ingress
+    customization_target: str = ""  # host:port of the customization service; empty: this machine's Serve ingress
     default_pack: str = "toon"  # the pack of a request that names none
     max_running: int = Field(default=4, ge=1)  # stories in progress at once in this process; the rest wait in the queue
     max_queued: int = Field(default=100, ge=1)  # accepted and not started, all processes together; more are refused
@@ -59,6 +60,10 @@ class StorySettings(Settings):
         """Where caption and frame are."""
         ingress = f"127.0.0.1:{installation.ingress_grpc_port}"
         return self.caption_target or ingress, self.frame_target or ingress
+
+    def customizing_target(self, installation: Installation) -> str:
+        """Where customization is."""
+        return self.customization_target or f"127.0.0.1:{installation.ingress_grpc_port}"
 
 
 def port_refused(host: str, port: int, why: str) -> ConfigInvalid:

@@ -23,6 +23,7 @@ from services.story.api_http import http_app
 from services.story.backends import CaptionBackend, FrameBackend
 from services.story.caretaker import Caretaker
 from services.story.config import StorySettings, port_refused
+from services.story.customization import Customizations
 from services.story.database import database_urls, open_database
 from services.story.events import Broadcaster
 from services.story.inference.servicer import InferenceServicer
@@ -76,6 +77,10 @@ class StoryProcess:
             settings=settings,
         )
         self._sandbox = Sandbox()
+        customizations = Customizations(
+            ServiceChannel(settings.customizing_target(installation), application="customization", token=token),
+            self._sandbox,
+        )
         self._api = StoryApi(
             repository=repository,
             store=store,
@@ -101,10 +106,11 @@ class StoryProcess:
             host=settings.host,
             port=installation.story_grpc_port,
             inference_servicer=self._inference() if settings.inference else None,
+            customizations=customizations,
         )
         self._http = _HttpServer(
             uvicorn.Config(
-                http_app(self._api, settings, self._check_ready),
+                http_app(self._api, settings, self._check_ready, customizations),
                 log_config=None,
                 access_log=False,
                 server_header=False,

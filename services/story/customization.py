@@ -1,0 +1,97 @@
+"""Customization as the public edge answers it: checks and cleans what was uploaded, and asks the customization service.
+
+The service's own requests and answers pass through here as they are, over gRPC and, in JSON, over HTTP. What the edge
+adds is what no service behind it shall do: pictures from outside are decoded in the sandbox, and go on as plain PNGs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fabula.customization.v1 import customization_service_pb2 as pb
+from fabula.customization.v1 import customization_service_pb2_grpc as pb_grpc
+
+from services.runtime.channel import ServiceChannel
+from services.runtime.errors import DeadlineExceeded, ImageTooLarge, ImageUnreadable, InvalidArgument, ValueOutOfRange
+from services.story.intake import MOST_IMAGE_BYTES, check_request_id
+from services.story.sandbox import Sandbox
+
+MOST_UPLOAD_BYTES = 48 * 1024 * 1024  # of one story's pictures together
+MOST_MESSAGE_BYTES = MOST_UPLOAD_BYTES + 4 * 1024 * 1024  # the pictures, and room for the rest
+MOST_EXAMPLE_FRAMES = 20
+CALL_TIMEOUT_S = 60.0  # a story is looked over and laid out within it
+WATCH_S = 3600.0  # of one stream; whoever follows a job takes it up again
+
+
+class Customizations:
+    """The operations on customization jobs. Every method raises FabulaError."""
+
+    def __init__(self, channel: ServiceChannel, sandbox: Sandbox, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        self._channel = channel
+        self._sandbox = sandbox
+        self._timeout_s = timeout_s
+        self._stub = pb_grpc.CustomizationServiceStub(channel.grpc_channel)
+
+    async def create(self, request: pb.CreateCustomizationJobRequest) -> pb.CreateCustomizationJobResponse:
+        """Checks a story and accepts a job. A picture that cannot be decoded goes on as none, for the checks to say."""
+        check_request_id(request.request_id)
+        if len(request.frames) > MOST_EXAMPLE_FRAMES:
+            raise ValueOutOfRange(
+                f"the example story has {len(request.frames)} frames; at most {MOST_EXAMPLE_FRAMES} are taken",
+                field="frames",
+                metadata={"most": str(MOST_EXAMPLE_FRAMES)},
+            )
+        if sum(len(frame.image) for frame in request.frames) > MOST_UPLOAD_BYTES:
+            raise ImageTooLarge(
+                f"the pictures have more than {MOST_UPLOAD_BYTES >> 20} MiB together",
+                field="frames",
+                metadata={"limit_bytes": str(MOST_UPLOAD_BYTES)},
+            )
+        clean = pb.CreateCustomizationJobRequest()
+        clean.CopyFrom(request)
+        for number, frame in enumerate(clean.frames):
+            frame.image = await self._cleaned(frame.image, f"frames[{number}].image")
+        created: pb.CreateCustomizationJobResponse = await self.ask("CreateCustomizationJob", clean)
+        return created
+
+    async def _cleaned(self, image: bytes, field: str) -> bytes:
+        if len(image) > MOST_IMAGE_BYTES:
+            raise ImageTooLarge(
+                f"{field} has {len(image)} bytes; at most {MOST_IMAGE_BYTES} are taken",
+                field=field,
+                metadata={"limit_bytes": str(MOST_IMAGE_BYTES)},
+            )
+        if not image:
+            return b""
+        try:
+            return (await self._sandbox.decode(image)).png
+        except ImageUnreadable:
+            return b""  # one finding among others, which name the frame and say how to mend it
+        except InvalidArgument as error:
+            raise type(error)(f"{field}: {error.message}", field=field) from None
+
+    async def ask(self, method: str, request: Any) -> Any:
+        """The service's answer to any other unary method, by its name in the proto."""
+        return await self._channel.call(getattr(self._stub, method), request, timeout_s=self._timeout_s)
+
+    async def watch(
+        self, request: pb.WatchCustomizationJobRequest
+    ) -> AsyncGenerator[pb.WatchCustomizationJobResponse, None]:
+        """A job's events. Ends when the job does, and after an hour: take it up again after the last sequence."""
+        stream = self._channel.stream(self._stub.WatchCustomizationJob, request, timeout_s=WATCH_S)
+        async with aclosing(stream) as messages:  # type: ignore[type-var]  # an async generator, by construction
+            try:
+                async for message in messages:
+                    if message.HasField("event"):  # an empty message closes a failed stream; its status follows
+                        yield message
+            except DeadlineExceeded:
+                return
+
+    async def read(self, method: str, request: Any) -> AsyncGenerator[bytes, None]:
+        """The chunks of ReadImage or ReadWeights."""
+        stream = self._channel.stream(getattr(self._stub, method), request, timeout_s=self._timeout_s)
+        async with aclosing(stream) as messages:  # type: ignore[type-var]  # as above
+            async for message in messages:
+                yield message.chunk
