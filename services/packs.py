@@ -40,6 +40,7 @@ def library_folder(installation: Installation) -> Path:
 def add(given: argparse.Namespace, say: Say) -> Answer:
     """Copies a pack, or makes one of a published checkpoint. Raises ModelError."""
     from services.models import captioner
+    from services.models.arldm_published import is_arldm, plan_arldm
     from services.models.captioner_published import is_captioner, plan_captioner
     from services.models.errors import PackSourceInvalid
     from services.models.library import plan_sealed
@@ -71,6 +72,8 @@ def add(given: argparse.Namespace, say: Say) -> Answer:
         )
         if is_captioner(files):
             plan, source = plan_captioner(source, files, told)
+        elif is_arldm(files):
+            plan = plan_arldm(source, files, told)
         else:
             plan = plan_published(source, files, told, ARCHITECTURES)
     added = _library().add(plan, source, _throttled(say))

@@ -161,7 +161,7 @@ def _settings(
         made_by=told.made_by,
         width_px=side_px,
         height_px=side_px,
-        dtype=_dtype(source, header),
+        dtype=stored_dtype(source, header),
         max_references=references,
         reference_range=told.reference_range or default_range,
         latents=latents,
@@ -248,7 +248,7 @@ def read_header(source: Source, files: Mapping[str, SourceFile], path: str) -> d
     return {name: values for name, values in document.items() if name != "__metadata__"}
 
 
-def _dtype(source: Source, header: Mapping[str, Any]) -> Literal["float16", "bfloat16", "float32"]:
+def stored_dtype(source: Source, header: Mapping[str, Any]) -> Literal["float16", "bfloat16", "float32"]:
     """Of a file's first tensor."""
     values: Any = next(iter(header.values()), None)
     stored = str(values.get("dtype")) if isinstance(values, dict) else ""

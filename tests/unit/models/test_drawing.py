@@ -105,7 +105,9 @@ class PublishedUNet:
 
 
 @torch.no_grad()
-def published_latents(model: FrameModel, job: Sketch, scheduler: DDIMScheduler) -> Tensor:
+def published_latents(
+    model: FrameModel, job: Sketch, scheduler: DDIMScheduler, stage: str = "auto-regressive"
+) -> Tensor:
     """The published algorithm as written down: three rows everywhere, a call per reference, one noise for all."""
     unet, vae = PublishedUNet(model), model.codec.vae
     scale = torch.tensor(model.manifest.latents.scale)[:, None, None]
@@ -133,7 +135,7 @@ def published_latents(model: FrameModel, job: Sketch, scheduler: DDIMScheduler) 
         if n:
             passes = []
             for i in range(n):
-                tau = torch.tensor([ref_t * (n - i)])
+                tau = torch.tensor([ref_t * (n - i) if stage == "auto-regressive" else ref_t])
                 noisy_image = scheduler.add_noise(images[i : i + 1], noise, tau)
                 noisy_zero = scheduler.add_noise(zero, noise, tau)
                 unet(
@@ -185,6 +187,19 @@ def test_latents_are_those_of_the_published_algorithm(
     expected = published_latents(model, job, theirs)
     assert expected.abs().max() > 0.5  # not a comparison of nothing with nothing
     torch.testing.assert_close(drawing.latents_CHW, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_references_that_are_all_as_near_are_the_multi_image_condition(tiny_model: FrameModel, count: int) -> None:
+    model, job = with_schedule(tiny_model, ScheduleConfig()), sketch(count)
+    alike = replace(job, references=tuple(replace(seen, distance=1) for seen in job.references))
+    drawing = begin(model, alike)
+    while not drawing.finished:
+        advance(model, [drawing])
+    expected = published_latents(model, job, PUBLISHED, "multi-image-condition")
+    torch.testing.assert_close(drawing.latents_CHW, expected, atol=1e-4, rtol=1e-4)
+    by_place = published_latents(model, job, PUBLISHED)
+    assert torch.allclose(expected, by_place, atol=1e-4) == (count == 1)  # with one there is nothing to weigh
 
 
 @pytest.mark.parametrize("scales", [(0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0), (1.0, 5.0), (2.0, 2.0), (0.0, 5.0)])
