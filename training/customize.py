@@ -196,7 +196,7 @@ def customization(
     check_wall(story, existing)
     stories = together(story)
     try:
-        ground = ground_of(model, [one.name for one in stories], recipe.seed)
+        ground = ground_of(model, [one.called for one in stories], recipe.seed)
         method = method_of(ground, recipe.method)
     except ValueError as error:
         raise RecipeInvalid(str(error)) from None

@@ -42,6 +42,7 @@ from training.methods.method import (
     reconstruction,
     squared_errors,
 )
+from training.methods.words import LearnedWords
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class EpicEvoRecipe:
     existing_weight: float = 1.0
     distil_on: Literal["all", "existing"] = "all"  # the teacher knows nothing of the new character
     named_share: float = 0.0  # the phrase, not a name, is what the character is called by
+    word_rate: float = 0.0  # above 0 the name becomes a word, which starts as the phrase; for a LoRA
     stored: Stored = "float16"
 
 
@@ -77,6 +79,11 @@ class EpicEvo:
                 self.teacher = StoryDenoiser(copy.deepcopy(ground.unet), ground.denoiser.schedule)
             learner = ground.unet.requires_grad_(True)
         self.networks = nn.ModuleDict({recipe.learns: learner})
+        self.word: LearnedWords | None = None
+        if recipe.word_rate > 0.0:
+            if recipe.learns != "lora":
+                raise ValueError("a file of a whole UNet has no place for a word: word_rate is for a LoRA")
+            self.word = self.networks["word"] = LearnedWords.of_phrases(ground.text, ground.called)
         self.discriminator: Discriminator | None = None
         if recipe.weights.adversarial > 0.0:
             with torch.random.fork_rng(devices=[]):
@@ -86,9 +93,11 @@ class EpicEvo:
 
     @property
     def words(self) -> Words:
-        return NO_WORDS
+        return NO_WORDS if self.word is None else self.word.words
 
     def rates(self, name: str) -> Rates:
+        if name.startswith("word."):
+            return Rates(rate=self.recipe.word_rate)
         if name.startswith("discriminator."):
             return Rates(rate=self.recipe.discriminator_rate, betas=self.recipe.discriminator_betas)
         return Rates(rate=self.recipe.rate)
@@ -130,5 +139,5 @@ class EpicEvo:
 
     def payload(self) -> bytes:
         if self.change is not None:
-            return low_rank_file(self.change, self.ground.base_digest, self.recipe.stored)
+            return low_rank_file(self.change, self.ground.base_digest, self.recipe.stored, self.words)
         return whole_file(self.ground, self.recipe.stored)

@@ -25,6 +25,7 @@ from training.methods.method import (
     reconstruction,
     squared_errors,
 )
+from training.methods.words import LearnedWords
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class LoraRecipe:
     rate: float = 1e-4
     existing_weight: float = 1.0
     named_share: float = 0.0  # of the new frames' descriptions: with the name alone, without the look
+    word_rate: float = 0.0  # above 0 the name becomes a word, which starts as the phrase and learns this fast
     stored: Stored = "float16"
 
 
@@ -46,14 +48,15 @@ class Lora:
         self.ground, self.recipe = ground, recipe
         generator = torch.Generator().manual_seed(ground.seed)
         self.change = LowRankChanges(ground.unet, recipe.layers, recipe.rank, generator)
-        self.networks = nn.ModuleDict({"change": self.change})
+        self.word = LearnedWords.of_phrases(ground.text, ground.called) if recipe.word_rate > 0.0 else None
+        self.networks = nn.ModuleDict({"change": self.change, **({} if self.word is None else {"word": self.word})})
 
     @property
     def words(self) -> Words:
-        return NO_WORDS
+        return NO_WORDS if self.word is None else self.word.words
 
     def rates(self, name: str) -> Rates:
-        return Rates(rate=self.recipe.rate)
+        return Rates(rate=self.recipe.word_rate if name.startswith("word.") else self.recipe.rate)
 
     def loss(self, batch: Batch) -> Parts:
         answer = answer_to(self.ground.denoiser, batch)
@@ -62,10 +65,11 @@ class Lora:
         return {**parts, TOTAL: parts["mse"]}
 
     def payload(self) -> bytes:
-        return low_rank_file(self.change, self.ground.base_digest, self.recipe.stored)
+        return low_rank_file(self.change, self.ground.base_digest, self.recipe.stored, self.words)
 
 
-def low_rank_file(change: LowRankChanges, base_digest: str, stored: Stored) -> bytes:
-    """What low-rank changes have learned, in PEFT's layout."""
-    adapter = Adapter(digest="", factors=change.factors(), deltas={}, size_bytes=0)
+def low_rank_file(change: LowRankChanges, base_digest: str, stored: Stored, words: Words = NO_WORDS) -> bytes:
+    """What low-rank changes have learned, in PEFT's layout, and the words beside them."""
+    kept = {word: vectors_nD.detach().cpu() for word, vectors_nD in words.items()}
+    adapter = Adapter(digest="", factors=change.factors(), deltas={}, words=kept, size_bytes=0)
     return write_adapter(adapter, "peft", base_digest=base_digest, dtype=STORED[stored])

@@ -24,6 +24,7 @@ from services.models.lora import BASE_DIGEST
 from services.models.registry import FrameModel
 from services.models.storygen import StoryGenUNet
 from services.models.text_encoder import TextEncoder, Words
+from training.new_story import Called
 
 NEW, EXISTING, PRIOR = 0, 1, 2
 """Whose story a row is from: the new character's, somebody's whom the network knows, or the network's own."""
@@ -55,9 +56,14 @@ class Ground:
     denoiser: StoryDenoiser
     text: TextEncoder
     latent_shape: tuple[int, int, int]
-    names: tuple[str, ...]  # of the new characters; a method that learns words learns these
+    called: tuple[Called, ...]  # the new characters; a method that learns words learns their names
     base_digest: str
     seed: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the new characters."""
+        return tuple(one.name for one in self.called)
 
     @property
     def unet(self) -> StoryGenUNet:
@@ -99,7 +105,7 @@ class Method(Protocol):
         ...
 
 
-def ground_of(model: FrameModel, names: Sequence[str], seed: int) -> Ground:
+def ground_of(model: FrameModel, called: Sequence[Called], seed: int) -> Ground:
     """The ground for a run on a loaded pack.
 
     Raises ValueError for a pack whose frames do not see earlier ones: the methods here are for those.
@@ -115,7 +121,7 @@ def ground_of(model: FrameModel, names: Sequence[str], seed: int) -> Ground:
         denoiser=StoryDenoiser(unet, model.denoiser.schedule),
         text=model.text,
         latent_shape=(model.codec.channels, height, width),
-        names=tuple(names),
+        called=tuple(called),
         base_digest=model.base_digest,
         seed=seed,
     )

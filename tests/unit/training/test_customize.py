@@ -15,6 +15,7 @@ from services.models.epicevo import EpicEvoWeights
 from services.models.lora import read_adapter, read_adapter_file
 from services.models.pack import Pack
 from services.models.registry import FrameModel, load_frame_model
+from services.models.text_encoder import TextEncoder
 from services.models.tiny import build_tiny_pack
 from training.customize import (
     CHECKPOINT,
@@ -246,3 +247,30 @@ def test_timing_a_step_moves_nothing(model: FrameModel, otto: NewStory, known: t
     assert math.isfinite(seconds_a_step(trainee, 0))
     assert all(torch.equal(a, b) for a, b in zip(before, trainee.networks.state_dict().values(), strict=True))
     assert all(parameter.grad is None for parameter in trainee.networks.parameters())
+
+
+@pytest.mark.parametrize("name", ["lora", "epicevo"])
+def test_a_name_may_start_as_its_phrase_and_is_kept_with_the_lora(
+    pack: Pack, model: FrameModel, otto: NewStory, known: tuple[KnownStory, ...], tmp_path: Path, name: str
+) -> None:
+    assert isinstance(model.text, TextEncoder)
+    recipe = recipe_of(name)
+    method = replace(recipe.method, word_rate=1e-3)
+    trainee = customization(model, otto, known, replace(recipe, method=method))
+    started = trainee.method.words
+    told, named = "A black penguin with orange earmuffs runs.", "Otto runs."
+    alike = [model.text.encode([" " + told[0].lower() + told[1:]]), model.text.encode([named], started)]
+    assert torch.allclose(*alike, atol=1e-5)  # a name alone means what the phrase means
+    artefact = customize(pack, otto, known, replace(recipe, method=method), tmp_path, say=lambda line: None)
+    adapter = read_adapter(
+        artefact.payload, model.denoiser.unet, base_digest=model.base_digest, text_width=model.text.width, name="it"
+    )
+    assert set(adapter.words) == {"Otto"}
+    assert adapter.factors
+    assert not torch.equal(adapter.words["Otto"], started["Otto"].detach().half().float())
+
+
+def test_a_whole_unet_has_no_place_for_a_word(model: FrameModel, otto: NewStory, known: tuple[KnownStory, ...]) -> None:
+    method = EpicEvoRecipe(learns="unet", word_rate=1e-3)
+    with pytest.raises(RecipeInvalid, match="no place for a word"):
+        customization(model, otto, known, replace(recipe_of("epicevo"), method=method))

@@ -1,0 +1,319 @@
+"""The NewEpisode benchmark: nobody new was pretrained on, nothing tested was taught, and tables say what cells hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from services.models.epicevo import EpicEvoWeights
+from services.models.pack import Pack
+from services.models.tiny import build_tiny_pack
+from training.customize_errors import FramesSeen, RecipeInvalid
+from training.evaluation import newepisode
+from training.evaluation.newepisode import (
+    BUDGETS,
+    METHODS,
+    PAPER,
+    PRETRAINED,
+    TABLE_2,
+    TABLE_3,
+    Budget,
+    Cell,
+    cells,
+    figures_of,
+    finished,
+    frechet,
+    known_windows,
+    markdown,
+    old_clips,
+    recipe_of,
+    run,
+    settings_of,
+    split_of,
+    write_cell,
+)
+from training.methods.epicevo import EpicEvoRecipe
+from training.new_story import Called, check_wall
+from training.newepisode.split import ALL, STRICT
+from training.newepisode.toon import (
+    CASTS,
+    FURTHER,
+    HARBOUR,
+    MEADOW,
+    check_pretraining,
+    known_stories_of,
+    new_story,
+    story_frame,
+)
+from training.pictures import ShelfRecipe
+from training.recipes import toon_frame
+from training.toon.grammar import describe_plainly
+
+TINY = Budget(episodes=2, tests_max={"meadow": 1, "harbour": 1}, steps_per_character=1, old_frames=4, seeds=1)
+
+
+# --- who is new
+
+
+def test_there_are_nine_and_six_as_in_the_paper_and_old_casts_are_apart() -> None:
+    assert [len(cast.new) for cast in CASTS.values()] == [9, 6]
+    everybody = [one.id for cast in CASTS.values() for one in (*cast.new, *cast.old)]
+    assert len(set(everybody)) == len(everybody)
+
+
+def test_the_frame_models_own_recipe_never_shows_anybody_new() -> None:
+    recipe = toon_frame()
+    few = [replace(shelf, count=min(shelf.count, 300)) for shelf in (*recipe.singles, *recipe.stories)]
+    assert check_pretraining([*MEADOW.new, *HARBOUR.new], few) == 300 * (1 + 1 + 5 + 5)
+
+
+def test_a_frame_that_shows_somebody_new_is_named() -> None:
+    shown = ShelfRecipe(split="new", breadth="scene", count=3)
+    with pytest.raises(FramesSeen, match=r"scene:new:0:0, which the frame model was trained on, shows "):
+        check_pretraining(MEADOW.new, [shown])
+    stranger = ShelfRecipe(split="train", breadth="looks", count=1)
+    (scene,) = stranger.scenes(stranger.seeds)
+    alike = replace(FURTHER[0], look=scene.actors[0].character.look)
+    with pytest.raises(FramesSeen, match=r"looks:train:0:0, .* shows Lotte"):
+        check_pretraining([alike], [stranger])
+
+
+# --- splits
+
+
+@pytest.mark.parametrize("cast", list(CASTS.values()), ids=list(CASTS))
+def test_one_story_each_to_learn_and_every_other_to_test(cast: Any) -> None:
+    budget = replace(TINY, tests_max={"meadow": None, "harbour": 100})
+    split = split_of(cast, budget)
+    assert set(split.lessons) == set(split.tests) == {one.id for one in cast.new}
+    for one in cast.new:
+        lesson = split.lessons[one.id]
+        assert all(one.id in split.corpus.clips[clip].new for clip in lesson.clips)
+        assert lesson.id not in {window.id for window in split.tests[one.id]}
+        assert len(split.tests[one.id]) == len(split.corpus.showing(one.id)) - 1
+        shared = [window for window in split.tests[one.id] if set(window.clips) & set(lesson.clips)]
+        assert shared  # windows overlap, as the published ones do
+        for window in shared:
+            whole, strict = (split.measured(one.id, window, variant) for variant in (ALL, STRICT))
+            assert [clip for clip in whole if clip not in split.taught] == list(strict)
+            assert len(strict) < len(whole)
+        strict = {clip for window in split.tests[one.id] for clip in split.measured(one.id, window, STRICT)}
+        assert strict
+        assert not strict & split.taught
+
+
+@pytest.mark.parametrize("cast", list(CASTS.values()), ids=list(CASTS))
+def test_what_forgetting_is_measured_on_is_not_learned_from(cast: Any) -> None:
+    split = split_of(cast, TINY)
+    known = known_windows(cast, split, 0)
+    assert len(known) == 5 * len(cast.new)
+    assert known != known_windows(cast, split, 1)
+    learned = {clip for window in known for clip in window.clips}
+    measured = old_clips(split, 32)
+    assert len(measured) == 32
+    assert not learned & set(measured)
+    new_ids = {one.id for one in cast.new}
+    for clip in (*learned, *measured):
+        assert not {actor.character.id for actor in story_frame(cast, clip).scene.actors} & new_ids
+
+
+def test_a_run_keeps_to_its_side_of_the_wall() -> None:
+    split = split_of(HARBOUR, TINY)
+    lessons = [new_story(HARBOUR, one.id, split.lessons[one.id], 32) for one in HARBOUR.new]
+    check_wall(lessons, known_stories_of(HARBOUR, known_windows(HARBOUR, split, 0)[:4], 32))
+    assert [one.name for one in lessons] == ["Zora", "Lotte", "Tuli", "Wanda", "Vito", "Rufus"]
+    assert lessons[1].phrase == "a white frog with a red flower"
+
+
+def test_a_clip_is_the_same_every_time_and_of_one_cast() -> None:
+    split = split_of(HARBOUR, TINY)
+    clip = split.lessons["zora"].clips[0]
+    assert story_frame(HARBOUR, clip) == story_frame(HARBOUR, clip)
+    with pytest.raises(ValueError, match="no clip of meadow"):
+        story_frame(MEADOW, clip)
+
+
+def test_by_name_a_description_does_not_tell_the_look() -> None:
+    split = split_of(HARBOUR, TINY)
+    for one, story in ((who, new_story(HARBOUR, who.id, split.lessons[who.id], 32)) for who in HARBOUR.new):
+        for clip in split.lessons[one.id].clips:
+            told = newepisode.described(story_frame(HARBOUR, clip).scene, story.called)
+            assert str(one.name) in told
+            assert f"{one.look.colour} {one.look.species}" not in told
+
+
+# --- methods
+
+
+def test_every_method_of_the_papers_tables_has_a_recipe() -> None:
+    for method in METHODS:
+        if method != PRETRAINED:
+            assert recipe_of(MEADOW, method, 7, 3).steps == 7
+    with pytest.raises(RecipeInvalid):
+        recipe_of(MEADOW, "magic", 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [
+        ("epicevo-mse", (0.0, 0.0)),
+        ("epicevo-mse-distil", (0.0, 0.5)),
+        ("epicevo", (0.75, 0.5)),
+        ("epicevo-lora", (0.75, 0.5)),
+    ],
+)
+def test_the_ablation_leaves_out_one_loss_after_the_other(method: str, weights: tuple[float, float]) -> None:
+    recipe = recipe_of(MEADOW, method, 7, 0).method
+    assert isinstance(recipe, EpicEvoRecipe)
+    assert recipe.weights == EpicEvoWeights(adversarial=weights[0], distillation=weights[1])
+    assert recipe.learns == ("lora" if method == "epicevo-lora" else "unet")
+
+
+def test_cells_come_seed_by_seed() -> None:
+    todo = cells(["meadow", "harbour"], ["lora", "epicevo"], "name", 3)
+    assert [cell.seed for cell in todo] == [0] * 4 + [1] * 4 + [2] * 4
+    assert len({cell.name for cell in todo}) == 12
+    assert all(budget.seeds >= 3 for name, budget in BUDGETS.items() if name != "minutes")
+
+
+# --- figures
+
+
+def test_frechets_distance_of_diagonal_normals_is_as_by_hand() -> None:
+    rows = np.array([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]])  # variances 2/3 each, uncorrelated
+    assert frechet(rows, rows) == pytest.approx(0.0, abs=1e-9)
+    assert frechet(rows, rows + np.array([3.0, 4.0])) == pytest.approx(25.0)
+    expected = 2 * (np.sqrt(2 / 3) - 2 * np.sqrt(2 / 3)) ** 2  # twice as wide, along both
+    assert frechet(rows, 2 * rows) == pytest.approx(expected)
+
+
+def test_frechets_distance_holds_with_fewer_rows_than_numbers() -> None:
+    noise = np.random.default_rng(0)
+    first, second = noise.normal(size=(5, 64)), noise.normal(size=(6, 64)) + 1.0
+    assert frechet(first, second) == pytest.approx(frechet(second, first))
+    assert frechet(first, second) > 50.0
+    assert frechet(first, first) == pytest.approx(0.0, abs=1e-3)  # against more than 50
+
+
+def row(fid: float, right: list[bool]) -> dict[str, Any]:
+    """A character's measurements."""
+    one = {"n": 4, "fid": fid, "clip_i": 0.8, "clip_i_matched": 0.9, "clip_t": 0.3, "recognised": right}
+    return {ALL: one, STRICT: {"n": 1}}
+
+
+def document(method: str, seed: int, fids: tuple[float, float], right: list[bool], old: list[bool]) -> dict[str, Any]:
+    cell = Cell(cast="harbour", method=method, wording="name", seed=seed)
+    return {
+        "cell": {"cast": cell.cast, "method": method, "wording": "name", "seed": seed},
+        "settings": "s",
+        "characters": {"zora": row(fids[0], right), "further-vito": row(fids[1], right)},
+        "old": old,
+    }
+
+
+def test_a_row_is_over_characters_and_seeds_and_forgetting_is_frame_by_frame() -> None:
+    documents = [
+        document(PRETRAINED, 0, (9.0, 9.0), [False, False], [True, True, True, False]),
+        document("epicevo", 0, (1.0, 2.0), [True, False], [True, True, False, False]),
+        document("epicevo", 1, (3.0, 4.0), [True, True], [False, False, False, False]),
+    ]
+    done = {Cell(**one["cell"]).name: one for one in documents}
+    figures = figures_of(done, "harbour", "epicevo", "name", ALL)
+    assert (figures["fid"].value, figures["fid"].n) == (2.5, 4)
+    assert (figures["recognised"].value, figures["recognised"].n) == (0.75, 8)
+    # Seed 1 has no pack without weights to compare with, so it says nothing about forgetting.
+    assert (figures["old_drop"].value, figures["old_drop"].n) == (0.25, 4)
+    assert figures_of(done, "harbour", "lora", "name", ALL) == {}
+    assert figures_of(done, "harbour", "epicevo", "name", STRICT)["fid"].n == 0  # too few frames for a covariance
+
+
+def test_tables_stand_beside_the_papers_numbers() -> None:
+    documents = [document(method, 0, (1.0, 2.0), [True], [True]) for method in (PRETRAINED, "lora", "epicevo")]
+    text = markdown({Cell(**one["cell"]).name: one for one in documents}, "name", ["harbour"])
+    assert "Table 2: methods: harbour (in the place of Pororo), all, told by name" in text
+    assert "Table 3: losses: harbour" in text
+    (epicevo, *_) = [line for line in text.splitlines() if line.startswith("| epicevo |")]
+    assert [cell.strip() for cell in epicevo.split("|")][3:8:2] == ["130.40", "0.7954", "0.2551"]
+    (lora, *_) = [line for line in text.splitlines() if line.startswith("| lora |")]
+    assert [cell.strip() for cell in lora.split("|")][3:8:2] == ["—", "—", "—"]
+    assert not any(line.startswith("| dreambooth") for line in text.splitlines())  # not run, so not told
+    assert set(PAPER["meadow"]) == set(PAPER["harbour"]) == set(TABLE_3)
+    assert TABLE_2[0] == PRETRAINED
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return build_tiny_pack(tmp_path_factory.mktemp("pack") / "tiny", captions=False, positions=512)
+
+
+def test_what_is_done_is_not_done_again_and_what_is_missing_is_gone_on_with(
+    pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run_cell(pack: Pack, cell: Cell, budget: Budget, out: Path, eye: object, say: Any) -> dict[str, Any]:
+        ran.append(cell.name)
+        told = document(cell.method, cell.seed, (1.0, 2.0), [True], [True])
+        return {**told, "settings": settings_of(pack, budget), "elapsed_s": 1.0}
+
+    monkeypatch.setattr(newepisode, "run_cell", run_cell)
+    monkeypatch.setattr(newepisode, "Eye", lambda pack: object())
+    monkeypatch.setattr(newepisode, "check_pretraining", lambda new, shelves: 0)
+    todo = cells(["harbour"], [PRETRAINED, "lora", "epicevo"], "name", 1)
+    limits = iter([False, True])
+    said: list[str] = []
+    first = run(pack, todo, TINY, tmp_path, said.append, lambda: next(limits))
+    assert list(first) == ran == [todo[0].name]
+    assert said[-1].startswith("enough for now")
+    (tmp_path / "cells" / "half.json.7.part").write_text("{", encoding="utf-8")  # of a run that was killed
+    assert len(run(pack, todo, TINY, tmp_path, said.append)) == 3
+    assert ran == [cell.name for cell in todo]
+    with pytest.raises(ValueError, match="another pack or budget"):
+        run(pack, todo, replace(TINY, steps_per_character=2), tmp_path, said.append)
+
+
+def test_a_cell_trains_draws_and_measures(pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the pack's CLIP, which tiny packs have none of."""
+
+    class Blind(newepisode.Eye):
+        def __init__(self, pack: Pack) -> None:
+            self.judge = newepisode.load_judge()
+
+        def pictures(self, pictures: Any) -> Any:
+            return np.ones((len(pictures), 2)) / np.sqrt(2)
+
+        def texts(self, texts: Any) -> Any:
+            return np.ones((len(texts), 2)) / np.sqrt(2)
+
+    few = replace(HARBOUR, new=HARBOUR.new[:2])
+    monkeypatch.setitem(CASTS, "harbour", few)
+    cell = Cell(cast="harbour", method="textual-inversion", wording="name", seed=0)
+    said: list[str] = []
+    told = newepisode.run_cell(pack, cell, TINY, tmp_path, Blind(pack), said.append)
+    assert set(told["characters"]) == {"zora", "further-lotte"}
+    for one in told["characters"].values():
+        assert one[ALL]["n"] >= one[STRICT]["n"]
+        assert one[ALL]["clip_i"] == pytest.approx(1.0)
+        assert one[ALL]["fid"] > 0.0
+        assert len(one[ALL]["recognised"]) == one[ALL]["n"]
+    assert told["losses"]["mse_new"]
+    assert (tmp_path / "runs" / cell.name / "weights.safetensors").is_file()
+    write_cell(tmp_path, cell.name, told)
+    assert json.dumps(finished(tmp_path, settings_of(pack, TINY))[cell.name]) == json.dumps(told)
+
+
+def test_called_is_how_a_registry_tells_it() -> None:
+    for cast in CASTS.values():
+        for one, who in zip(cast.registry.characters, cast.new, strict=True):
+            called = Called(name=str(who.name), phrase=one.phrase, noun=one.noun)
+            assert called.is_told_in(f"{one.phrase} runs.".capitalize())
+    scene = story_frame(HARBOUR, split_of(HARBOUR, TINY).lessons["zora"].clips[0]).scene
+    assert "teal squirrel" in describe_plainly(scene)
