@@ -33,6 +33,7 @@ FabulaError
 │   └── OriginNotAllowed          ORIGIN_NOT_ALLOWED              403
 ├── NotFound                      NOT_FOUND                       404
 │   ├── StoryNotFound             STORY_NOT_FOUND                 404
+│   ├── FrameNotFound             FRAME_NOT_FOUND                 404
 │   ├── ImageNotFound             IMAGE_NOT_FOUND                 404
 │   ├── ModelUnknown              MODEL_UNKNOWN                   404
 │   ├── CharacterWeightsUnknown   CHARACTER_WEIGHTS_UNKNOWN       404
@@ -43,6 +44,10 @@ FabulaError
 ├── AlreadyExists                 ALREADY_EXISTS                  409
 │   └── IdempotencyKeyReused      IDEMPOTENCY_KEY_REUSED          422
 ├── FailedPrecondition            FAILED_PRECONDITION             409  something else must happen first
+│   ├── StoryNotEnded             STORY_NOT_ENDED                 409
+│   ├── StaleParent               STALE_PARENT                    409
+│   ├── StoryTooLong              STORY_TOO_LONG                  409
+│   ├── FeatureMissing            FEATURE_MISSING                 409
 │   └── JobStateUnsuitable        JOB_STATE_UNSUITABLE            409
 ├── ResourceExhausted             RESOURCE_EXHAUSTED              429  try again only when `retry_after_s` is set
 │   ├── QueueFull                 QUEUE_FULL                      429
@@ -317,6 +322,12 @@ class NotFound(FabulaError):
     reason = "NOT_FOUND"
 
 
+class FrameNotFound(NotFound):
+    """The story has no drawn frame of this number."""
+
+    reason = "FRAME_NOT_FOUND"
+
+
 class StoryNotFound(NotFound):
     """There is no story with this id; it may have been deleted."""
 
@@ -386,6 +397,30 @@ class FailedPrecondition(FabulaError):
     code = Code.FAILED_PRECONDITION
     http_status = 409
     reason = "FAILED_PRECONDITION"
+
+
+class StoryNotEnded(FailedPrecondition):
+    """The story is still being made. Wait until it has ended, or cancel it."""
+
+    reason = "STORY_NOT_ENDED"
+
+
+class StaleParent(FailedPrecondition):
+    """The story changed while the frame was drawn. Nothing was kept; read it again, then repeat the call."""
+
+    reason = "STALE_PARENT"
+
+
+class StoryTooLong(FailedPrecondition):
+    """The story has as many frames as a story can have."""
+
+    reason = "STORY_TOO_LONG"
+
+
+class FeatureMissing(FailedPrecondition):
+    """The story's pack cannot do this here: the message says what. ListBackends says which can."""
+
+    reason = "FEATURE_MISSING"
 
 
 class JobStateUnsuitable(FailedPrecondition):

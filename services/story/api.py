@@ -10,7 +10,7 @@ import base64
 import binascii
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass, replace
 
 import structlog
@@ -28,6 +28,7 @@ from services.runtime.errors import (
 from services.runtime.store import ObjectStore
 from services.story.backends import Backend, Backends, CaptionBackend, Drawing, FrameBackend, LoadedPack
 from services.story.config import StorySettings
+from services.story.editing import Editor, EditRequest, InsertRequest
 from services.story.events import Broadcaster, watch
 from services.story.intake import (
     MOST_STEPS,
@@ -86,6 +87,7 @@ class StoryApi:
         self._caption = caption
         self._frame = frame
         self._settings = settings
+        self._editor = Editor(repository=repository, store=store, caption=caption, frame=frame, broadcaster=broadcaster)
         self.accepting = True  # false once the process is stopping
 
     async def create(self, request: StoryRequest) -> tuple[Story, bool]:
@@ -162,6 +164,25 @@ class StoryApi:
             self._workflows.cancel(story_id)
             self._broadcaster.durable(story_id)
         return await self._repository.get(story_id)
+
+    async def edit_frame(self, request: EditRequest) -> Story:
+        """Draws a frame of a story that has ended again, made of its own picture."""
+        return await self._changed(self._editor.edit(replace(request, story_id=self._open(request.story_id))))
+
+    async def insert_frame(self, request: InsertRequest) -> Story:
+        """Puts a new frame between two of a story that has ended."""
+        return await self._changed(self._editor.insert(replace(request, story_id=self._open(request.story_id))))
+
+    def _open(self, story_id: str) -> str:
+        """The id of a story that may be changed. Raises ShuttingDown, StoryNotFound."""
+        if not self.accepting:
+            raise ShuttingDown()
+        return _checked(story_id)
+
+    async def _changed(self, work: Awaitable[Story]) -> Story:
+        story = await work
+        self._broadcaster.durable(story.story_id)
+        return story
 
     async def delete(self, story_id: str) -> None:
         """Deletes a story, after cancelling it. Its pictures go when no story has them any more."""

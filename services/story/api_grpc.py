@@ -22,6 +22,7 @@ from services.story.customization import MOST_MESSAGE_BYTES as MOST_JOB_BYTES
 from services.story.customization import Customizations
 from services.story.customization_grpc import SERVICE as CUSTOMIZATION
 from services.story.customization_grpc import add_to_server
+from services.story.editing import EditRequest, InsertRequest
 from services.story.inference import servicer as inference
 from services.story.intake import MOST_IMAGE_BYTES, StoryRequest
 from services.story.metrics import REQUEST_SECONDS
@@ -72,6 +73,31 @@ class StoryServicer(pb_grpc.StoryServiceServicer):  # type: ignore[misc]  # gene
         await self._api.delete(request.story_id)
         return pb.DeleteStoryResponse()
 
+    @unary_method(pb.EditFrameResponse)
+    async def EditFrame(self, request: Any, context: Any) -> Any:
+        story = await self._api.edit_frame(
+            EditRequest(
+                request_id=request.request_id,
+                story_id=request.story_id,
+                frame_index=request.frame_index,
+                **_given(request, "strength", "caption", "description", "seed"),
+            )
+        )
+        return pb.EditFrameResponse(story=story_to_pb(story))
+
+    @unary_method(pb.InsertFrameResponse)
+    async def InsertFrame(self, request: Any, context: Any) -> Any:
+        story = await self._api.insert_frame(
+            InsertRequest(
+                request_id=request.request_id,
+                story_id=request.story_id,
+                after_frame_index=request.after_frame_index,
+                caption=request.caption,
+                **_given(request, "description", "seed"),
+            )
+        )
+        return pb.InsertFrameResponse(story=story_to_pb(story))
+
     @stream_method(pb.ReadImageResponse)
     async def ReadImage(self, request: Any, context: Any) -> AsyncIterator[Any]:
         image = await self._api.read_image(request.story_id, request.sha256)
@@ -88,21 +114,19 @@ class StoryServicer(pb_grpc.StoryServiceServicer):  # type: ignore[misc]  # gene
 
 def story_request_from_pb(request: Any) -> StoryRequest:
     """CreateStory's fields; what is not set is None."""
-
-    def optional(name: str) -> Any:
-        return getattr(request, name) if request.HasField(name) else None
-
     return StoryRequest(
         request_id=request.request_id,
         image=request.image,
         caption=request.caption,
         pack=request.pack,
         quality=_quality_from_pb(request.quality),
-        **{
-            name: optional(name)
-            for name in ("frame_count", "seed", "steps", "text_guidance", "image_guidance", "temperature")
-        },
+        **_given(request, "frame_count", "seed", "steps", "text_guidance", "image_guidance", "temperature"),
     )
+
+
+def _given(request: Any, *names: str) -> dict[str, Any]:
+    """Optional fields; what is not set is None."""
+    return {name: getattr(request, name) if request.HasField(name) else None for name in names}
 
 
 def _quality_from_pb(number: int) -> str:

@@ -16,7 +16,7 @@ from contextlib import aclosing
 from typing import Annotated, Any
 
 import structlog
-from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi import FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.datastructures import Headers, UploadFile
@@ -48,15 +48,19 @@ from services.story.documents import (
     BackendListDocument,
     CreateStoryBody,
     CreateStoryForm,
+    EditFrameBody,
     EventDocument,
     HealthDocument,
+    InsertFrameBody,
     ProblemDocument,
     StoryDocument,
     StoryListDocument,
     backends_document,
     event_document,
     problem,
+    read_edit_body,
     read_form,
+    read_insert_body,
     read_json_body,
     story_document,
 )
@@ -66,6 +70,7 @@ from services.story.records import Event, kind_of
 
 MOST_BODY_BYTES = MOST_IMAGE_BYTES * 4 // 3 + 256 * 1024  # the picture in base64, and room for the rest
 PROBES = ("/livez", "/readyz", "/healthz", "/metrics")  # asked by address, not by name
+MOST_INDEX = 2**31 - 1  # the largest that the database can be asked for
 PROBLEM_TYPE = "application/problem+json"
 RETRY_MS = 1000  # how long a browser's EventSource waits before it connects again
 
@@ -177,6 +182,34 @@ def _add_stories(app: FastAPI, api: StoryApi, settings: StorySettings) -> None:
         """Stops a story. Finished frames stay. Cancelling a finished story changes nothing."""
         return story_document(await api.cancel(story_id))
 
+    @app.post(
+        "/v1/stories/{story_id}/frames/{index}:edit", response_model=StoryDocument, openapi_extra=_body("EditFrameBody")
+    )
+    async def edit_frame(
+        story_id: str,
+        index: Annotated[int, Path(ge=0, le=MOST_INDEX)],
+        request: Request,
+        idempotency_key: Annotated[str, Header(description="Names this request, as in create_story.")] = "",
+    ) -> StoryDocument:
+        """Draws a frame of a story that has ended again, made of its own picture. The old version is kept."""
+        wanted = read_edit_body(await request.body(), story_id, index, idempotency_key)
+        return story_document(await api.edit_frame(wanted))
+
+    @app.post(
+        "/v1/stories/{story_id}/frames/{index}:insertAfter",
+        response_model=StoryDocument,
+        openapi_extra=_body("InsertFrameBody"),
+    )
+    async def insert_frame(
+        story_id: str,
+        index: Annotated[int, Path(ge=0, le=MOST_INDEX)],
+        request: Request,
+        idempotency_key: Annotated[str, Header(description="Names this request, as in create_story.")] = "",
+    ) -> StoryDocument:
+        """Puts a new frame between this one and the next, of a story that has ended."""
+        wanted = read_insert_body(await request.body(), story_id, index, idempotency_key)
+        return story_document(await api.insert_frame(wanted))
+
     @app.get(
         "/v1/stories/{story_id}/events",
         response_class=StreamingResponse,
@@ -218,6 +251,11 @@ def _add_stories(app: FastAPI, api: StoryApi, settings: StorySettings) -> None:
             "x-content-type-options": "nosniff",
         }
         return Response(image, media_type="image/png", headers=headers)
+
+
+def _body(model: str) -> dict[str, Any]:
+    """What OpenAPI says of a body that is read by hand."""
+    return {"requestBody": {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{model}"}}}}}
 
 
 def _add_backends(app: FastAPI, api: StoryApi) -> None:
@@ -460,7 +498,15 @@ def _complete_openapi(app: FastAPI) -> None:
             return app.openapi_schema
         schema = generate()
         components = schema.setdefault("components", {}).setdefault("schemas", {})
-        for model in (CreateStoryBody, CreateStoryForm, EventDocument, ProblemDocument, *BODIES):
+        for model in (
+            CreateStoryBody,
+            CreateStoryForm,
+            EditFrameBody,
+            InsertFrameBody,
+            EventDocument,
+            ProblemDocument,
+            *BODIES,
+        ):
             found = model.model_json_schema(ref_template="#/components/schemas/{model}")
             components.update(found.pop("$defs", {}))
             components[model.__name__] = found

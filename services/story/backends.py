@@ -45,7 +45,7 @@ class WrittenText:
 
 
 # What a pack does besides drawing a description; the same words as in the proto, without its prefix.
-Feature = Literal["references", "history", "characters"]
+Feature = Literal["references", "history", "characters", "edit", "insert"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +193,12 @@ class FrameBackend:
         image_guidance: float | None,
         quality: Quality,
         on_passing: Callable[[Passing], None],
+        distances: Sequence[int] = (),
+        edit: tuple[bytes, float] | None = None,
     ) -> DrawnFrame:
-        """One picture. `references` are earlier pictures with their descriptions, oldest first; the one numbered
-        `given` is a user's own.
+        """One picture. `references` are other pictures of the story with their descriptions, oldest first; the one
+        numbered `given` is a user's own. `distances` are theirs in frames, where they are not those just before.
+        `edit` is the picture that it is made of, and how much of that is drawn anew.
 
         `on_passing` hears of queue, progress and previews. Cancelling the task cancels the job.
         """
@@ -203,8 +206,10 @@ class FrameBackend:
             pack=pack,
             description=description,
             references=[
-                frame_pb.Reference(image=image, description=text, given=number == given)
-                for number, (image, text) in enumerate(references)
+                frame_pb.Reference(image=image, description=text, given=number == given, distance=distance)
+                for number, ((image, text), distance) in enumerate(
+                    zip(references, distances or (0,) * len(references), strict=True)
+                )
             ],
             seed=seed,
             steps=steps or 0,
@@ -212,6 +217,7 @@ class FrameBackend:
             image_guidance=image_guidance,
             preview_every_steps=self._preview_every_steps,
             quality=f"QUALITY_{quality.upper()}",
+            edit=None if edit is None else frame_pb.EditedImage(image=edit[0], strength=edit[1]),
         )
         drawn: DrawnFrame | None = None
         started = time.monotonic()
@@ -258,6 +264,8 @@ _FEATURES: dict[int, Feature] = {
     frame_pb.FEATURE_REFERENCES: "references",
     frame_pb.FEATURE_HISTORY: "history",
     frame_pb.FEATURE_CHARACTERS: "characters",
+    frame_pb.FEATURE_EDIT: "edit",
+    frame_pb.FEATURE_INSERT: "insert",
 }
 _QUALITIES: dict[int, Quality] = {
     frame_pb.QUALITY_DRAFT: "draft",

@@ -8,19 +8,22 @@ from __future__ import annotations
 import base64
 import binascii
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.runtime.errors import FabulaError, FieldViolation, ImageUnreadable, InvalidArgument, UnknownField
 from services.story.backends import Backends, Feature
+from services.story.editing import EditRequest, InsertRequest
 from services.story.intake import StoryRequest
 from services.story.records import (
     DEFAULT_QUALITY,
     QUALITIES,
     Event,
     Frame,
+    FrameEdited,
     FrameFinished,
+    FrameInserted,
     FramePreview,
     Quality,
     StateChanged,
@@ -30,6 +33,7 @@ from services.story.records import (
     kind_of,
 )
 
+Body = TypeVar("Body", bound=BaseModel)
 StateName = Literal[
     "STATE_QUEUED", "STATE_RUNNING", "STATE_WAITING", "STATE_SUCCEEDED", "STATE_FAILED", "STATE_CANCELLED"
 ]
@@ -122,6 +126,37 @@ class FrameDocument(BaseModel):
     pack_digest: str
     engine_fingerprint: str
     create_time: datetime | None
+    version: int = Field(description="1 as the story made it, one more with each edit.")
+    stale: bool = Field(description="An earlier frame was edited since: the two may no longer agree.")
+    edit_strength: float = Field(description="How much of the version before was drawn anew; 0: made of noise.")
+
+
+class EditFrameBody(BaseModel):
+    """Asks to draw a frame again, made of its own picture. What is left out stays, or has its default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    strength: float | None = Field(
+        default=None, description="How much of the picture is drawn anew, above 0 and at most 1. Default 0.5."
+    )
+    caption: str | None = Field(default=None, description="The frame's new caption. Default: the old one.")
+    description: str | None = Field(
+        default=None,
+        description="What to draw. Default: what the caption service makes of a new caption, else the old one.",
+    )
+    seed: int | None = Field(default=None, description="Below 2^53. Default: derived from the story's.")
+
+
+class InsertFrameBody(BaseModel):
+    """Asks for a new frame between two."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    caption: str = Field(default="", description="The new frame's caption, 1 to 1000 characters.")
+    description: str | None = Field(
+        default=None, description="What to draw. Default: what the caption service makes of the caption."
+    )
+    seed: int | None = Field(default=None, description="Below 2^53. Default: derived from the story's.")
 
 
 class StoryDocument(BaseModel):
@@ -137,6 +172,9 @@ class StoryDocument(BaseModel):
     last_sequence: int
     warnings: list[WarningDocument] = Field(
         default=[], description="At most one for each reason and field, in the order noticed. Empty in lists."
+    )
+    earlier_versions: list[FrameDocument] = Field(
+        default=[], description="Frames as they were before edits, by index, then by version. Empty in lists."
     )
 
 
@@ -227,6 +265,8 @@ class EventDocument(BaseModel):
     description_written: dict[str, Any] | None = Field(default=None, description="frame_index, description")
     frame_finished: dict[str, Any] | None = Field(default=None, description="frame")
     warning_given: dict[str, Any] | None = Field(default=None, description="warning")
+    frame_edited: dict[str, Any] | None = Field(default=None, description="frame, stale_frame_indexes")
+    frame_inserted: dict[str, Any] | None = Field(default=None, description="frame")
     frame_queued: dict[str, Any] | None = Field(default=None, description="frame_index, ahead_count")
     frame_progress: dict[str, Any] | None = Field(default=None, description="frame_index, step, step_count, eta_s")
     frame_preview: dict[str, Any] | None = Field(default=None, description="frame_index, image (base64 WebP), step")
@@ -250,6 +290,25 @@ def read_json_body(data: bytes, request_id: str) -> StoryRequest:
     except (binascii.Error, ValueError):
         raise ImageUnreadable("image is not base64", field="image") from None
     return _request(body, image, request_id)
+
+
+def read_edit_body(data: bytes, story_id: str, index: int, request_id: str) -> EditRequest:
+    """An EditFrame request from JSON; no body asks for the defaults. Raises UnknownField, InvalidArgument."""
+    body = _read(EditFrameBody, data)
+    return EditRequest(story_id=story_id, frame_index=index, request_id=request_id, **body.model_dump())
+
+
+def read_insert_body(data: bytes, story_id: str, after_index: int, request_id: str) -> InsertRequest:
+    """An InsertFrame request from JSON. Raises UnknownField, InvalidArgument."""
+    body = _read(InsertFrameBody, data)
+    return InsertRequest(story_id=story_id, after_frame_index=after_index, request_id=request_id, **body.model_dump())
+
+
+def _read(kind: type[Body], data: bytes) -> Body:
+    try:
+        return kind.model_validate_json(data or b"{}", strict=True)
+    except ValidationError as error:
+        raise refusal(error) from None
 
 
 def read_form(fields: dict[str, str], image: bytes, request_id: str) -> StoryRequest:
@@ -307,6 +366,7 @@ def story_document(story: Story) -> StoryDocument:
         error=StoryErrorDocument(reason=story.reason, message=story.message) if story.reason else None,
         last_sequence=story.last_sequence,
         warnings=[warning_document(each) for each in story.warnings],
+        earlier_versions=[frame_document(story.story_id, frame) for frame in story.earlier_versions],
     )
 
 
@@ -335,6 +395,9 @@ def frame_document(story_id: str, frame: Frame) -> FrameDocument:
         pack_digest=frame.pack_digest,
         engine_fingerprint=frame.engine_fingerprint,
         create_time=None if frame.create_us is None else _time(frame.create_us),
+        version=frame.version,
+        stale=frame.stale,
+        edit_strength=frame.edit_strength,
     )
 
 
@@ -349,6 +412,11 @@ def event_document(event: Event) -> dict[str, Any]:
                 "error": {"reason": reason, "message": message} if reason else None,
             }
         case FrameFinished(frame=frame):
+            content = {"frame": frame_document(event.story_id, frame).model_dump(mode="json")}
+        case FrameEdited(frame=frame, stale_frame_indexes=stale):
+            edited = frame_document(event.story_id, frame).model_dump(mode="json")
+            content = {"frame": edited, "stale_frame_indexes": list(stale)}
+        case FrameInserted(frame=frame):
             content = {"frame": frame_document(event.story_id, frame).model_dump(mode="json")}
         case WarningGiven(warning=warning):
             content = {"warning": warning_document(warning).model_dump(mode="json")}

@@ -74,30 +74,38 @@ def check_request_id(request_id: str) -> None:
         raise RequestIdInvalid(field="request_id")
 
 
-def check_caption(caption: str) -> str:
-    """The caption as it is kept: composed characters, single spaces, none around it. Raises Caption… errors."""
+def check_seed(seed: int | None) -> None:
+    """Raises ValueOutOfRange. None is no seed."""
+    _integer("seed", seed, 0, SEED_LIMIT - 1)
+
+
+def check_caption(caption: str, *, field: str = "caption") -> str:
+    """The caption as it is kept: composed characters, single spaces, none around it. Raises Caption… errors.
+
+    Other texts that are kept beside captions are checked alike; `field` names them.
+    """
     if len(caption) > MOST_CAPTION_CHARACTERS * 2:  # before any work on it; what white space adds is not counted below
-        raise _too_long(len(caption))
+        raise _too_long(len(caption), field)
     for character in caption:
         category = unicodedata.category(character)
         if category == "Cs" or (category == "Cc" and character not in "\t\n\r"):
             raise CaptionCharactersInvalid(
-                f"the caption holds the control character U+{ord(character):04X}; remove it",
-                field="caption",
+                f"the {field} holds the control character U+{ord(character):04X}; remove it",
+                field=field,
                 metadata={"code_point": f"U+{ord(character):04X}"},
             )
     text = " ".join(unicodedata.normalize("NFC", caption).split())
     if not any(unicodedata.category(character)[0] not in "ZC" for character in text):
-        raise CaptionEmpty(field="caption")
+        raise CaptionEmpty(field=field)
     if len(text) > MOST_CAPTION_CHARACTERS:
-        raise _too_long(len(text))
+        raise _too_long(len(text), field)
     return text
 
 
-def _too_long(count: int) -> CaptionTooLong:
+def _too_long(count: int, field: str) -> CaptionTooLong:
     return CaptionTooLong(
-        f"the caption has {count} characters; at most {MOST_CAPTION_CHARACTERS} are taken",
-        field="caption",
+        f"the {field} has {count} characters; at most {MOST_CAPTION_CHARACTERS} are taken",
+        field=field,
         metadata={"limit": str(MOST_CAPTION_CHARACTERS), "actual": str(count)},
     )
 

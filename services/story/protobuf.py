@@ -17,7 +17,9 @@ from services.story.records import (
     DescriptionWritten,
     Event,
     Frame,
+    FrameEdited,
     FrameFinished,
+    FrameInserted,
     FramePreview,
     FrameProgress,
     FrameQueued,
@@ -52,6 +54,7 @@ def story_to_pb(story: Story) -> Any:
         error=error_to_pb(story.reason, story.message),
         last_sequence=story.last_sequence,
         warnings=[warning_to_pb(each) for each in story.warnings],
+        earlier_versions=[frame_to_pb(frame) for frame in story.earlier_versions],
     )
 
 
@@ -69,6 +72,9 @@ def frame_to_pb(frame: Frame) -> Any:
         description_seed=frame.description_seed,
         pack_digest=frame.pack_digest,
         engine_fingerprint=frame.engine_fingerprint,
+        version=frame.version,
+        stale=frame.stale,
+        edit_strength=frame.edit_strength,
     )
     if frame.create_us is not None:
         message.create_time.CopyFrom(timestamp(frame.create_us))
@@ -97,6 +103,11 @@ def event_to_pb(event: Event) -> Any:
             message.frame_finished.CopyFrom(pb.FrameFinished(frame=frame_to_pb(frame)))
         case WarningGiven(warning=warning):
             message.warning_given.CopyFrom(pb.WarningGiven(warning=warning_to_pb(warning)))
+        case FrameEdited(frame=frame, stale_frame_indexes=stale):
+            edited = pb.FrameEdited(frame=frame_to_pb(frame), stale_frame_indexes=stale)
+            message.frame_edited.CopyFrom(edited)
+        case FrameInserted(frame=frame):
+            message.frame_inserted.CopyFrom(pb.FrameInserted(frame=frame_to_pb(frame)))
         case FrameQueued(frame_index=index, ahead_count=ahead):
             message.frame_queued.CopyFrom(pb.FrameQueued(frame_index=index, ahead_count=ahead))
         case FrameProgress(frame_index=index, step=step, step_count=count, eta_s=eta_s):

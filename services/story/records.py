@@ -71,6 +71,9 @@ class Frame:
     pack_digest: str = ""
     engine_fingerprint: str = ""
     create_us: int | None = None  # when its picture was committed, microseconds since 1970 UTC
+    version: int = 1  # one more with each edit
+    stale: bool = False  # an earlier frame was edited since
+    edit_strength: float = 0.0  # how much of the version before was drawn anew; 0: it was made of noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,7 @@ class Story:
     reason: str = ""
     message: str = ""
     warnings: tuple[StoryWarning, ...] = ()  # in the order they were given
+    earlier_versions: tuple[Frame, ...] = ()  # by index, then by version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +143,21 @@ class WarningGiven:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrameEdited:
+    """A frame was drawn again."""
+
+    frame: Frame
+    stale_frame_indexes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameInserted:
+    """A frame was put between two."""
+
+    frame: Frame
+
+
+@dataclass(frozen=True, kw_only=True)
 class FrameQueued:
     """Passing: a frame waits for room in the frame engine."""
 
@@ -165,7 +184,9 @@ class FramePreview:
     step: int
 
 
-Durable = StateChanged | CaptionWritten | DescriptionWritten | FrameFinished | WarningGiven
+Durable = (
+    StateChanged | CaptionWritten | DescriptionWritten | FrameFinished | WarningGiven | FrameEdited | FrameInserted
+)
 Passing = FrameQueued | FrameProgress | FramePreview
 
 
@@ -185,10 +206,13 @@ KINDS: dict[str, type[Any]] = {
     "description_written": DescriptionWritten,
     "frame_finished": FrameFinished,
     "warning_given": WarningGiven,
+    "frame_edited": FrameEdited,
+    "frame_inserted": FrameInserted,
     "frame_queued": FrameQueued,
     "frame_progress": FrameProgress,
     "frame_preview": FramePreview,
 }
+_LATER = ("version", "stale", "edit_strength")
 _NAMES = {cls: name for name, cls in KINDS.items()}
 
 
@@ -198,14 +222,25 @@ def kind_of(what: Durable | Passing) -> str:
 
 
 def durable_to_json(what: Durable) -> dict[str, Any]:
-    """What the event log keeps."""
-    return dataclasses.asdict(what)
+    """What the event log keeps.
+
+    Frames without what came later and has its default, so that a process of the version before reads them.
+    """
+    payload = dataclasses.asdict(what)
+    for name in _LATER if "frame" in payload else ():
+        if payload["frame"][name] == Frame.__dataclass_fields__[name].default:
+            del payload["frame"][name]
+    return payload
 
 
 def durable_from_json(kind: str, payload: dict[str, Any]) -> Durable:
     """The event behind a row of the log."""
     if kind == "frame_finished":
         return FrameFinished(frame=Frame(**payload["frame"]))
+    if kind == "frame_edited":
+        return FrameEdited(frame=Frame(**payload["frame"]), stale_frame_indexes=tuple(payload["stale_frame_indexes"]))
+    if kind == "frame_inserted":
+        return FrameInserted(frame=Frame(**payload["frame"]))
     if kind == "warning_given":
         return WarningGiven(warning=StoryWarning(**payload["warning"]))
     if kind == "state_changed":

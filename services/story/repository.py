@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable
+from dataclasses import asdict, replace
 from typing import Any
 
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.runtime.errors import IdempotencyKeyReused, QueueFull, StoryNotFound
+from services.runtime.errors import IdempotencyKeyReused, QueueFull, StaleParent, StoryNotFound
 from services.story.database import reading, writing
 from services.story.records import (
     ACTIVE,
@@ -24,7 +25,9 @@ from services.story.records import (
     Durable,
     Event,
     Frame,
+    FrameEdited,
     FrameFinished,
+    FrameInserted,
     Options,
     State,
     StateChanged,
@@ -35,7 +38,7 @@ from services.story.records import (
     durable_to_json,
     kind_of,
 )
-from services.story.schema import events, executors, frames, request_keys, stories, warnings
+from services.story.schema import events, executors, frame_versions, frames, request_keys, stories, warnings
 
 _ACTIVE = [state.value for state in ACTIVE]
 _FRAME_FIELDS = tuple(Frame.__dataclass_fields__)
@@ -159,12 +162,15 @@ class Repository:
         """Whether a picture belongs to a story. Raises StoryNotFound."""
         async with reading(self._engine) as connection:
             await _exists(connection, story_id)
-            count = await connection.scalar(
-                select(func.count())
-                .select_from(frames)
-                .where(frames.c.story_id == story_id, frames.c.image_sha256 == sha256)
-            )
-        return bool(count)
+            for table in (frames, frame_versions):
+                count = await connection.scalar(
+                    select(func.count())
+                    .select_from(table)
+                    .where(table.c.story_id == story_id, table.c.image_sha256 == sha256)
+                )
+                if count:
+                    return True
+        return False
 
     async def events(self, story_id: str, *, after: int, limit: int = 500) -> list[Event]:
         """Durable events above a sequence number, oldest first. Raises StoryNotFound."""
@@ -312,6 +318,82 @@ class Repository:
             await _append(connection, story_id, FrameFinished(frame=_frame_from(row)), at)
             return str(drawn["image_sha256"])
 
+    # -- what is changed in a story that has ended --------------------------------------------------------------------
+
+    async def replace_frame(self, story_id: str, old: Frame, new: Frame, *, request_id: str, body_sha256: str) -> Story:
+        """Puts `new` in the place of `old`, which is kept as a version; frames that follow become stale.
+
+        A request id that was used meanwhile answers with the story, unchanged. Raises StaleParent when the frame is no
+        longer `old`, IdempotencyKeyReused, StoryNotFound.
+        """
+        at = now_us()
+        new = replace(new, create_us=at)
+        try:
+            async with writing(self._engine) as connection:
+                await _lock_ended(connection, story_id)
+                await _use_key(connection, story_id, request_id, body_sha256, at)
+                row = await _frame(connection, story_id, old.index)
+                if row is None or (row.version, row.image_sha256) != (old.version, old.image_sha256):
+                    raise StaleParent(metadata={"story_id": story_id, "frame_index": str(old.index)})
+                was = asdict(_frame_from(row))
+                del was["index"]
+                await connection.execute(
+                    insert(frame_versions).values(
+                        story_id=story_id,
+                        index=old.index,
+                        version=old.version,
+                        image_sha256=row.image_sha256,
+                        payload=was,
+                    )
+                )
+                here = frames.c.story_id == story_id
+                await connection.execute(
+                    update(frames).where(here, frames.c.index == new.index).values(**_frame_row(new), create_us=at)
+                )
+                await connection.execute(update(frames).where(here, frames.c.index > new.index).values(stale=True))
+                later = await connection.scalars(
+                    select(frames.c.index).where(here, frames.c.index > new.index).order_by(frames.c.index)
+                )
+                await _append(connection, story_id, FrameEdited(frame=new, stale_frame_indexes=tuple(later)), at)
+                return await _story(connection, story_id)
+        except IntegrityError:
+            return await self._answered(request_id, body_sha256)
+
+    async def insert_frame(
+        self, story_id: str, new: Frame, *, last_sequence: int, request_id: str, body_sha256: str
+    ) -> Story:
+        """Puts a frame at `new.index`; those from there on, with their versions, move up by one.
+
+        `last_sequence` is the story's as the caller saw it. Raises and answers as `replace_frame`.
+        """
+        at = now_us()
+        new = replace(new, create_us=at)
+        try:
+            async with writing(self._engine) as connection:
+                if await _lock_ended(connection, story_id) != last_sequence:
+                    raise StaleParent(metadata={"story_id": story_id})
+                await _use_key(connection, story_id, request_id, body_sha256, at)
+                newest = await connection.scalar(select(func.max(frames.c.index)).where(frames.c.story_id == story_id))
+                for index in range(newest or 0, new.index - 1, -1):  # from above: no two may ever have the same
+                    for table in (frames, frame_versions):
+                        await connection.execute(
+                            update(table)
+                            .where(table.c.story_id == story_id, table.c.index == index)
+                            .values(index=index + 1)
+                        )
+                await connection.execute(insert(frames).values(story_id=story_id, **_frame_row(new), create_us=at))
+                await _append(connection, story_id, FrameInserted(frame=new), at)
+                return await _story(connection, story_id)
+        except IntegrityError:
+            return await self._answered(request_id, body_sha256)
+
+    async def _answered(self, request_id: str, body_sha256: str) -> Story:
+        """What the call that used this request id first was answered."""
+        found = await self.find_by_request(request_id, body_sha256)
+        if found is None:
+            raise StaleParent()
+        return found
+
     async def delete(self, story_id: str) -> None:
         """Removes a story's texts, frames, warnings and events.
 
@@ -322,6 +404,7 @@ class Repository:
             await _exists(connection, story_id)
             await connection.execute(delete(events).where(events.c.story_id == story_id))
             await connection.execute(delete(frames).where(frames.c.story_id == story_id))
+            await connection.execute(delete(frame_versions).where(frame_versions.c.story_id == story_id))
             await connection.execute(delete(warnings).where(warnings.c.story_id == story_id))
             await connection.execute(
                 update(stories).where(stories.c.story_id == story_id).values(delete_us=now_us(), message="")
@@ -370,10 +453,13 @@ class Repository:
         """Those of the given pictures that some story has."""
         wanted = list(sha256s)
         async with reading(self._engine) as connection:
-            rows = await connection.execute(
-                select(frames.c.image_sha256).where(frames.c.image_sha256.in_(wanted)).distinct()
-            )
-            return {row.image_sha256 for row in rows}
+            found: set[str] = set()
+            for table in (frames, frame_versions):
+                rows = await connection.execute(
+                    select(table.c.image_sha256).where(table.c.image_sha256.in_(wanted)).distinct()
+                )
+                found |= {row.image_sha256 for row in rows}
+            return found
 
     async def forget_requests(self, *, older_than_us: int) -> None:
         """Lets go of old request ids, and of the rows of deleted stories that nothing refers to any more."""
@@ -459,6 +545,30 @@ async def _is_active(connection: AsyncConnection, story_id: str) -> bool:
     return state in _ACTIVE
 
 
+async def _lock_ended(connection: AsyncConnection, story_id: str) -> int:
+    """The last sequence number of a story that has ended, its row locked. Raises StoryNotFound, StaleParent."""
+    row = (
+        await connection.execute(
+            select(stories.c.state, stories.c.last_sequence)
+            .where(stories.c.story_id == story_id, stories.c.delete_us.is_(None))
+            .with_for_update()
+        )
+    ).one_or_none()
+    if row is None:
+        raise StoryNotFound(metadata={"story_id": story_id[:64]})
+    if row.state in _ACTIVE:
+        raise StaleParent(metadata={"story_id": story_id})
+    return int(row.last_sequence)
+
+
+async def _use_key(connection: AsyncConnection, story_id: str, request_id: str, body_sha256: str, at: int) -> None:
+    """Raises IntegrityError for a request id that was used."""
+    if request_id:
+        await connection.execute(
+            insert(request_keys).values(request_id=request_id, body_sha256=body_sha256, story_id=story_id, create_us=at)
+        )
+
+
 async def _frame(connection: AsyncConnection, story_id: str, index: int) -> Any:
     statement = select(frames).where(frames.c.story_id == story_id, frames.c.index == index)
     return (await connection.execute(statement)).one_or_none()
@@ -471,7 +581,14 @@ async def _story(connection: AsyncConnection, story_id: str) -> Story:
     if row is None:
         raise StoryNotFound(metadata={"story_id": story_id[:64]})
     found = await connection.execute(select(frames).where(frames.c.story_id == story_id).order_by(frames.c.index))
-    return _story_from(row, tuple(_frame_from(frame) for frame in found), await _warnings(connection, story_id))
+    earlier = await connection.execute(
+        select(frame_versions)
+        .where(frame_versions.c.story_id == story_id)
+        .order_by(frame_versions.c.index, frame_versions.c.version)
+    )
+    story = _story_from(row, tuple(_frame_from(frame) for frame in found), await _warnings(connection, story_id))
+    versions = tuple(Frame(index=version._mapping["index"], **version.payload) for version in earlier)
+    return replace(story, earlier_versions=versions)
 
 
 async def _warnings(connection: AsyncConnection, story_id: str) -> tuple[StoryWarning, ...]:

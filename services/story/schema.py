@@ -18,6 +18,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
 
 from services.story.records import DEFAULT_QUALITY
@@ -78,6 +79,20 @@ frames = Table(
     Column("pack_digest", String(128), nullable=False, default=""),
     Column("create_us", BigInteger),
     Column("engine_fingerprint", String(64), nullable=False, default="", server_default=""),
+    Column("version", Integer, nullable=False, default=1, server_default="1"),
+    Column("stale", Boolean, nullable=False, default=False, server_default=false()),
+    Column("edit_strength", Float, nullable=False, default=0.0, server_default="0"),
+    Index(None, "image_sha256"),
+)
+
+frame_versions = Table(
+    "frame_versions",
+    metadata,
+    Column("story_id", String(36), ForeignKey("stories.story_id"), primary_key=True),
+    Column("index", Integer, primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("image_sha256", String(64), nullable=False),
+    Column("payload", JSON, nullable=False),  # the frame as it was, but for its index, which an insertion moves
     Index(None, "image_sha256"),
 )
 

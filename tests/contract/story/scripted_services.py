@@ -46,7 +46,12 @@ def frame_pack(name: str) -> frame_pb.Pack:
         max_references=3,
         default_text_guidance=7.0,
         default_image_guidance=3.5,
-        features=[frame_pb.FEATURE_REFERENCES, frame_pb.FEATURE_CHARACTERS],
+        features=[
+            frame_pb.FEATURE_REFERENCES,
+            frame_pb.FEATURE_CHARACTERS,
+            frame_pb.FEATURE_EDIT,
+            frame_pb.FEATURE_INSERT,
+        ],
         min_side_px=16,
         side_multiple_px=8,
         max_area_px=5120,
@@ -63,9 +68,9 @@ def frame_pack(name: str) -> frame_pb.Pack:
     )
 
 
-def picture(seed: int, description: str, references: list[tuple[bytes, str]]) -> bytes:
+def picture(seed: int, description: str, references: list[tuple[bytes, str]], besides: bytes = b"") -> bytes:
     """A real PNG that depends on everything the frame service is given."""
-    digest = hashlib.sha256(f"{seed}/{description}".encode())
+    digest = hashlib.sha256(f"{seed}/{description}".encode() + besides)
     for image, text in references:
         digest.update(hashlib.sha256(image).digest() + text.encode())
     colours = digest.digest()
@@ -93,6 +98,8 @@ class Script:
         self.replicas_die = False
         self.strange: tuple[str, ...] = ()  # words the pack does not know, in whatever caption it is asked about
         self.strange_picture = False  # the given one is unlike what the pack draws
+        self.features_missing: set[int] = set()  # of every pack
+        self.max_references: int | None = None  # of every pack; None: what `frame_pack` says
         self.picture_bytes = 0  # least size of a picture, for the full disk
 
     async def enter(self, method: str, request: Any, frame_index: int) -> None:
@@ -201,7 +208,8 @@ class ScriptedFrame(frame_grpc.FrameServiceServicer):
             raise
         self.script.computed["RenderFrame", index] += 1
         references = [(ref.image, ref.description) for ref in request.references]
-        image = picture(request.seed, request.description, references) + bytes(self.script.picture_bytes)
+        besides = b"" if not request.HasField("edit") else request.edit.SerializeToString(deterministic=True)
+        image = picture(request.seed, request.description, references, besides) + bytes(self.script.picture_bytes)
         warnings = [
             warning_pb2.Warning(
                 reason="PICTURE_UNFAMILIAR",
@@ -232,7 +240,14 @@ class ScriptedFrame(frame_grpc.FrameServiceServicer):
     @unary_method(frame_pb.ListPacksResponse)
     async def ListPacks(self, request: Any, context: Any) -> Any:
         names = [*self.script.packs, *self.script.drawers_alone]
-        return frame_pb.ListPacksResponse(packs=[frame_pack(name) for name in names])
+        packs = [frame_pack(name) for name in names]
+        for pack in packs:
+            kept = [feature for feature in pack.features if feature not in self.script.features_missing]
+            del pack.features[:]
+            pack.features.extend(kept)
+            if self.script.max_references is not None:
+                pack.max_references = self.script.max_references
+        return frame_pb.ListPacksResponse(packs=packs)
 
 
 class ScriptedServices:

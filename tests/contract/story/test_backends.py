@@ -74,7 +74,7 @@ def test_everything_that_a_pack_can_do_is_told(story: StoryProcess) -> None:
             default_text_guidance=7.0,
             default_image_guidance=3.5,
             max_references=3,
-            features=[pb.FEATURE_REFERENCES, pb.FEATURE_CHARACTERS],
+            features=[pb.FEATURE_REFERENCES, pb.FEATURE_CHARACTERS, pb.FEATURE_EDIT, pb.FEATURE_INSERT],
             samplers=["ddim", "euler"],
             qualities=[
                 pb.QualitySettings(quality=story_pb2.QUALITY_DRAFT, steps=4, text_guidance=1.0, image_guidance=1.25),
@@ -91,7 +91,7 @@ def test_both_edges_say_the_same(story: StoryProcess, script: Script) -> None:
     script.writers_alone, script.drawers_alone = ["pen"], ["brush"]
     document = asked_over_http(story)
     assert document == as_document(asked(story))
-    assert document["backends"][0]["drawing"]["features"] == ["references", "characters"]
+    assert document["backends"][0]["drawing"]["features"] == ["references", "characters", "edit", "insert"]
 
 
 def test_a_pack_that_only_one_service_has_tells_no_stories(story: StoryProcess, script: Script) -> None:
