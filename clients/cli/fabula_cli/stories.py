@@ -1,4 +1,4 @@
-"""`fabula story …`: continue, watch, show, list, cancel, delete."""
+"""`fabula story …`: continue, watch, show, list, edit, insert, cancel, delete."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ from fabula_cli.options import AsJson, Home, PortBase, StoryId, Target
 from fabula_cli.progress import Telling, lines, picture
 from fabula_cli.report import aside, clean, duration, fail, people, plain, say_json
 from fabula_cli.storybook import Storybook, write_storybook
+
+FrameSeed = Annotated[
+    int | None,
+    typer.Option("--seed", help="Same seed, same picture.", min=0, max=2**53 - 1, show_default="the story's"),
+]
+FrameKey = Annotated[
+    str | None, typer.Option("--idempotency-key", help="Calling again with the same key changes nothing again.")
+]
 
 app = typer.Typer(no_args_is_help=True, help="Continue stories, follow them, keep them.")
 
@@ -206,6 +214,64 @@ def list_(
 
 
 @app.command()
+def edit(
+    story_id: StoryId,
+    frame: Annotated[int, typer.Argument(help="Which frame; 0 is the first picture.", min=0)],
+    strength: Annotated[
+        float | None,
+        typer.Option(help="How much of the picture is drawn anew, above 0, at most 1.", show_default="0.5"),
+    ] = None,
+    caption: Annotated[str | None, typer.Option(help="A new caption.", show_default="the old one")] = None,
+    description: Annotated[
+        str | None, typer.Option(help="What to draw.", show_default="what the new caption asks for, else as before")
+    ] = None,
+    seed: FrameSeed = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the story as it is then.", file_okay=False)] = None,
+    key: FrameKey = None,
+    home: Home = None,
+    port_base: PortBase = None,
+    target: Target = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a frame of a finished story again, made of its own picture. The old version is kept.
+
+    Example: fabula story edit 01a1f96a-… 2 --caption "Pip loses the kite." --strength 0.7
+    """
+    with connected(home, port_base, target, as_json) as client:
+        story = client.stories.get(story_id)
+        story.edit_frame(
+            frame, strength=strength, caption=caption, description=description, seed=seed, idempotency_key=key
+        )
+        _answer(story.value, keep(story, out) if out is not None else None, as_json)
+
+
+@app.command()
+def insert(
+    story_id: StoryId,
+    after: Annotated[int, typer.Argument(help="The frame before the new one.", min=0)],
+    caption: Annotated[str, typer.Option(help="The new frame's caption.")],
+    description: Annotated[
+        str | None, typer.Option(help="What to draw.", show_default="what the caption asks for")
+    ] = None,
+    seed: FrameSeed = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the story as it is then.", file_okay=False)] = None,
+    key: FrameKey = None,
+    home: Home = None,
+    port_base: PortBase = None,
+    target: Target = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a new frame between two of a finished story. `fabula backends` says which packs look at both neighbours.
+
+    Example: fabula story insert 01a1f96a-… 1 --caption "Pip climbs a tree."
+    """
+    with connected(home, port_base, target, as_json) as client:
+        story = client.stories.get(story_id)
+        story.insert_frame(after, caption=caption, description=description, seed=seed, idempotency_key=key)
+        _answer(story.value, keep(story, out) if out is not None else None, as_json)
+
+
+@app.command()
 def cancel(
     story_id: StoryId,
     home: Home = None,
@@ -304,7 +370,9 @@ def _answer(story: Story, book: Storybook | None, as_json: bool) -> None:
         people.print(f"[yellow]! {escape(clean(warning.message))}[/] ({escape(clean(warning.reason))})", soft_wrap=True)
     for frame in story.frames:
         took = f"  [dim]{duration(frame.timings.total_s)}[/]" if frame.timings else ""
-        people.print(f"  {frame.index}  {escape(clean(frame.caption))}{took}")
+        stale = "  [yellow]stale[/]" if frame.stale else ""
+        edited = f"  [dim]version {frame.version}[/]" if frame.version > 1 else ""
+        people.print(f"  {frame.index}  {escape(clean(frame.caption))}{took}{edited}{stale}")
         if frame.index and frame.description:
             people.print(f"     [dim]{escape(clean(frame.description))}[/]")
     if book is not None:

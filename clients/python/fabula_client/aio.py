@@ -51,6 +51,7 @@ from fabula_client.story import (
 )
 
 DEFAULT_TARGET = "127.0.0.1:8471"
+DRAWING_TIMEOUT_S = 600.0  # of calls that answer with a picture: they wait for room and for every step
 ImageSource = bytes | str | os.PathLike[str]
 
 
@@ -274,6 +275,65 @@ class AsyncStory:
         """Stops it; finished frames stay. Cancelling a story that has ended changes nothing. Raises NotFound."""
         request = pb.CancelStoryRequest(story_id=self.story_id)
         answer = await self._connection.call(self._stub.CancelStory, request, timeout_s=timeout_s)
+        self.value = story_from_pb(answer.story)
+        return self.value
+
+    async def edit_frame(
+        self,
+        index: int,
+        *,
+        strength: float | None = None,
+        caption: str | None = None,
+        description: str | None = None,
+        seed: int | None = None,
+        idempotency_key: str | None = None,
+        timeout_s: float | None = DRAWING_TIMEOUT_S,
+    ) -> Story:
+        """Draws a frame again, made of its own picture, and waits for it. The story must have ended.
+
+        `strength` is how much of the picture is drawn anew, above 0 and at most 1 (0.5 if unset). A new `caption` is
+        described anew by the service unless `description` says what to draw. The old version is kept in
+        `earlier_versions`; frames that follow become stale. Raises NotFound, FailedPrecondition (STORY_NOT_ENDED,
+        FEATURE_MISSING, STALE_PARENT when the frame was changed meanwhile), InvalidArgument, IdempotencyKeyReused,
+        ResourceExhausted, Unavailable.
+        """
+        request = pb.EditFrameRequest(
+            request_id=idempotency_key or str(uuid.uuid4()),
+            story_id=self.story_id,
+            frame_index=index,
+            strength=strength,
+            caption=caption,
+            description=description,
+            seed=seed,
+        )
+        answer = await self._connection.call(self._stub.EditFrame, request, timeout_s=timeout_s)
+        self.value = story_from_pb(answer.story)
+        return self.value
+
+    async def insert_frame(
+        self,
+        after_index: int,
+        *,
+        caption: str,
+        description: str | None = None,
+        seed: int | None = None,
+        idempotency_key: str | None = None,
+        timeout_s: float | None = DRAWING_TIMEOUT_S,
+    ) -> Story:
+        """Puts a new frame between `after_index` and the next one, and waits for it. The story must have ended.
+
+        It agrees with both neighbours where the pack has the feature `insert` (see `Client.backends`). Frames that
+        follow move up by one. Raises as `edit_frame`; STORY_TOO_LONG when there is no room.
+        """
+        request = pb.InsertFrameRequest(
+            request_id=idempotency_key or str(uuid.uuid4()),
+            story_id=self.story_id,
+            after_frame_index=after_index,
+            caption=caption,
+            description=description,
+            seed=seed,
+        )
+        answer = await self._connection.call(self._stub.InsertFrame, request, timeout_s=timeout_s)
         self.value = story_from_pb(answer.story)
         return self.value
 

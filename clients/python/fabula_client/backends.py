@@ -13,7 +13,7 @@ from fabula.story.v1 import story_service_pb2
 from fabula_client.story import quality_from_pb
 
 # What a pack does besides drawing a description.
-Feature = Literal["references", "history", "characters"]
+Feature = Literal["references", "history", "characters", "edit", "insert"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,4 +124,6 @@ _FEATURES: dict[int, Feature] = {
     pb.FEATURE_REFERENCES: "references",
     pb.FEATURE_HISTORY: "history",
     pb.FEATURE_CHARACTERS: "characters",
+    pb.FEATURE_EDIT: "edit",
+    pb.FEATURE_INSERT: "insert",
 }

@@ -81,6 +81,9 @@ class Frame:
     pack_digest: str
     created: datetime | None
     engine_fingerprint: str = ""  # of what its pixels depend on besides pack, texts, pictures and seed
+    version: int = 1  # one more with each edit
+    stale: bool = False  # an earlier frame was edited since: the two may no longer agree
+    edit_strength: float = 0.0  # how much of the version before was drawn anew; 0: it was made of noise
 
     @property
     def given(self) -> bool:
@@ -119,6 +122,7 @@ class Story:
     error: Reason | None
     last_sequence: int
     warnings: tuple[StoryWarning, ...] = ()  # at most one for each reason and field; none in lists
+    earlier_versions: tuple[Frame, ...] = ()  # frames before they were edited, by index, then version; none in lists
 
     @property
     def ended(self) -> bool:
@@ -162,6 +166,21 @@ class DescriptionWritten(StoryEvent):
 @dataclass(frozen=True, kw_only=True)
 class FrameFinished(StoryEvent):
     """A frame was committed; its picture can be read."""
+
+    frame: Frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameEdited(StoryEvent):
+    """A frame was drawn again, after the story had ended."""
+
+    frame: Frame
+    stale_frame_indexes: tuple[int, ...]  # all that follow
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameInserted(StoryEvent):
+    """A frame was put between two, after the story had ended. Those from its index on have moved up by one."""
 
     frame: Frame
 
@@ -221,6 +240,7 @@ def story_from_pb(message: pb.Story) -> Story:
         error=_reason(message.error) if message.HasField("error") else None,
         last_sequence=message.last_sequence,
         warnings=tuple(warning_from_pb(each) for each in message.warnings),
+        earlier_versions=tuple(frame_from_pb(frame) for frame in message.earlier_versions),
     )
 
 
@@ -255,6 +275,9 @@ def frame_from_pb(message: pb.Frame) -> Frame:
         pack_digest=message.pack_digest,
         created=_time(message.create_time),
         engine_fingerprint=message.engine_fingerprint,
+        version=message.version or 1,  # a service of before there were versions says none
+        stale=message.stale,
+        edit_strength=message.edit_strength,
     )
 
 
@@ -319,6 +342,14 @@ _EVENTS: dict[str, Callable[[pb.StoryEvent], StoryEvent]] = {
     ),
     "warning_given": lambda message: WarningGiven(
         **_common(message), warning=warning_from_pb(message.warning_given.warning)
+    ),
+    "frame_edited": lambda message: FrameEdited(
+        **_common(message),
+        frame=frame_from_pb(message.frame_edited.frame),
+        stale_frame_indexes=tuple(message.frame_edited.stale_frame_indexes),
+    ),
+    "frame_inserted": lambda message: FrameInserted(
+        **_common(message), frame=frame_from_pb(message.frame_inserted.frame)
     ),
     "frame_queued": lambda message: FrameQueued(
         **_common(message), frame_index=message.frame_queued.frame_index, ahead_count=message.frame_queued.ahead_count

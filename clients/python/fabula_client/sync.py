@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from fabula_client.aio import DEFAULT_TARGET, AsyncClient, AsyncStories, AsyncStory, ImageSource
+from fabula_client.aio import DEFAULT_TARGET, DRAWING_TIMEOUT_S, AsyncClient, AsyncStories, AsyncStory, ImageSource
 from fabula_client.backends import Backends
 from fabula_client.calls import Metadata
 from fabula_client.retrying import RetryPolicy
@@ -207,6 +207,52 @@ class StoryHandle:
     def cancel(self, *, timeout_s: float | None = None) -> Story:
         """Stops it. See AsyncStory.cancel."""
         return self._loop.run(self._core.cancel(timeout_s=timeout_s))
+
+    def edit_frame(
+        self,
+        index: int,
+        *,
+        strength: float | None = None,
+        caption: str | None = None,
+        description: str | None = None,
+        seed: int | None = None,
+        idempotency_key: str | None = None,
+        timeout_s: float | None = DRAWING_TIMEOUT_S,
+    ) -> Story:
+        """Draws a frame again, made of its own picture. See AsyncStory.edit_frame."""
+        return self._loop.run(
+            self._core.edit_frame(
+                index,
+                strength=strength,
+                caption=caption,
+                description=description,
+                seed=seed,
+                idempotency_key=idempotency_key,
+                timeout_s=timeout_s,
+            )
+        )
+
+    def insert_frame(
+        self,
+        after_index: int,
+        *,
+        caption: str,
+        description: str | None = None,
+        seed: int | None = None,
+        idempotency_key: str | None = None,
+        timeout_s: float | None = DRAWING_TIMEOUT_S,
+    ) -> Story:
+        """Puts a new frame between two. See AsyncStory.insert_frame."""
+        return self._loop.run(
+            self._core.insert_frame(
+                after_index,
+                caption=caption,
+                description=description,
+                seed=seed,
+                idempotency_key=idempotency_key,
+                timeout_s=timeout_s,
+            )
+        )
 
     def delete(self, *, timeout_s: float | None = None) -> None:
         """Deletes it. See AsyncStory.delete."""
