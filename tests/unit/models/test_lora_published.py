@@ -76,7 +76,7 @@ def test_a_pipeline_computes_what_we_do(pair: Pair, form: Form, tmp_path: Path) 
     with slots.rows([(Worn(1, 1.0),)]):
         answer = unet.predict(latents, t, ours)
     words, told = unet._told(latents, ours)
-    torch.testing.assert_close(answer, pipe.unet(latents, t, words, added_cond_kwargs=told).sample, **CLOSE)
+    torch.testing.assert_close(answer, pipe.unet(latents, t, words, **told).sample, **CLOSE)
     assert not torch.allclose(answer, unet.predict(latents, t, ours), atol=1e-2)
 
 
@@ -110,4 +110,4 @@ def test_kohyas_names_of_the_first_code_are_read_as_by_diffusers(pair: Pair, tmp
     with slots.rows([(Worn(1, 1.0),)]):
         answer = unet.predict(latents, t, text)
     words, told = unet._told(latents, text)
-    torch.testing.assert_close(answer, pipe.unet(latents, t, words, added_cond_kwargs=told).sample, **CLOSE)
+    torch.testing.assert_close(answer, pipe.unet(latents, t, words, **told).sample, **CLOSE)

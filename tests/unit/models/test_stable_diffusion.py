@@ -361,15 +361,15 @@ def test_characters_weights_are_pefts(pairs: dict[str, Pair], kind: str) -> None
         with slots.rows([(Worn(1, 1.0),), (NOBODY,), (Worn(1, 0.5),)]):
             answer = unet.predict(latents, t, text)
         words, told = unet._told(latents, text)
-        whole = adapted(latents, t, words, added_cond_kwargs=told).sample
-        plain = pipe.unet(latents, t, words, added_cond_kwargs=told).sample
+        whole = adapted(latents, t, words, **told).sample
+        plain = pipe.unet(latents, t, words, **told).sample
         torch.testing.assert_close(answer[0], whole[0], **CLOSE)
         torch.testing.assert_close(answer[1], plain[1], **CLOSE)
         assert (whole[0] - plain[0]).abs().max() > 1e-2
         for module in adapted.modules():
             if isinstance(module, peft.tuners.lora.LoraLayer):
                 module.scale_layer(0.5)
-        half = adapted(latents, t, words, added_cond_kwargs=told).sample
+        half = adapted(latents, t, words, **told).sample
         torch.testing.assert_close(answer[2], half[2], **CLOSE)
 
 
