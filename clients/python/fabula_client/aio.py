@@ -27,6 +27,7 @@ from fabula.story.v1.story_service_pb2_grpc import StoryServiceStub
 
 from fabula_client.backends import Backends, backends_from_pb
 from fabula_client.calls import MOST_IMAGE_BYTES, Connection, Metadata
+from fabula_client.characters_aio import AsyncCharacters
 from fabula_client.errors import (
     FieldViolation,
     ImageCorrupt,
@@ -75,6 +76,7 @@ class AsyncClient:
             target, timeout_s=timeout_s, retry=retry or RetryPolicy(), metadata=metadata, credentials=credentials
         )
         self.stories = AsyncStories(self._connection)
+        self.characters = AsyncCharacters(self._connection)
 
     async def backends(self, *, timeout_s: float | None = None) -> Backends:
         """What this Fabula can do now: its packs, and what may be asked of each. Raises Unavailable when none of its

@@ -16,7 +16,8 @@ from fabula_client.retrying import RetryPolicy
 from fabula_client.tracing import call_ids
 
 MOST_IMAGE_BYTES = 8 << 20  # the service takes no larger picture
-MAX_MESSAGE_BYTES = 2 * MOST_IMAGE_BYTES  # a request carries one picture, and has room
+MOST_EXAMPLE_BYTES = 48 << 20  # nor more of an example story's pictures together
+MAX_MESSAGE_BYTES = MOST_EXAMPLE_BYTES + (4 << 20)  # a request carries one story's pictures, and has room
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -19,6 +19,7 @@ import grpc
 from fabula_client.aio import DEFAULT_TARGET, DRAWING_TIMEOUT_S, AsyncClient, AsyncStories, AsyncStory, ImageSource
 from fabula_client.backends import Backends
 from fabula_client.calls import Metadata
+from fabula_client.characters_sync import Characters
 from fabula_client.retrying import RetryPolicy
 from fabula_client.story import Frame, Quality, State, Story, StoryEvent, StoryWarning
 
@@ -86,6 +87,7 @@ class Client:
         self._core = AsyncClient(target, timeout_s=timeout_s, retry=retry, metadata=metadata, credentials=credentials)
         self._loop = _Loop()
         self.stories = Stories(self._loop, self._core.stories)
+        self.characters = Characters(self._loop, self._core.characters)
 
     def backends(self, *, timeout_s: float | None = None) -> Backends:
         """What this Fabula can do now. See AsyncClient.backends."""
