@@ -115,7 +115,8 @@ def arguments_of(
         given["steps"] = settings.steps
     if stop_file:
         given["stop-file"] = folder / STOP_FILE
-    return tuple(word for name, value in given.items() for word in (f"--{name}", str(value)))
+    words = tuple(word for name, value in given.items() for word in (f"--{name}", str(value)))
+    return (*words, "--probes") if settings.probes else words
 
 
 def read_lines(path: Path, offset_bytes: int) -> tuple[list[dict[str, Any]], int]:

@@ -32,6 +32,7 @@ class CustomizationSettings(Settings):
     niceness: int = Field(default=10, ge=0, le=19)  # of a local training process: it gets what serving leaves
     save_every_s: float = Field(default=30.0, gt=0)  # between complete checkpoints: what a crash costs at most
     snapshots: int = Field(default=5, ge=1, le=100)  # times that a job leaves weights that can be published
+    probes: bool = True  # draw probes at every snapshot; a job takes some longer for it
     crashes_max: int = Field(default=3, ge=0, le=100)  # in a row without a step between them; one more fails the job
     stop_grace_s: float = Field(default=300.0, gt=0)  # for the step in progress and its save; then it is killed
     poll_s: float = Field(default=0.5, gt=0)  # how often jobs are looked at, and what other processes wrote

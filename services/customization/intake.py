@@ -146,6 +146,7 @@ def training_settings(request: JobRequest, pack: TaughtPack, settings: Customiza
         threads=settings.thread_count,
         snapshots=settings.snapshots,
         save_every_s=settings.save_every_s,
+        probes=settings.probes,
     )
 
 

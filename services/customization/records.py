@@ -47,6 +47,7 @@ class TrainingSettings:
     threads: int
     snapshots: int
     save_every_s: float
+    probes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -274,6 +274,8 @@ class Repository:
                 ):
                     continue
                 if isinstance(what, ProbeDrawn):
+                    if await _is_told(connection, job_id, what):
+                        continue  # by an attempt that had to go back
                     await _keep_image(connection, job_id, what.image_sha256)
                 await _append(connection, job_id, what, at)
 
@@ -500,6 +502,12 @@ async def _keep_checkpoint(
         )
     )
     return True
+
+
+async def _is_told(connection: AsyncConnection, job_id: str, probe: ProbeDrawn) -> bool:
+    kind = kind_of(probe)
+    rows = await connection.scalars(select(events.c.payload).where(events.c.job_id == job_id, events.c.kind == kind))
+    return any((told["step"], told["probe"]) == (probe.step, probe.probe) for told in rows)
 
 
 async def _keep_image(connection: AsyncConnection, job_id: str, sha256: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import io
 import os
 import signal
@@ -57,13 +58,9 @@ def example(character: str = "otto", size_px: int = 128) -> tuple[job_pb2.NewCha
 def request(**fields: Any) -> pb.CreateCustomizationJobRequest:
     """A job that the service takes, and any field replaced."""
     character, frames = example()
-    base: dict[str, Any] = {
-        "character": character,
-        "frames": frames,
-        "accepted_findings": ["*"],
-        "seed": 7,
-        "steps": 30,
-    }
+    base: dict[str, Any] = {"character": character, "frames": frames, "accepted_findings": ["*"], "seed": 7}
+    if "budget" not in fields:
+        base["steps"] = 30
     return pb.CreateCustomizationJobRequest(**{**base, **fields})
 
 
@@ -159,8 +156,6 @@ class Service(Client):
 
 def kill_driver(folder: Path) -> bool:
     """SIGKILL to the process that trains in a folder; False when there is none."""
-    import fcntl
-
     try:
         with (folder / "driver.lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,9 +194,7 @@ async def running(
         await server.stop(None)
         await service.channel.close()
         for folder in (home / "customization").glob("*-*-*-*-*"):
-            deadline = time.monotonic() + 20.0
-            while kill_driver(folder) and time.monotonic() < deadline:
-                await asyncio.sleep(0.05)
+            await eventually(lambda folder=folder: not kill_driver(folder))
 
 
 class KillableService(Client):

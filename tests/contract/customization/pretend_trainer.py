@@ -76,6 +76,10 @@ def train(arguments: argparse.Namespace, progress: Progress, stop: Stop) -> int:
             progress.tell("ended", outcome="failed", reason="LOSS_NOT_FINITE", message=f"mse is not finite at {step}")
             sys.exit(1)
         if step in snapshots:
+            if arguments.probes:
+                picture = arguments.folder / "probes" / f"{step:06d}-alone.png"
+                write(picture, b"a picture of " + state.encode())
+                progress.tell("probe", step=step, probe="alone", description="Otto runs.", file=str(picture))
             path = arguments.folder / "snapshots" / f"{step:06d}.safetensors"
             leave(arguments.folder, path, step, state, arguments, count)
             progress.tell("snapshot", step=step, file=str(path))
@@ -102,6 +106,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--method")
     parser.add_argument("--learns")
+    parser.add_argument("--probes", action="store_true")
     arguments = parser.parse_args()
     stop = Stop(arguments.stop_file)
     stop.listen()
