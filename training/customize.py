@@ -98,6 +98,7 @@ class CustomizationRecipe:
     steps: int = 100
     warmup_steps: int = 1
     decay_share: float = 0.0  # the last part of a run, in which the rate falls to zero
+    accumulate: int = 1  # batches of a step: their mean gradient is taken, in the memory of one
     clip_norm: float = 1.0  # for each group of parameters alone
     seed: int = 0
     save_every_s: float = 60.0
@@ -105,8 +106,8 @@ class CustomizationRecipe:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is no run."""
-        if self.steps < 1 or self.warmup_steps < 1:
-            raise ValueError("steps and warmup_steps are at least 1")
+        if self.steps < 1 or self.warmup_steps < 1 or self.accumulate < 1:
+            raise ValueError("steps, warmup_steps and accumulate are at least 1")
         if not 0.0 <= self.decay_share <= 1.0 or self.clip_norm <= 0.0:
             raise ValueError("decay_share is from 0 to 1, and clip_norm above 0")
 
@@ -156,8 +157,11 @@ class Tally(nn.Module):
 class Customization:
     """Somebody new in training."""
 
-    def __init__(self, method: Method, lessons: Lessons, device: torch.device, watch: Watch) -> None:
+    def __init__(
+        self, method: Method, lessons: Lessons, device: torch.device, watch: Watch, accumulate: int = 1
+    ) -> None:
         self.method, self.lessons, self.device, self.watch = method, lessons, device, watch
+        self.accumulate = accumulate
         self.tally = Tally()
         self.networks = nn.ModuleDict({**dict(method.networks.items()), "tally": self.tally})
 
@@ -168,13 +172,30 @@ class Customization:
 
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
         """Raises FloatingPointError when a part of the loss is not finite."""
-        parts = self.parts(generator)
+        parts = self.parts(generator) if self.accumulate == 1 else self._accumulated(generator)
         values = {name: float(value.detach()) for name, value in parts.items()}
         if broken := sorted(name for name, value in values.items() if not math.isfinite(value)):
             raise FloatingPointError(f"{', '.join(broken)} is not finite at step {step}")
         self.tally.add(progress, values)
         self.watch(step, values)
         return parts[TOTAL]
+
+    def _accumulated(self, generator: torch.Generator) -> Parts:
+        """The mean losses of several batches. `TOTAL` has their mean gradient, and holds on to none of their graphs."""
+        learned = [one for one in self.networks.parameters() if one.requires_grad]
+        gradients = [torch.zeros_like(one) for one in learned]
+        means: dict[str, Tensor] = {}
+        for _ in range(self.accumulate):
+            parts = self.parts(generator)
+            own = torch.autograd.grad(parts[TOTAL] / self.accumulate, learned, allow_unused=True)
+            for sum_, gradient in zip(gradients, own, strict=True):
+                if gradient is not None:
+                    sum_ += gradient
+            for name, value in parts.items():
+                means[name] = means.get(name, torch.zeros_like(value)) + value.detach() / self.accumulate
+        # Each p − p is zero and has the gradient one, so the loop's own backward pass finds the sums.
+        carried = [((one - one.detach()) * sum_).sum() for one, sum_ in zip(learned, gradients, strict=True)]
+        return {**means, TOTAL: means[TOTAL] + torch.stack(carried).sum()}
 
     def measure(self) -> dict[str, float]:
         """The squared error on the story itself and on one that the pack knows, with the same noise at every call."""
@@ -209,7 +230,7 @@ def customization(
         words=method.words,
         with_prior=isinstance(recipe.method, DreamBoothRecipe) and recipe.method.prior_weight > 0.0,
     )
-    return Customization(method, lessons, model.device, watch)
+    return Customization(method, lessons, model.device, watch, recipe.accumulate)
 
 
 def customize(

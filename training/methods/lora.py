@@ -69,7 +69,7 @@ class Lora:
 
 
 def low_rank_file(change: LowRankChanges, base_digest: str, stored: Stored, words: Words = NO_WORDS) -> bytes:
-    """What low-rank changes have learned, in PEFT's layout, and the words beside them."""
+    """What low-rank changes have learned, in PEFT's layout; with words in kohya's, the only one that has both."""
     kept = {word: vectors_nD.detach().cpu() for word, vectors_nD in words.items()}
     adapter = Adapter(digest="", factors=change.factors(), deltas={}, words=kept, size_bytes=0)
-    return write_adapter(adapter, "peft", base_digest=base_digest, dtype=STORED[stored])
+    return write_adapter(adapter, "kohya" if kept else "peft", base_digest=base_digest, dtype=STORED[stored])

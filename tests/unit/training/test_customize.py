@@ -274,3 +274,25 @@ def test_a_whole_unet_has_no_place_for_a_word(model: FrameModel, otto: NewStory,
     method = EpicEvoRecipe(learns="unet", word_rate=1e-3)
     with pytest.raises(RecipeInvalid, match="no place for a word"):
         customization(model, otto, known, replace(recipe_of("epicevo"), method=method))
+
+
+def test_accumulated_batches_give_their_mean_gradient(
+    model: FrameModel, otto: NewStory, known: tuple[KnownStory, ...]
+) -> None:
+    recipe = replace(recipe_of("lora"), lessons=LessonRecipe(existing_stories=2, frames_per_story=1))
+    one = customization(model, otto, known, recipe)
+    generator = step_generator(0, 0)
+    totals = [one.parts(generator)[TOTAL] for _ in range(3)]
+    (sum(totals[1:], totals[0]) / 3).backward()  # type: ignore[no-untyped-call]
+    several = customization(model, otto, known, replace(recipe, accumulate=3))
+    loss = several.loss(0, 0.0, step_generator(0, 0))
+    assert float(loss.detach()) == pytest.approx(float(sum(totals).detach()) / 3, rel=1e-5)  # type: ignore[union-attr]
+    loss.backward()  # type: ignore[no-untyped-call]
+    expected = {name: value.grad for name, value in one.networks.named_parameters() if value.grad is not None}
+    assert expected
+    for name, value in several.networks.named_parameters():
+        if name in expected:
+            assert value.grad is not None
+            assert torch.allclose(value.grad, expected[name], atol=1e-6), name
+    with pytest.raises(ValueError, match="accumulate"):
+        replace(recipe, accumulate=0)
