@@ -341,6 +341,7 @@ def _told(place: str) -> str:
 
 def _untold(token: str) -> str:
     try:
-        return base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode("ascii")
+        padded = token + "=" * (-len(token) % 4)
+        return base64.b64decode(padded, altchars=b"-_", validate=True).decode("ascii")
     except (binascii.Error, ValueError):
         raise PageTokenInvalid(field="page_token") from None

@@ -24,6 +24,8 @@ from services.runtime.config import ConfigInvalid, Installation
 from services.runtime.database import open_async
 from services.runtime.store import ObjectStore
 
+_LAST_LOOK_S = 10.0  # that the runner's look in progress may take when the process ends
+
 log = structlog.get_logger("fabula.customization")
 
 
@@ -108,7 +110,7 @@ class CustomizationProcess:
             pack_folders=installation.pack_folders,
             eyes=_eyes if settings.eyes else _no_eyes,
         )
-        runner = Runner(
+        self._runner = Runner(
             repository=repository,
             objects=objects,
             backend=self.backend,
@@ -117,7 +119,7 @@ class CustomizationProcess:
             folder=folder,
             pack_folders=installation.pack_folders,
         )
-        self._running = asyncio.create_task(runner.run(), name="runner")
+        self._running = asyncio.create_task(self._runner.run(), name="runner")
         log.info("customization_ready", backend=settings.backend, folder=str(folder))
 
     @property
@@ -131,7 +133,10 @@ class CustomizationProcess:
             return
         self.api.accepting = False
         self._broadcaster.close()
-        self._running.cancel()
+        self._runner.stop()
+        _, late = await asyncio.wait((self._running,), timeout=_LAST_LOOK_S)
+        for task in late:  # a backend that does not answer: what it was asked is asked again by the next process
+            task.cancel()
         await asyncio.gather(self._running, return_exceptions=True)
         await self.backend.close()
         await self._engine.dispose()

@@ -87,11 +87,16 @@ class Runner:
         self._folder, self._pack_folders = folder, pack_folders
         self._asked: dict[tuple[str, int], int] = {}  # when an attempt was told to stop, by this process
         self._lock: int | None = None
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Has `run` end after the look in progress."""
+        self._stopping.set()
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Until it is told to stop."""
         try:
-            while True:
+            while not self._stopping.is_set():
                 if self._has_lock():
                     try:
                         await self.tick()
@@ -99,7 +104,8 @@ class Runner:
                         log.warning("look_failed", reason=error.reason, message=error.message)
                     except Exception as error:
                         log.error("look_failed", exc_info=error)
-                await asyncio.sleep(self._settings.poll_s)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), self._settings.poll_s)
         finally:
             if self._lock is not None:
                 os.close(self._lock)

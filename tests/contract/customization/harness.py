@@ -88,16 +88,16 @@ class Client:
 
     async def watch(self, job_id: str, after: int = 0) -> AsyncIterator[job_pb2.CustomizationEvent]:
         message = pb.WatchCustomizationJobRequest(job_id=job_id, after_sequence=after)
-        async for response in self.stub.WatchCustomizationJob(message, metadata=self.metadata, timeout=WAIT_S):
+        async for response in self.stub.WatchCustomizationJob(message, metadata=self.metadata, timeout=1800.0):
             yield response.event
 
     async def durable(self, job_id: str, after: int = 0) -> list[job_pb2.CustomizationEvent]:
         """Every durable event until the job ends."""
         return [event async for event in self.watch(job_id, after) if event.sequence]
 
-    async def until(self, job_id: str, *states: int) -> job_pb2.CustomizationJob:
+    async def until(self, job_id: str, *states: int, within_s: float = WAIT_S) -> job_pb2.CustomizationJob:
         """The job, once it is in one of these states."""
-        deadline = time.monotonic() + WAIT_S
+        deadline = time.monotonic() + within_s
         while time.monotonic() < deadline:
             job = await self.job(job_id)
             if job.state in states:

@@ -62,12 +62,16 @@ def assert_gapless(events: list[job_pb2.CustomizationEvent]) -> None:
 
 
 @pytest.fixture(scope="module")
-async def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The weights of a job that nothing happened to."""
-    async with running(tmp_path_factory.mktemp("undisturbed")) as service:
-        job = await service.create()
-        await service.until(job.job_id, State.STATE_SUCCEEDED)
-        return (await service.checkpoints(job.job_id))[-1].weights_sha256
+
+    async def train() -> str:
+        async with running(tmp_path_factory.mktemp("undisturbed")) as service:
+            job = await service.create()
+            await service.until(job.job_id, State.STATE_SUCCEEDED)
+            return (await service.checkpoints(job.job_id))[-1].weights_sha256
+
+    return asyncio.run(train())
 
 
 async def weights_of(client: Client, job_id: str) -> str:
@@ -295,7 +299,7 @@ async def test_pages(service: Service) -> None:
 @pytest.mark.parametrize("chance", range(3))
 async def test_pausing_and_resuming_anywhere_changes_nothing(tmp_path: Path, undisturbed: str, chance: int) -> None:
     dice = random.Random(chance)
-    async with running(tmp_path, PRETEND_STEP_S=0.04, PRETEND_SAVE_EVERY=1000) as service:
+    async with running(tmp_path, PRETEND_STEP_S=0.15, PRETEND_SAVE_EVERY=1000) as service:
         job = await service.create()
         for _ in range(2):
             await service.until_step(job.job_id, dice.randrange(1, 25))
@@ -317,7 +321,7 @@ async def test_a_driver_that_is_killed_anywhere_goes_on_from_its_last_checkpoint
     tmp_path: Path, undisturbed: str, chance: int
 ) -> None:
     dice = random.Random(100 + chance)
-    async with running(tmp_path, PRETEND_STEP_S=0.05) as service:
+    async with running(tmp_path, PRETEND_STEP_S=0.15) as service:
         job = await service.create()
         kills = 0
         for at in sorted(dice.sample(range(1, 29), 3)):
@@ -338,7 +342,7 @@ async def test_a_driver_that_is_killed_anywhere_goes_on_from_its_last_checkpoint
 
 
 async def test_cancelling_is_for_good_and_keeps_what_was_learned(tmp_path: Path) -> None:
-    async with running(tmp_path, PRETEND_STEP_S=0.05) as service:
+    async with running(tmp_path, PRETEND_STEP_S=0.25) as service:
         job = await service.create()
         await service.until_step(job.job_id, 14)
         assert (await service.wish("Cancel", job.job_id)).state in (State.STATE_CANCELLING, State.STATE_CANCELLED)
@@ -395,7 +399,7 @@ async def test_a_service_that_is_killed_anywhere_loses_nothing(tmp_path: Path, u
 async def test_a_service_that_ends_well_leaves_no_process_and_the_next_goes_on(
     tmp_path: Path, undisturbed: str
 ) -> None:
-    async with running(tmp_path, PRETEND_STEP_S=0.05, PRETEND_SAVE_EVERY=1000) as service:
+    async with running(tmp_path, PRETEND_STEP_S=0.15, PRETEND_SAVE_EVERY=1000) as service:
         job = await service.create()
         await service.until_step(job.job_id, 7)
         await service.process.stop()
