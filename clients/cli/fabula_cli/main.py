@@ -11,6 +11,7 @@ import typer
 
 from fabula_cli import exits
 from fabula_cli.backends import backends
+from fabula_cli.characters import app as characters
 from fabula_cli.demo import demo
 from fabula_cli.doctor import doctor
 from fabula_cli.installation import Installation
@@ -61,6 +62,7 @@ app.command()(doctor)
 app.command()(demo)
 app.command()(backends)
 app.add_typer(stories, name="story")
+app.add_typer(characters, name="character")
 app.add_typer(packs, name="pack")
 
 

@@ -42,7 +42,12 @@ class Refused(Exception):
 
 
 def ask(installation: Installation, *arguments: str, told: Told | None = None) -> dict[str, Any]:
-    """Runs a verb to its end and returns its result; `told` gets its progress.
+    """Runs a verb of this command's own module. See `ask_module`."""
+    return ask_module(installation, MODULE, *arguments, told=told)
+
+
+def ask_module(installation: Installation, module: str, *arguments: str, told: Told | None = None) -> dict[str, Any]:
+    """Runs a verb of a module to its end and returns its result; `told` gets its progress.
 
     Raises Refused, ServicesMissing, SupervisorFailed.
     """
@@ -50,7 +55,7 @@ def ask(installation: Installation, *arguments: str, told: Told | None = None) -
     answer: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+", errors="replace") as said:  # a pipe that nobody empties could fill up
         process = subprocess.Popen(
-            [sys.executable, "-m", MODULE, *arguments],
+            [sys.executable, "-m", module, *arguments],
             env=installation.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -74,7 +79,7 @@ def ask(installation: Installation, *arguments: str, told: Told | None = None) -
     if "error" in answer:
         raise Refused(str(answer["error"]["reason"]), str(answer["error"]["message"]))
     if "result" not in answer:
-        raise SupervisorFailed(last_line(errors) or f"{MODULE} ended with status {process.returncode}")
+        raise SupervisorFailed(last_line(errors) or f"{module} ended with status {process.returncode}")
     result = answer["result"]
     return result if isinstance(result, dict) else {}
 
@@ -130,7 +135,7 @@ def add(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add a pack, or make one of a published checkpoint in diffusers' layout.
+    """Add a pack, or make one of a published checkpoint in diffusers' or, if it writes captions, transformers' layout.
 
     Every file is checked against its digest. A copy that was interrupted goes on where it was when the same command
     runs again; until all is there and checked, nothing of it can be seen.
@@ -142,6 +147,8 @@ def add(
       fabula pack add s3://models/packs/ours
 
       fabula pack add hub:owner/name --fetch --licence LicenseRef-theirs
+
+      fabula pack add triton://host:8001/caption/toon --licence LicenseRef-theirs
     """
     options = {
         "--name": name,
@@ -169,8 +176,11 @@ def add(
     people.print(f"  {escape(added['folder'])}", soft_wrap=True)
     for note in added["notes"]:
         people.print(f"  [dim]{escape(clean(note))}[/]")
-    packs = f"FABULA_FRAME_PACKS=toon,{added['name']}"
+    writes_only = added["writes_only"]
+    packs = f"FABULA_CAPTION_PACK={added['name']}" if writes_only else f"FABULA_FRAME_PACKS=toon,{added['name']}"
     people.print(f"  The services load what their settings name: [bold]{escape(packs)}[/], then `fabula up`.")
+    if writes_only:
+        people.print("  It writes and does not draw. FABULA_CAPTION_ALSO_FOR names the packs whose frames it tells of.")
     if added["draws_only"]:
         people.print("  It draws and has no captioner of its own.")
 
