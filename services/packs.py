@@ -47,13 +47,16 @@ def add(given: argparse.Namespace, say: Say) -> Answer:
     from services.models.pack import MANIFEST
     from services.models.published import Told, plan_published
     from services.models.registry import ARCHITECTURES
+    from services.models.remote import ARCHITECTURES as REMOTE
+    from services.models.remote import EndpointSource, plan_remote
     from services.models.source import Source
     from services.sources import open_source
 
-    source: Source = open_source(given.source, fetch=given.fetch)
+    is_remote = EndpointSource.is_one(given.source)
+    source: Source = EndpointSource(given.source) if is_remote else open_source(given.source, fetch=given.fetch)
     files = source.files()
     if MANIFEST in files:
-        plan = plan_sealed(source, files, {*ARCHITECTURES, *captioner.ARCHITECTURES})
+        plan = plan_sealed(source, files, {*ARCHITECTURES, *captioner.ARCHITECTURES, *REMOTE})
         if given.name not in ("", plan.name):
             raise PackSourceInvalid(
                 f"{source.name} is sealed as pack {plan.name!r} and cannot be called {given.name!r}"
@@ -70,7 +73,9 @@ def add(given: argparse.Namespace, say: Say) -> Answer:
             image_guidance=given.image_guidance,
             made_by=_command_again(source.name, given),
         )
-        if is_captioner(files):
+        if isinstance(source, EndpointSource):
+            plan = plan_remote(source, told)
+        elif is_captioner(files):
             plan, source = plan_captioner(source, files, told)
         elif is_arldm(files):
             plan = plan_arldm(source, files, told)
@@ -78,6 +83,7 @@ def add(given: argparse.Namespace, say: Say) -> Answer:
             plan = plan_published(source, files, told, ARCHITECTURES)
     added = _library().add(plan, source, _throttled(say))
     pack = added.pack
+    writes_only = pack.manifest.architecture in (*captioner.ARCHITECTURES, *REMOTE)
     return {
         "name": pack.name,
         "architecture": pack.manifest.architecture,
@@ -86,8 +92,8 @@ def add(given: argparse.Namespace, say: Say) -> Answer:
         "licence": pack.manifest.licence,
         "folder": str(pack.folder),
         "was_there": added.was_there,
-        "draws_only": not {"llava/config.json", captioner.CONFIG} & set(pack.manifest.files),
-        "writes_only": pack.manifest.architecture in captioner.ARCHITECTURES,
+        "draws_only": not (writes_only or "llava/config.json" in pack.manifest.files),
+        "writes_only": writes_only,
         "notes": list(added.notes),
     }
 

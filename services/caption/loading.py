@@ -22,18 +22,28 @@ from services.caption.driver import (
 )
 from services.caption.engine import CaptionEngine, Observer, adapter_folders, adapter_rank_max, read_model
 from services.caption.plain import PlainDriver
+from services.caption.remote import RemoteEngine, RemoteModel
 from services.models import captioner
 from services.models.errors import PackUnsupported
-from services.models.pack import CaptionerManifest, find_pack, load_any_pack
+from services.models.pack import CaptionerManifest, RemoteManifest, find_pack, load_any_pack
 from services.models.writers import WRITERS
 from services.runtime.config import Installation
 
 
 def build_engine(
     settings: CaptionSettings, installation: Installation, observer: Observer | None = None
-) -> CaptionEngine:
+) -> CaptionEngine | RemoteEngine:
     """The engine the settings describe, not started yet. Raises ModelError when the pack cannot be used."""
     pack = load_any_pack(find_pack(settings.pack, installation.pack_folders))
+    if isinstance(pack.manifest, RemoteManifest):
+        told = RemoteModel(
+            pack_name=pack.name,
+            pack_digest=pack.digest,
+            architecture=pack.manifest.architecture,
+            also_called=settings.other_names,
+        )
+        places = settings.max_running + settings.max_queued
+        return RemoteEngine(told, pack.manifest.endpoint, max_requests=places, observer=observer)
     model = replace(read_model(pack, settings.context_tokens_max), also_called=settings.other_names)
     adapters = adapter_folders(pack)
     rank_max = adapter_rank_max(tuple(adapters.values()))

@@ -13,6 +13,7 @@ from services.caption.config import CaptionSettings
 from services.caption.engine import CaptionEngine
 from services.caption.loading import build_engine
 from services.caption.metrics import PrometheusObserver
+from services.caption.remote import RemoteEngine
 from services.caption.service import CaptionServicer
 from services.runtime import standalone
 from services.runtime.config import Installation
@@ -51,7 +52,7 @@ async def run(host: str, port: int, metrics_port: int) -> None:
     died.cancel()
 
 
-def _lives(engine: CaptionEngine) -> bool:
+def _lives(engine: CaptionEngine | RemoteEngine) -> bool:
     try:
         engine.check_health()
     except EngineDead:

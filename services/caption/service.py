@@ -27,6 +27,9 @@ from services.runtime.telemetry import configure_logging
 if TYPE_CHECKING:
     # Ray builds the application in a process of its own, which needs neither torch nor vLLM.
     from services.caption.engine import CaptionEngine
+    from services.caption.remote import RemoteEngine
+
+    Engine = CaptionEngine | RemoteEngine
 
 log = structlog.get_logger("fabula.caption")
 
@@ -37,7 +40,7 @@ class CaptionServicer(pb_grpc.CaptionServiceServicer):  # type: ignore[misc]
     Captions that go beyond what the engine's pack knows are answered with warnings.
     """
 
-    def __init__(self, engine: CaptionEngine, token: str | None) -> None:
+    def __init__(self, engine: Engine, token: str | None) -> None:
         self.engine = engine
         self.token = token
 

@@ -91,7 +91,8 @@ def _first_words(tokenizer: tokenizers.Tokenizer, captioner: Captioner, config: 
 def _patches(folder: Path, captioner: Captioner, config: dict[str, Any]) -> int:
     vision = config["vision_config"]
     count = int(vision["image_size"]) // int(vision["patch_size"])
-    return count * count + (config.get("vision_feature_select_strategy", "default") == "full")
+    has_class_token = config.get("vision_feature_select_strategy", "default") == "full"
+    return count * count + int(has_class_token)
 
 
 def _counted(folder: Path, captioner: Captioner, config: dict[str, Any]) -> int:

@@ -25,7 +25,7 @@ from services.models.errors import PackFileUnsafe, PackSourceInvalid, PackUnsupp
 from services.models.library import PackPlan, WantedFile
 from services.models.llava import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, ADAPTERS
 from services.models.pack import Captioner, CaptionerSettings
-from services.models.published import DTYPES, PICKLES, Told, pack_name, read_header, read_json
+from services.models.published import PICKLES, Told, pack_name, read_header, read_json, stored_dtype
 from services.models.source import Source, SourceFile, read_start
 
 CONFIG = "config.json"
@@ -98,7 +98,7 @@ def plan_captioner(source: Source, files: Mapping[str, SourceFile], told: Told) 
             base=told.base or source.name,
             licence=told.licence,
             made_by=told.made_by,
-            dtype=_dtype(source, headers),
+            dtype=stored_dtype(source, headers[weights[0]]),
             captioner=_captioner(source, files, config, architecture, adapters),
         )
     except ValidationError as error:
@@ -285,9 +285,8 @@ def _captioner(
     image_token = tokens.get(number, "") if sees and isinstance(number, int) else ""
     if sees and not image_token:
         raise PackSourceInvalid(f"{source.name}: its tokenizer has no token for pictures (image_token_index {number})")
-    opening, closing = _chat(source, files, details, sees=sees)
-    if not (opening or closing):
-        opening, closing = _LLAVA_CHAT if architecture == LLAVA else _PLAIN_QUESTION
+    plain = _LLAVA_CHAT if architecture == LLAVA else _PLAIN_QUESTION
+    opening, closing = _chat(source, files, details, sees=sees) or plain
     if image_token and image_token not in opening:
         raise PackUnsupported(f"the chat template of {source.name} does not put {image_token!r} before the question")
     return Captioner(
@@ -318,8 +317,8 @@ def _numbers(value: Any) -> tuple[int, ...]:
 
 def _chat(
     source: Source, files: Mapping[str, SourceFile], details: Mapping[str, Any], *, sees: bool
-) -> tuple[str, str]:
-    """What the checkpoint's chat template puts before and after one question about one picture; nothing without one."""
+) -> tuple[str, str] | None:
+    """What the checkpoint's chat template puts before and after one question about one picture; None without one."""
     if "chat_template.jinja" in files:
         template: Any = read_start(source, "chat_template.jinja", 1 << 20).decode(errors="replace")
     elif "chat_template.json" in files:
@@ -329,7 +328,7 @@ def _chat(
     if isinstance(template, list):  # several by name
         template = next((each.get("template") for each in template if each.get("name") == "default"), None)
     if not isinstance(template, str):
-        return "", ""
+        return None
     content: Any = [{"type": "image"}, {"type": "text", "text": _MARK}] if sees else _MARK
     special = {
         key: value.get("content") if isinstance(value, dict) else value
@@ -360,12 +359,3 @@ def _rendered(source: Source, template: str, values: Mapping[str, Any]) -> str:
         return environment.from_string(template).render(add_generation_prompt=True, **values)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise PackUnsupported(f"the chat template of {source.name} cannot be filled in: {error}") from None
-
-
-def _dtype(source: Source, headers: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Of the first tensor."""
-    values = next((each for header in headers.values() for each in header.values()), None)
-    stored = str(values.get("dtype")) if isinstance(values, dict) else ""
-    if stored not in DTYPES:
-        raise PackUnsupported(f"{source.name} is stored as {stored}; this version reads {', '.join(sorted(DTYPES))}")
-    return DTYPES[stored]

@@ -215,8 +215,56 @@ class CaptionerManifest(CaptionerSettings):
         return _digest(self.model_dump(mode="json"))
 
 
-AnySettings = PackSettings | CaptionerSettings
-AnyManifest = Manifest | CaptionerManifest
+class Endpoint(_Strict):
+    """A model on a server of the Open Inference Protocol: Triton, KServe, or another installation of ours."""
+
+    address: str = Field(pattern=r"^[A-Za-z0-9.\[\]:_-]+:[0-9]{1,5}$")  # host:port of its gRPC
+    model: str = Field(min_length=1, max_length=200)
+    tls: bool = False
+    timeout_s: float = Field(default=60.0, gt=0.0, le=3600.0)  # of one answer
+
+
+class RemoteSettings(_Strict):
+    """What whoever makes a pack of somebody else's server decides."""
+
+    name: str
+    architecture: str  # a name of `remote.ARCHITECTURES`
+    base: str
+    licence: str  # an SPDX expression
+    made_by: str  # the command that makes this pack again
+    endpoint: Endpoint
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_plain(cls, name: str) -> str:
+        return _plain_name(name)
+
+
+class RemoteManifest(RemoteSettings):
+    """`pack.json` of a pack without weights: a server has them."""
+
+    format: Literal[1] = 1
+    created: AwareDatetime
+    files: dict[str, FileEntry]
+
+    @field_validator("files")
+    @classmethod
+    def _paths_stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        return _plain_paths(files)
+
+    @property
+    def digest(self) -> str:
+        """As `Manifest.digest`: of where the model is, for nobody here knows its weights."""
+        return _digest(self.model_dump(mode="json"))
+
+
+AnySettings = PackSettings | CaptionerSettings | RemoteSettings
+AnyManifest = Manifest | CaptionerManifest | RemoteManifest
+_SEALED: dict[type[BaseModel], type[AnyManifest]] = {
+    PackSettings: Manifest,
+    CaptionerSettings: CaptionerManifest,
+    RemoteSettings: RemoteManifest,
+}
 
 
 def _plain_name(name: str) -> str:
@@ -323,7 +371,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest alone; no file is checked. Raises PackManifestInvalid, for a captioner's too."""
     manifest = read_any_manifest(folder)
     if not isinstance(manifest, Manifest):
-        raise PackManifestInvalid(f"pack {manifest.name!r} holds a captioner, {manifest.architecture}: it cannot draw")
+        raise PackManifestInvalid(f"pack {manifest.name!r} is a {manifest.architecture}: it writes and cannot draw")
     return manifest
 
 
@@ -333,8 +381,10 @@ def parse_manifest(data: bytes) -> AnyManifest:
         document = json.loads(data)
     except ValueError:
         document = None  # what is wrong with it, pydantic says better
-    writes = isinstance(document, dict) and "captioner" in document
-    return CaptionerManifest.model_validate_json(data) if writes else Manifest.model_validate_json(data)
+    keys = document.keys() if isinstance(document, dict) else ()
+    if "endpoint" in keys:
+        return RemoteManifest.model_validate_json(data)
+    return CaptionerManifest.model_validate_json(data) if "captioner" in keys else Manifest.model_validate_json(data)
 
 
 def read_any_manifest(folder: Path) -> AnyManifest:
@@ -360,9 +410,9 @@ def write_pack(folder: Path, settings: PackSettings, *, created: datetime | None
 def seal_pack(folder: Path, settings: AnySettings, *, created: datetime | None = None) -> SealedPack:
     """The same for a pack of any kind."""
     files = {relative: _entry(folder / relative) for relative in _files_of(folder)}
-    draws = isinstance(settings, PackSettings)
-    manifest = (Manifest if draws else CaptionerManifest)(
-        **{name: getattr(settings, name) for name in (PackSettings if draws else CaptionerSettings).model_fields},
+    kind = next(each for each in _SEALED if isinstance(settings, each))
+    manifest = _SEALED[kind](
+        **{name: getattr(settings, name) for name in kind.model_fields},
         created=created or datetime.now(UTC).replace(microsecond=0),
         files=files,
     )

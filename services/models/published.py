@@ -254,7 +254,7 @@ def stored_dtype(source: Source, header: Mapping[str, Any]) -> Literal["float16"
     stored = str(values.get("dtype")) if isinstance(values, dict) else ""
     if stored not in DTYPES:
         known = ", ".join(sorted(DTYPES))
-        raise PackUnsupported(f"the UNet of {source.name} is stored as {stored}; this version reads {known}")
+        raise PackUnsupported(f"{source.name} is stored as {stored}; this version reads {known}")
     return DTYPES[stored]
 
 

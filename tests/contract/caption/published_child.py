@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ async def observe(engine: CaptionEngine) -> dict[str, Any]:
     for task in cancelled:
         task.cancel()
     await asyncio.gather(*cancelled, return_exceptions=True)
-    while engine.unfinished_count:
+    while engine.unfinished_count:  # noqa: ASYNC110 - the engine's thread tells nobody
         await asyncio.sleep(0.01)
     written = await engine.write_caption(story_job(temperature=0.0))
     return {
@@ -99,13 +100,14 @@ async def observe(engine: CaptionEngine) -> dict[str, Any]:
 
 async def main(packs: Path, name: str, drive: str) -> None:
     installation = Installation.load(home=packs.parent / "home", packs=str(packs))
-    settings: Any = {"pack": name, "device": "cpu", "kv_cache_mib": 16, "drive": drive, "max_attempts": 1}
+    settings: Any = {"pack": name, "device": "cpu", "kv_cache_mib": 16, "drive": drive, "max_attempts": 10}
     engine = build_engine(CaptionSettings.load(**settings), installation)
     await engine.start()
     try:
-        print(json.dumps(await observe(engine)))
+        print(json.dumps(await observe(engine)), flush=True)
     finally:
         await engine.stop()
+    os._exit(0)  # threads of vLLM's libraries may still be there, and would end the process with an error
 
 
 if __name__ == "__main__":

@@ -113,6 +113,28 @@ def test_a_name_that_does_not_go_with_a_sealed_pack_is_refused(published: Pack) 
     assert ask("add", "hub:owner/name")["reason"] == "PACK_FETCH_NOT_ALLOWED"
 
 
+def test_a_captioner_is_added_from_its_hub_layout(tmp_path: Path, home: Path) -> None:
+    from tests.caption_checkpoints import write_llava
+
+    write_llava(tmp_path / "llava-1.5-7b-hf", names="saved", adapters=True)
+    assert ask("add", str(tmp_path / "llava-1.5-7b-hf"))["reason"] == "PACK_SOURCE_INVALID", "no licence"
+    added = ask("add", str(tmp_path / "llava-1.5-7b-hf"), "--licence=LicenseRef-llama2")
+    assert (added["name"], added["architecture"]) == ("llava-1-5-7b-hf", "llava")
+    assert (added["draws_only"], added["writes_only"]) == (False, True)
+    assert any("vLLM looks for" in note for note in added["notes"])
+    assert ask("verify", "llava-1-5-7b-hf")["ok"]
+    sealed = ask("add", added["folder"])
+    assert (sealed["was_there"], sealed["digest"]) == (True, added["digest"])
+
+
+def test_a_model_on_a_server_is_added_by_its_address(home: Path) -> None:
+    added = ask("add", "triton://captions.example:8001/caption/toon", "--licence=LicenseRef-theirs", "--name=far")
+    assert (added["name"], added["architecture"], added["size_bytes"]) == ("far", "remote-captioner", 0)
+    assert (added["draws_only"], added["writes_only"]) == (False, True)
+    assert ask("verify", "far")["ok"]
+    assert [(each["name"], each["fault"]) for each in ask("list")["packs"] if each["name"] == "far"] == [("far", "")]
+
+
 def test_old_weights_are_converted_and_then_added(tmp_path: Path, home: Path) -> None:
     """As StoryGen was published: pickles first, a pack in the end."""
     from tests.stable_diffusion_checkpoints import write_checkpoint
