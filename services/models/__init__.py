@@ -25,7 +25,13 @@ vae.py           pixels ↔ latents
 text_encoder.py  descriptions → vectors
 tokenizer.py     one byte-level BPE for all networks of a pack
 
+README.md        which checkpoints, which commands, which numbers
+
 llava.py         the captioner's shape and files
+captioner.py     captioners that others published: kinds and sizes (captioner_published.py: how they become packs)
+remote.py        packs without weights: a model on somebody's server
+writers.py       those that vLLM does not serve, in plain transformers
+wording.py       how a captioner is asked, and how what it says is read
 prompts.py       what the captioner is asked, as token ids
 cast.py          the name lock: whom a description may name, and how its names are mended
 repetition.py    the repetition guard: captions that say again what was said

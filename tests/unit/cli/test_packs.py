@@ -38,6 +38,7 @@ ADDED = {
     "folder": "/home/packs/ours",
     "was_there": False,
     "draws_only": True,
+    "writes_only": False,
     "notes": ["left out: [red]x"],
 }
 
@@ -93,6 +94,14 @@ def test_adding_tells_the_module_all_and_people_what_came_of_it(played: Played) 
     as_json = played.run("add", "s3://models/ours", "--json")
     assert json.loads(as_json.stdout) == ADDED
     assert played.asked() == ["add", "--", "s3://models/ours"]
+
+
+def test_a_captioner_is_named_where_captioners_are(played: Played) -> None:
+    played.answers({"result": {**ADDED, "architecture": "llava", "draws_only": False, "writes_only": True}})
+    done = played.run("add", "hub:theirs/llava", "--fetch")
+    assert "FABULA_CAPTION_PACK=ours" in done.output
+    assert "FABULA_CAPTION_ALSO_FOR" in done.output
+    assert "FABULA_FRAME_PACKS" not in done.output
 
 
 @pytest.mark.parametrize(
