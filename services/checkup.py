@@ -34,27 +34,34 @@ class Finding:
 def check_settings() -> Iterator[Finding]:
     """Every section of the configuration, each by the service it belongs to."""
     from services.caption.config import CaptionSettings
+    from services.customization.config import CustomizationSettings
     from services.frame.config import FrameSettings
     from services.story.config import StorySettings
 
-    for section in (Installation, StorySettings, CaptionSettings, FrameSettings):
+    for section in (Installation, StorySettings, CaptionSettings, FrameSettings, CustomizationSettings):
         try:
             section.load()
         except ConfigInvalid as error:
             mend = "Correct or remove the named key in the environment or in config.toml."
             yield Finding(name="settings", ok=False, detail=str(error), mend=mend)
             return
+    if FrameSettings.load().characters_url != CustomizationSettings.load().characters_url:
+        names = "FABULA_FRAME_CHARACTERS_URL and FABULA_CUSTOMIZATION_CHARACTERS_URL"
+        mend = "Give both the same value, or neither: what is published is drawn from there."
+        yield Finding(name="settings", ok=False, detail=f"{names} differ", mend=mend)
+        return
     yield Finding(name="settings", ok=True, detail="every key is known and in range")
 
 
 def wanted_packs() -> list[str]:
     """The packs that the services are set to load, without repetition."""
     from services.caption.config import CaptionSettings
+    from services.customization.config import CustomizationSettings
     from services.frame.config import FrameSettings
     from services.story.config import StorySettings
 
     named = [StorySettings.load().default_pack, *FrameSettings.load().pack_names, CaptionSettings.load().pack]
-    return list(dict.fromkeys(named))
+    return list(dict.fromkeys([*named, CustomizationSettings.load().default_pack]))
 
 
 def check_packs() -> Iterator[Finding]:

@@ -84,6 +84,7 @@ def test_status_reads_processes_replicas_and_metrics(installation: LocalInstalla
     assert status["phase"] == "ready"
     assert {name: each["status"] for name, each in status["applications"].items()} == {
         "caption": "RUNNING",
+        "customization": "RUNNING",
         "frame": "RUNNING",
     }
     assert status["memory_bytes"] == sum(each["memory_bytes"] for each in status["processes"])
