@@ -17,11 +17,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from services.customization.backends import LOG_FILE, REPOSITORY, Ended, Run, last_lines
+from services.customization.backends import LOG_FILE, NO_ROOM, REPOSITORY, Ended, Run, last_lines
 from services.runtime.errors import FailedPrecondition, StorageFull
 from services.runtime.store import FULL
 
 LOCK_FILE = "driver.lock"
+# Says the process's id in the lock file and becomes the program: the id stays. A shell does it, because Python between
+# fork and exec runs what libraries registered for forks, and gRPC's crashes there now and then.
+_LAUNCH = ("/bin/sh", "-c", f'printf %s "$$" > "$1" || exit {NO_ROOM}; shift; exec nice -n "$@"', "sh")
 _LEAVE_S = 5.0  # that a process of the attempt before may take to be gone
 
 
@@ -62,20 +65,13 @@ class LocalBackend:
         self._folders[run.job_id] = run.folder
 
     def _spawn(self, run: Run) -> subprocess.Popen[bytes]:
-        niceness = self._niceness
         lock = os.open(run.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-            def prepare() -> None:
-                # Between fork and exec: the lock is the process's own from here on, and says whose it is.
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, str(os.getpid()).encode(), 0)
-                os.nice(niceness)
-
+            os.ftruncate(lock, 0)  # until the new one says its id, nobody is signalled in place of the old one
             with (run.folder / LOG_FILE).open("ab") as log:
                 return subprocess.Popen(
-                    (*self._program, *run.arguments),
+                    (*_LAUNCH, str(run.folder / LOCK_FILE), str(self._niceness), *self._program, *run.arguments),
                     env={**self._environment, **run.environment},
                     cwd=REPOSITORY,
                     stdin=subprocess.DEVNULL,
@@ -83,7 +79,6 @@ class LocalBackend:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     pass_fds=(lock,),
-                    preexec_fn=prepare,
                 )
         finally:
             os.close(lock)  # the child has it still
@@ -92,6 +87,7 @@ class LocalBackend:
         attempt, process = self._processes.get(run.job_id, (0, None))
         status = None if process is None or attempt != run.attempt else process.poll()
         if _holder(run.folder) is not None:
+            self._folders[run.job_id] = run.folder  # also of a process that a service before this one started
             return None
         if process is not None and attempt == run.attempt and status is None:
             status = await asyncio.to_thread(process.wait)  # it let go of the lock, so it is all but gone

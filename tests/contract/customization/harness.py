@@ -154,8 +154,8 @@ class Service(Client):
         return kill_driver(self.folder(job_id))
 
 
-def kill_driver(folder: Path) -> bool:
-    """SIGKILL to the process that trains in a folder; False when there is none."""
+def is_trained(folder: Path) -> bool:
+    """Whether a process trains in a folder."""
     try:
         with (folder / "driver.lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,12 +163,18 @@ def kill_driver(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     except BlockingIOError:
-        told = (folder / "driver.lock").read_text()
-        try:
-            os.kill(int(told), signal.SIGKILL)
-        except (ValueError, ProcessLookupError):
-            return False
         return True
+
+
+def kill_driver(folder: Path) -> bool:
+    """SIGKILL to the process that trains in a folder; False when there is none."""
+    if not is_trained(folder):
+        return False
+    try:
+        os.kill(int((folder / "driver.lock").read_text()), signal.SIGKILL)
+    except (ValueError, ProcessLookupError):
+        return False
+    return True
 
 
 @asynccontextmanager
@@ -210,8 +216,8 @@ class KillableService(Client):
             (sys.executable, str(SERVICE)), env=self._environment, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
         )
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith("port "), line
+        line = next((line for line in self.process.stdout if line.startswith("port ")), "")  # after its log
+        assert line, "it did not start"
         super().__init__(int(line.split()[1]))
 
     def restart(self) -> None:

@@ -30,6 +30,7 @@ from tests.contract.customization.harness import (
     State,
     eventually,
     example,
+    is_trained,
     kill_driver,
     refused,
     request,
@@ -352,7 +353,10 @@ async def test_cancelling_is_for_good_and_keeps_what_was_learned(tmp_path: Path)
         assert (await service.wish("Cancel", job.job_id)).state == State.STATE_CANCELLED
         assert (await service.refusal(service.wish("Resume", job.job_id)))[1] == "JOB_STATE_UNSUITABLE"
         assert (await service.refusal(service.wish("Pause", job.job_id)))[1] == "JOB_STATE_UNSUITABLE"
-        assert (await service.publish(job.job_id)).step == 12
+        kept = [one.step for one in await service.checkpoints(job.job_id)]
+        assert kept[:2] == [6, 12]
+        assert kept[-1] <= done.progress.step + 1
+        assert (await service.publish(job.job_id)).step == kept[-1]
         assert states(await service.durable(job.job_id))[-2:] == ["CANCELLING", "CANCELLED"]
 
 
@@ -403,21 +407,11 @@ async def test_a_service_that_ends_well_leaves_no_process_and_the_next_goes_on(
         job = await service.create()
         await service.until_step(job.job_id, 7)
         await service.process.stop()
-        await eventually(lambda: not kill_nothing(service.folder(job.job_id)))
+        await eventually(lambda: not is_trained(service.folder(job.job_id)))
     async with running(tmp_path, PRETEND_STEP_S=0.05) as service:
         done = await service.until(job.job_id, State.STATE_SUCCEEDED)
         assert done.attempt == 2
         assert await weights_of(service, job.job_id) == undisturbed
-
-
-def kill_nothing(folder: Path) -> bool:
-    """Whether a process trains in a folder; signal 0 does nothing to it."""
-    told = (folder / "driver.lock").read_text()
-    try:
-        os.kill(int(told), 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 # -- failing ---------------------------------------------------------------------------------------------------------
