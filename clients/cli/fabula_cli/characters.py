@@ -301,7 +301,9 @@ def undelete(
 @app.command()
 def publish(
     job_id: JobId,
-    step: Annotated[int, typer.Option(help="The checkpoint's step.", min=1, show_default="the suggested one")] = 0,
+    step: Annotated[
+        int | None, typer.Option(help="The checkpoint's step.", min=1, show_default="the suggested one")
+    ] = None,
     home: Home = None,
     port_base: PortBase = None,
     target: Target = None,
@@ -312,7 +314,7 @@ def publish(
     Example: fabula character publish 01a1f96a-…
     """
     with connected(home, port_base, target, as_json) as client:
-        version = client.characters.get(job_id).publish(step)
+        version = client.characters.get(job_id).publish(step or 0)
     if as_json:
         say_json(version)
         return
