@@ -28,6 +28,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +43,7 @@ from transformers import CLIPModel
 
 from services.models.drawing import Pixels, Seen
 from services.models.epicevo import EpicEvoWeights
+from services.models.errors import ModelError
 from services.models.eyes import as_input
 from services.models.lora import read_adapter_file
 from services.models.pack import Pack, load_pack
@@ -49,6 +51,7 @@ from services.models.registry import load_frame_model
 from services.models.tokenizer import StoryTokenizer
 from training.clip import TEXT_POSITIONS
 from training.customize import CustomizationRecipe, customize, toon_customization, write_artefact
+from training.customize_errors import CustomizationError, RunMismatch
 from training.evaluation.character import RECOGNISED, Dressed, drawn, dressed, right
 from training.evaluation.figures import Figure, difference, mean, share
 from training.evaluation.frames import MAX_REFERENCES, Task
@@ -264,7 +267,8 @@ def frechet(first_ND: Features, second_ND: Features) -> float:
     values, vectors = np.linalg.eigh(one)
     root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
     mixed = np.linalg.eigvalsh(root @ two @ root)
-    return float(apart @ apart + np.trace(one) + np.trace(two) - 2.0 * np.sqrt(mixed.clip(min=0.0)).sum())
+    distance = apart @ apart + np.trace(one) + np.trace(two) - 2.0 * np.sqrt(mixed.clip(min=0.0)).sum()
+    return max(0.0, float(distance))  # rounding alone makes it negative
 
 
 def measured(eye: Eye, pictures: Sequence[Pixels], scenes: Sequence[Scene], character: str) -> dict[str, Any]:
@@ -363,12 +367,12 @@ def settings_of(pack: Pack, budget: Budget) -> str:
 
 
 def finished(out: Path, settings: str) -> dict[str, dict[str, Any]]:
-    """Cells that are there, by name. Raises ValueError for one of other settings: another folder is needed."""
+    """Cells that are there, by name. Raises RunMismatch for one of other settings: another folder is needed."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted((out / "cells").glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["settings"] != settings:
-            raise ValueError(f"{path} is of another pack or budget: choose another --out")
+            raise RunMismatch(f"{path} is of another pack or budget: choose another --out")
         found[path.stem] = document
     return found
 
@@ -503,7 +507,6 @@ def main() -> None:
     if arguments.steps_per_character is not None:
         budget = replace(budget, steps_per_character=arguments.steps_per_character)
     out = arguments.out or Path("bench-results") / "characters" / arguments.budget
-    pack = load_pack(arguments.pack)
     start = time.monotonic()
 
     def is_enough() -> bool:
@@ -511,7 +514,12 @@ def main() -> None:
         return limit is not None and time.monotonic() - start >= 60.0 * limit
 
     todo = cells(arguments.casts, arguments.methods, arguments.wording, arguments.seeds or budget.seeds)
-    done = run(pack, todo, budget, out, lambda line: print(line, flush=True), is_enough)
+    try:
+        pack = load_pack(arguments.pack)
+        done = run(pack, todo, budget, out, lambda line: print(line, flush=True), is_enough)
+    except (CustomizationError, ModelError) as error:
+        print(json.dumps({"error": error.reason, "message": str(error)}, ensure_ascii=False), file=sys.stderr)
+        sys.exit(1)
     tables = markdown(done, arguments.wording, arguments.casts)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"tables-{arguments.wording}.md").write_text(tables, encoding="utf-8")

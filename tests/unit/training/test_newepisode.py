@@ -13,7 +13,7 @@ import pytest
 from services.models.epicevo import EpicEvoWeights
 from services.models.pack import Pack
 from services.models.tiny import build_tiny_pack
-from training.customize_errors import FramesSeen, RecipeInvalid
+from training.customize_errors import FramesSeen, RecipeInvalid, RunMismatch
 from training.evaluation import newepisode
 from training.evaluation.newepisode import (
     BUDGETS,
@@ -276,7 +276,7 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is_gone_on_with(
     (tmp_path / "cells" / "half.json.7.part").write_text("{", encoding="utf-8")  # of a run that was killed
     assert len(run(pack, todo, TINY, tmp_path, said.append)) == 3
     assert ran == [cell.name for cell in todo]
-    with pytest.raises(ValueError, match="another pack or budget"):
+    with pytest.raises(RunMismatch, match="another pack or budget"):
         run(pack, todo, replace(TINY, steps_per_character=2), tmp_path, said.append)
 
 
