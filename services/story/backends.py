@@ -198,10 +198,14 @@ class FrameBackend:
     ) -> DrawnFrame:
         """One picture. `references` are other pictures of the story with their descriptions, oldest first; the one
         numbered `given` is a user's own. `distances` are theirs in frames, where they are not those just before.
-        `edit` is the picture that it is made of, and how much of that is drawn anew.
+        `edit` is the picture that it is made of, and how much of that is drawn anew. Of the references the oldest are
+        left out that the pack has no room for.
 
         `on_passing` hears of queue, progress and previews. Cancelling the task cancels the job.
         """
+        dropped = max(0, len(references) - await self._room(pack)) if references else 0
+        references, distances = references[dropped:], distances[dropped:]
+        given = None if given is None or given < dropped else given - dropped
         request = frame_pb.RenderFrameRequest(
             pack=pack,
             description=description,
@@ -249,6 +253,12 @@ class FrameBackend:
     async def packs(self, *, timeout_s: float) -> tuple[str, ...]:
         """Names of the loaded packs, the default first."""
         return tuple(pack.name for pack in await self.loaded(timeout_s=timeout_s))
+
+    async def _room(self, pack: str) -> int:
+        """How many references it takes now. Not remembered: a few milliseconds are nothing beside a picture."""
+        found = await self.loaded(timeout_s=self._timeout_s)
+        rooms = {each.name: each.drawing.max_references for each in found if each.drawing}
+        return rooms.get(pack, 0)  # the service itself refuses a pack that it has not got
 
     async def loaded(self, *, timeout_s: float) -> tuple[LoadedPack, ...]:
         """The loaded packs and how they draw, the default first."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 
-MAX_REFERENCES = 3
+MAX_REFERENCES = 4  # what AR-LDM reads before its last frame; a pack that takes fewer is shown the newest of them
 SEED_LIMIT = 2**53  # exact in every JSON reader
 
 
@@ -72,7 +72,7 @@ class Describe:
 
 @dataclass(frozen=True, kw_only=True)
 class Render:
-    """Draw a frame from its description and up to three earlier frames, oldest first."""
+    """Draw a frame from its description and earlier frames, oldest first, as many as any pack takes."""
 
     frame_index: int
     seed: int

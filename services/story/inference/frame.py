@@ -32,9 +32,10 @@ from services.story.inference.refusals import naming
 from services.story.inference.tensors import ANY, BYTES, UINT8, Tensor, TensorSpec, add_output
 from services.story.inference.texts import checked_caption, checked_description, warnings_text
 from services.story.intake import check_image
-from services.story.plan import MAX_REFERENCES, SEED_LIMIT
+from services.story.plan import SEED_LIMIT
 from services.story.records import DEFAULT_QUALITY, QUALITIES
 
+MOST_REFERENCES = 3
 IMAGE, PIXELS = "IMAGE", "PIXELS"
 INPUTS = (
     TensorSpec(name="PROMPT", datatype=BYTES, shape=(1,)),
@@ -43,10 +44,10 @@ INPUTS = (
         datatype=BYTES,
         shape=(ANY,),
         optional=True,
-        most=MAX_REFERENCES,
+        most=MOST_REFERENCES,
         others={UINT8: (ANY, ANY, ANY, 3)},
     ),
-    TensorSpec(name="REFERENCE_DESCRIPTIONS", datatype=BYTES, shape=(ANY,), optional=True, most=MAX_REFERENCES),
+    TensorSpec(name="REFERENCE_DESCRIPTIONS", datatype=BYTES, shape=(ANY,), optional=True, most=MOST_REFERENCES),
 )
 OUTPUTS = (
     TensorSpec(name=IMAGE, datatype=BYTES, shape=(1,)),

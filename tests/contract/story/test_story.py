@@ -77,6 +77,19 @@ def test_services_are_asked_with_the_right_history(story: StoryProcess, script: 
     assert story.http.get(f"/v1/stories/{made.story_id}").json()["settings"]["quality"] == "draft"
 
 
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_a_pack_is_shown_no_more_than_it_takes(story: StoryProcess, script: Script, room: int) -> None:
+    script.max_references = room
+    made = finish(story, frame_count=3)
+    assert made.state == State.STATE_SUCCEEDED
+    images = [story.image(made.story_id, frame.image_sha256) for frame in made.frames]
+    renders = [request for method, request, _ in script.calls if method == "RenderFrame"]
+    for k, drawn in enumerate(renders, start=1):
+        first = max(0, k - room)
+        assert [images.index(reference.image) for reference in drawn.references] == list(range(first, k))
+        assert [reference.given for reference in drawn.references] == [number == 0 for number in range(first, k)]
+
+
 def test_ids_trace_and_deadline_reach_the_services(story: StoryProcess, script: Script) -> None:
     trace_id = "0af7651916cd43dd8448eb211c80319c"
     request = story_service_pb2.CreateStoryRequest(image=plain(), caption="x", frame_count=1, seed=1)
