@@ -15,6 +15,7 @@ from services.customization.checks import Looks
 from services.customization.config import CustomizationSettings
 from services.customization.database import async_url, database_url, is_current, upgrade
 from services.customization.events import Broadcaster
+from services.customization.intake import taught_pack
 from services.customization.kuberay import InClusterApi, KubeRayBackend, KubeRaySettings
 from services.customization.local import LocalBackend
 from services.customization.ray_jobs import RayJobsBackend, job_client
@@ -76,6 +77,7 @@ class CustomizationProcess:
         self.backend = BACKENDS[settings.backend](settings, installation)
         self._starting = asyncio.Lock()
         self._running: asyncio.Task[None] | None = None
+        self._warming: asyncio.Task[None] | None = None
         self.api: CustomizationApi
 
     async def start(self) -> None:
@@ -120,6 +122,8 @@ class CustomizationProcess:
             pack_folders=installation.pack_folders,
         )
         self._running = asyncio.create_task(self._runner.run(), name="runner")
+        if settings.eyes:  # importing torch takes seconds, which no caller shall wait for
+            self._warming = asyncio.create_task(asyncio.to_thread(_warm, settings.default_pack, installation))
         log.info("customization_ready", backend=settings.backend, folder=str(folder))
 
     @property
@@ -149,6 +153,14 @@ def _eyes(pack_folder: Path) -> Looks | None:
 
     eyes: Looks | None = load_eyes(pack_folder)
     return eyes
+
+
+def _warm(pack: str, installation: Installation) -> None:
+    """Loads the eyes of the pack that most requests are about. A pack that cannot be read is told of when one comes."""
+    try:
+        _eyes(taught_pack(pack, installation.pack_folders).folder)
+    except Exception as error:
+        log.warning("eyes_not_loaded", pack=pack, exc_info=error)
 
 
 def _no_eyes(_pack_folder: Path) -> Looks | None:
