@@ -323,7 +323,7 @@ def write_qwen(folder: Path, seed: int = 0) -> Any:
         vision_config={
             "depth": 2,
             "embed_dim": 32,
-            "hidden_size": 32,
+            "hidden_size": 64,
             "num_heads": 2,
             "mlp_ratio": 2,
             "patch_size": 14,
