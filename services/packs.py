@@ -48,7 +48,7 @@ def add(given: argparse.Namespace, say: Say) -> Answer:
     from services.models.published import Told, plan_published
     from services.models.registry import ARCHITECTURES
     from services.models.remote import ARCHITECTURES as REMOTE
-    from services.models.remote import EndpointSource, plan_remote
+    from services.models.remote import REMOTE_CAPTIONER, EndpointSource, plan_remote
     from services.models.source import Source
     from services.sources import open_source
 
@@ -83,7 +83,7 @@ def add(given: argparse.Namespace, say: Say) -> Answer:
             plan = plan_published(source, files, told, ARCHITECTURES)
     added = _library().add(plan, source, _throttled(say))
     pack = added.pack
-    writes_only = pack.manifest.architecture in (*captioner.ARCHITECTURES, *REMOTE)
+    writes_only = pack.manifest.architecture in (*captioner.ARCHITECTURES, REMOTE_CAPTIONER)
     return {
         "name": pack.name,
         "architecture": pack.manifest.architecture,

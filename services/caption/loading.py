@@ -26,6 +26,7 @@ from services.caption.remote import RemoteEngine, RemoteModel
 from services.models import captioner
 from services.models.errors import PackUnsupported
 from services.models.pack import CaptionerManifest, RemoteManifest, find_pack, load_any_pack
+from services.models.remote import REMOTE_CAPTIONER
 from services.models.writers import WRITERS
 from services.runtime.config import Installation
 
@@ -36,6 +37,8 @@ def build_engine(
     """The engine the settings describe, not started yet. Raises ModelError when the pack cannot be used."""
     pack = load_any_pack(find_pack(settings.pack, installation.pack_folders))
     if isinstance(pack.manifest, RemoteManifest):
+        if pack.manifest.architecture != REMOTE_CAPTIONER:
+            raise PackUnsupported(f"pack {pack.name!r} is a {pack.manifest.architecture}: it does not write")
         told = RemoteModel(
             pack_name=pack.name,
             pack_digest=pack.digest,

@@ -16,11 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
-import grpc.aio
-import numpy as np
-import structlog
-
 from services.caption.engine import (
     CAPTIONS_MAX,
     DESCRIPTIVE,
@@ -34,28 +29,15 @@ from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob, Written
 from services.models.pack import Endpoint
 from services.models.world import World
-from services.runtime.call import current_call
 from services.runtime.errors import (
     CaptionEmpty,
     CaptionNotWritten,
     CaptionTooLong,
-    DeadlineExceeded,
     FabulaError,
-    FailedPrecondition,
-    FieldViolation,
-    Internal,
-    InvalidArgument,
-    ModelUnknown,
     PackUnknown,
-    PermissionDenied,
     QueueFull,
-    ShuttingDown,
-    Unauthenticated,
-    Unavailable,
 )
-from services.runtime.wire import error_from_status
-
-log = structlog.get_logger("fabula.caption")
+from services.runtime.inference import InferenceChannel, bytes_tensor, one_of_bytes
 
 IMAGE, CAPTIONS, EARLIER_DESCRIPTIONS, TEXT = "IMAGE", "CAPTIONS", "EARLIER_DESCRIPTIONS", "TEXT"
 SEEDS = 2**53  # our own servers take seeds below it
@@ -93,39 +75,25 @@ class RemoteEngine:
         self._max_requests = max_requests
         self._observer = observer
         self._clock = clock
-        self._client: Any = None
+        self._server = InferenceChannel(endpoint.address, endpoint.model, tls=endpoint.tls)
         self._running = 0
-        self._stopping = False
 
     async def start(self, *, warm_up: bool = True) -> None:
         """Connects, and checks that the model is there and has the right tensors. Raises RuntimeError when it is not.
 
         `warm_up` makes no difference: a server that calls its model ready has warmed it.
         """
-        from tritonclient.grpc.aio import InferenceServerClient
-
-        endpoint = self._endpoint
-        self._client = InferenceServerClient(endpoint.address, ssl=endpoint.tls)
-        limit_s = min(START_WITHIN_S, endpoint.timeout_s)
+        limit_s = min(START_WITHIN_S, self._endpoint.timeout_s)
         try:
-            is_ready = await self._client.is_model_ready(endpoint.model, client_timeout=limit_s)
-            metadata = await self._client.get_model_metadata(endpoint.model, client_timeout=limit_s)
-        except Exception as error:  # noqa: BLE001 - what the client raises must not leave this file
-            await self._client.close()
-            raise RuntimeError(f"{endpoint.address} does not answer for {endpoint.model}: {_line(error)}") from None
-        inputs, outputs = ({each.name for each in tensors} for tensors in (metadata.inputs, metadata.outputs))
-        fault = "" if is_ready else "is not ready"
-        if missing := sorted({IMAGE, CAPTIONS} - inputs) + sorted({TEXT} - outputs):
-            fault = f"has no {', '.join(missing)}: it is no caption model"
-        if fault:
-            await self._client.close()
-            raise RuntimeError(f"{endpoint.model} on {endpoint.address} {fault}")
+            await self._server.check(inputs={IMAGE, CAPTIONS}, outputs={TEXT}, limit_s=limit_s)
+        except FabulaError as error:
+            await self._server.close()
+            where = f"{self._endpoint.model} on {self._endpoint.address}"
+            raise RuntimeError(f"{where} cannot write captions: {error.reason}: {error.message}") from None
 
     async def stop(self) -> None:
         """Closes the connection; calls in flight end with ShuttingDown."""
-        self._stopping = True
-        if self._client is not None:
-            await self._client.close()
+        await self._server.close()
 
     def check_health(self) -> None:
         """Never raises: starting this process again would not mend somebody else's server."""
@@ -178,7 +146,8 @@ class RemoteEngine:
             response = await self._ask(image, adapter, captions, names, descriptions, sampling)
             told = response.get_response().parameters
             tokens = told["completion_tokens"].int64_param if "completion_tokens" in told else 0
-            text = readable(_text(response))
+            answer = one_of_bytes(response, TEXT)
+            text = readable((answer or b"").decode(errors="replace"))
             if not text:
                 raise CaptionNotWritten(f"{self._endpoint.model} wrote nothing")
             outcome = "written"
@@ -209,15 +178,10 @@ class RemoteEngine:
         descriptions: Sequence[str],
         sampling: Sampling,
     ) -> Any:
-        """The server's answer, within the deadline. Cancelling it cancels the server's work."""
-        from tritonclient.grpc import InferRequestedOutput
-        from tritonclient.utils import InferenceServerException
-
-        if self._stopping:
-            raise ShuttingDown
-        inputs = [_tensor(IMAGE, [image]), _tensor(CAPTIONS, [text.encode() for text in captions])]
+        """The server's answer, within the deadline."""
+        tensors = [bytes_tensor(IMAGE, [image]), bytes_tensor(CAPTIONS, [text.encode() for text in captions])]
         if descriptions:
-            inputs.append(_tensor(EARLIER_DESCRIPTIONS, [text.encode() for text in descriptions]))
+            tensors.append(bytes_tensor(EARLIER_DESCRIPTIONS, [text.encode() for text in descriptions]))
         parameters: dict[str, Any] = {
             "adapter": adapter,
             "temperature": float(sampling.temperature),
@@ -226,53 +190,12 @@ class RemoteEngine:
         }
         if sampling.max_tokens:
             parameters["max_tokens"] = sampling.max_tokens
-        limit_s = self._limit_s()
-        try:
-            return await self._client.infer(
-                self._endpoint.model,
-                inputs,
-                outputs=[InferRequestedOutput(TEXT)],
-                parameters=parameters,
-                timeout=int(limit_s * 1e6),
-                client_timeout=limit_s,
-            )
-        except InferenceServerException as error:
-            raise self._failure(error, names) from None
-        except (grpc.aio.UsageError, asyncio.InvalidStateError):
-            raise ShuttingDown from None  # the connection was closed under the call
-        except asyncio.CancelledError:
-            if self._stopping and not _is_cancelled():
-                raise ShuttingDown from None  # grpc cancels calls whose connection is closed
-            raise
 
-    def _limit_s(self) -> float:
-        call = current_call()
-        remaining_s = call.remaining_s() if call is not None else None
-        limit_s = self._endpoint.timeout_s if remaining_s is None else min(self._endpoint.timeout_s, remaining_s)
-        if limit_s <= 0:
-            raise DeadlineExceeded(f"the deadline had passed before {self._endpoint.model} was asked")
-        return limit_s
+        def rename(name: str) -> str:
+            return _own_name(name, names)
 
-    def _failure(self, error: Exception, names: Sequence[str]) -> FabulaError:
-        """The server's refusal as ours. The client tells a line; the status behind it, where there is one, the rest."""
-        cause = error.__context__
-        if not isinstance(cause, grpc.RpcError) or not hasattr(cause, "trailing_metadata"):
-            log.warning("remote_answer_unreadable", model=self._endpoint.model, message=_line(error))
-            return Internal(f"{self._endpoint.model} gave an answer that cannot be read")
-        failed: Any = cause
-        found = error_from_status(failed.code(), failed.details() or "", failed.trailing_metadata() or ())
-        if isinstance(found, Unauthenticated | PermissionDenied):
-            return FailedPrecondition(f"{self._endpoint.address} does not let this service in: {found.message}")
-        if isinstance(found, ModelUnknown):
-            return Unavailable(f"{self._endpoint.model} is not loaded on {self._endpoint.address} now")
-        if isinstance(found, InvalidArgument):
-            found.field_violations = tuple(
-                FieldViolation(_own_name(each.field, names), each.description) for each in found.field_violations
-            )
-            if "field" in found.metadata:
-                found.metadata["field"] = _own_name(found.metadata["field"], names)
-        found.metadata.setdefault("endpoint", self._endpoint.model)
-        return found
+        limit_s = self._endpoint.timeout_s
+        return await self._server.infer(tensors, [TEXT], parameters, limit_s=limit_s, rename=rename)
 
     def _check_pack(self, name: str) -> None:
         if name not in ("", self.model.pack_name, *self.model.also_called):
@@ -291,23 +214,6 @@ def _check_texts(name: str, texts: Sequence[str]) -> None:
         check_caption(text, f"{name}[{number}]")
 
 
-def _tensor(name: str, values: Sequence[bytes]) -> Any:
-    from tritonclient.grpc import InferInput
-
-    tensor = InferInput(name, [len(values)], "BYTES")
-    tensor.set_data_from_numpy(np.array(values, dtype=np.object_))
-    return tensor
-
-
-def _text(response: Any) -> str:
-    """Raises CaptionNotWritten when the answer holds none."""
-    values = response.as_numpy(TEXT)
-    if values is None or values.size != 1:
-        raise CaptionNotWritten(f"the server's answer holds no {TEXT}")
-    value = values.reshape(-1)[0]
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
 def _own_name(name: str, names: Sequence[str]) -> str:
     """Our field of a server's tensor or parameter."""
     if found := _PLACE.fullmatch(name):
@@ -316,13 +222,3 @@ def _own_name(name: str, names: Sequence[str]) -> str:
     if name in ("temperature", "top_p", "seed", "max_tokens"):
         return f"sampling.{name}"
     return {IMAGE: "image", CAPTIONS: "captions"}.get(name, name.replace(EARLIER_DESCRIPTIONS, "earlier_descriptions"))
-
-
-def _is_cancelled() -> bool:
-    """Whether whoever waits for this gave up, rather than the connection."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]

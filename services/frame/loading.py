@@ -11,10 +11,13 @@ import torch
 
 from services.frame.config import FrameSettings
 from services.frame.engine import EngineSettings, Fetch, FrameEngine, Observer
+from services.frame.remote import RemoteFrames
+from services.models.errors import PackUnsupported
 from services.models.footprint import check_room, footprint
-from services.models.pack import find_pack, load_pack, read_manifest
+from services.models.pack import RemoteManifest, find_pack, load_any_pack, load_pack, read_any_manifest, read_manifest
 from services.models.references import ReferencePolicy
 from services.models.registry import load_frame_model
+from services.models.remote import REMOTE_FRAMES
 from services.models.world import World
 from services.runtime.config import Installation
 from services.runtime.errors import CharacterWeightsUnknown, ObjectNotFound
@@ -41,6 +44,9 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
     }[settings.dtype]
     torch.set_num_threads(settings.thread_count)
     folders = [find_pack(name, installation.pack_folders) for name in settings.pack_names]
+    folders = [folder for folder in folders if not isinstance(read_any_manifest(folder), RemoteManifest)]
+    if not folders:
+        raise PackUnsupported("FABULA_FRAME_PACKS names packs on servers only; one of them must be drawn here")
     if settings.check_memory:
         wanted = [footprint(folder, read_manifest(folder), unet_bytes=dtype.itemsize) for folder in folders]
         if device == "cuda":
@@ -79,6 +85,19 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
         engine.warm_up()
     log.info("frame_ready", packs=[pack.name for pack in packs], device=device, dtype=str(dtype))
     return engine
+
+
+def load_remotes(settings: FrameSettings, installation: Installation) -> dict[str, RemoteFrames]:
+    """The packs that the settings name and servers draw with. Nobody is asked anything yet. Raises ModelError."""
+    found = {}
+    for name in settings.pack_names:
+        manifest = load_any_pack(find_pack(name, installation.pack_folders)).manifest
+        if not isinstance(manifest, RemoteManifest):
+            continue
+        if manifest.architecture != REMOTE_FRAMES:
+            raise PackUnsupported(f"pack {name!r} is a {manifest.architecture}: it does not draw")
+        found[name] = RemoteFrames(name, manifest.digest, manifest.architecture, manifest.endpoint)
+    return found
 
 
 def free_memory_bytes(groups: Path = CGROUP) -> int:

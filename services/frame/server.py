@@ -10,7 +10,7 @@ from fabula.frame.v1 import frame_service_pb2_grpc as pb_grpc
 from prometheus_client import start_http_server
 
 from services.frame.config import FrameSettings
-from services.frame.loading import load_engine
+from services.frame.loading import load_engine, load_remotes
 from services.frame.metrics import MeteredObserver, PrometheusMeters
 from services.frame.service import FrameServicer
 from services.runtime import standalone
@@ -32,8 +32,10 @@ async def run(host: str, port: int, metrics_port: int) -> None:
     installation = Installation.load()
     configure_logging("frame", installation.log_level)
     observer = MeteredObserver(PrometheusMeters())
-    engine = await asyncio.to_thread(load_engine, FrameSettings.load(), installation, observer)
-    server, bound = await start_server(FrameServicer(engine, installation.read_token()), f"{host}:{port}")
+    settings = FrameSettings.load()
+    engine = await asyncio.to_thread(load_engine, settings, installation, observer)
+    servicer = FrameServicer(engine, installation.read_token(), load_remotes(settings, installation))
+    server, bound = await start_server(servicer, f"{host}:{port}")
     if metrics_port:
         start_http_server(metrics_port, addr=host)
     print(f"frame service on {host}:{bound}", flush=True)

@@ -9,7 +9,8 @@ application, and that one should cost neither eight seconds of start nor half a 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -34,28 +35,43 @@ from services.runtime.telemetry import configure_logging
 
 if TYPE_CHECKING:
     from services.frame.engine import FrameEngine
+    from services.frame.remote import RemoteFrames
 
 log = structlog.get_logger("fabula.frame")
 
 
 class FrameServicer(pb_grpc.FrameServiceServicer):  # type: ignore[misc]
-    """FrameService over an engine. `token` is the installation's; None switches the check off."""
+    """FrameService over an engine. `token` is the installation's; None switches the check off.
 
-    def __init__(self, engine: FrameEngine, token: str | None) -> None:
+    `remotes` are packs, by name, that a server draws with: see `remote.py`.
+    """
+
+    def __init__(
+        self, engine: FrameEngine, token: str | None, remotes: Mapping[str, RemoteFrames] | None = None
+    ) -> None:
         self.engine = engine
         self.token = token
+        self.remotes = dict(remotes or {})
 
     @stream_method(pb.RenderFrameResponse)
     async def RenderFrame(self, request: pb.RenderFrameRequest, context: Any) -> AsyncIterator[pb.RenderFrameResponse]:
         """Draws one frame; the last message is the picture."""
+        if (remote := self.remotes.get(request.pack)) is not None:
+            async with aclosing(remote.render(request)) as messages:  # type: ignore[type-var]
+                async for message in messages:
+                    yield message
+            return
         async with aclosing(self.engine.render(job_from_pb(request))) as events:
             async for event in events:
                 yield event_to_pb(event)
 
     @unary_method(pb.ListPacksResponse)
     async def ListPacks(self, request: pb.ListPacksRequest, context: Any) -> pb.ListPacksResponse:
-        """The loaded packs, the default first."""
-        return packs_to_pb(self.engine)
+        """The loaded packs, the default first; then those on servers that answer."""
+        response = packs_to_pb(self.engine)
+        told = await asyncio.gather(*(remote.pack() for remote in self.remotes.values()))
+        response.packs.extend(pack for pack in told if pack is not None)
+        return response
 
     @unary_method(pb.UnloadCharacterResponse)
     async def UnloadCharacter(self, request: pb.UnloadCharacterRequest, context: Any) -> pb.UnloadCharacterResponse:
@@ -205,14 +221,15 @@ class FrameDeployment(FrameServicer):
         installation = Installation.load()
         configure_logging("frame", installation.log_level)
         try:
-            from services.frame.loading import load_engine
+            from services.frame.loading import load_engine, load_remotes
 
-            engine = load_engine(FrameSettings.load(**settings), installation, observer=MeteredObserver(ServeMeters()))
+            chosen = FrameSettings.load(**settings)
+            engine = load_engine(chosen, installation, observer=MeteredObserver(ServeMeters()))
         # Ray would pickle the exception and every process that reads it would import torch to do so.
         except Exception as error:
             log.exception("frame_cannot_start")
             raise RuntimeError(f"the frame service cannot start: {type(error).__name__}: {error}") from None
-        super().__init__(engine, installation.read_token())
+        super().__init__(engine, installation.read_token(), load_remotes(chosen, installation))
 
     async def check_health(self) -> None:
         """Called by Ray Serve every few seconds."""

@@ -371,7 +371,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest alone; no file is checked. Raises PackManifestInvalid, for a captioner's too."""
     manifest = read_any_manifest(folder)
     if not isinstance(manifest, Manifest):
-        raise PackManifestInvalid(f"pack {manifest.name!r} is a {manifest.architecture}: it writes and cannot draw")
+        cannot = "has no weights here" if isinstance(manifest, RemoteManifest) else "writes and cannot draw"
+        raise PackManifestInvalid(f"pack {manifest.name!r} is a {manifest.architecture}: it {cannot}")
     return manifest
 
 

@@ -20,7 +20,9 @@ from services.models.published import Told, pack_name
 from services.models.source import SourceFile
 
 REMOTE_CAPTIONER = "remote-captioner"
-ARCHITECTURES = (REMOTE_CAPTIONER,)
+REMOTE_FRAMES = "remote-frames"
+ARCHITECTURES = (REMOTE_CAPTIONER, REMOTE_FRAMES)
+_DRAWING = "frame/"  # what our own servers' models that draw are called
 _PLACE = re.compile(r"triton(?P<tls>s?)://(?P<address>[^/]+)/(?P<model>.+)")
 
 
@@ -53,17 +55,24 @@ class EndpointSource:
 
 
 def plan_remote(source: EndpointSource, told: Told) -> PackPlan:
-    """How to add a model on a server. Raises PackSourceInvalid."""
+    """How to add a model on a server: one whose name begins with `frame/` draws, or whose told family says so.
+
+    Raises PackSourceInvalid.
+    """
     if not told.licence:
         raise PackSourceInvalid(
             f"say under which terms {source.name} may be used, for example --licence LicenseRef-name"
         )
-    if told.family or told.reference_range or (told.steps, told.text_guidance, told.image_guidance) != (None,) * 3:
-        raise PackSourceInvalid(f"{source.name} writes captions: steps, guidance, family and ranges are for drawing")
+    if told.reference_range or (told.steps, told.text_guidance, told.image_guidance) != (None,) * 3:
+        raise PackSourceInvalid(f"{source.name} is set up where it is: steps, guidance and ranges are not told here")
+    guessed = REMOTE_FRAMES if source.endpoint.model.startswith(_DRAWING) else REMOTE_CAPTIONER
+    architecture = told.family or guessed
+    if architecture not in ARCHITECTURES:
+        raise PackSourceInvalid(f"no family {architecture!r} of models on servers; known: {', '.join(ARCHITECTURES)}")
     try:
         settings = RemoteSettings(
             name=told.name or pack_name(source.endpoint.model),
-            architecture=REMOTE_CAPTIONER,
+            architecture=architecture,
             base=told.base or source.endpoint.model,
             licence=told.licence,
             made_by=told.made_by,

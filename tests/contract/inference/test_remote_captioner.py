@@ -267,7 +267,7 @@ async def start(target: str, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("named", "said"), [("caption/nowhere", "MODEL_UNKNOWN|not ready"), ("frame/tiny", "it is no caption model")]
+    ("named", "said"), [("caption/nowhere", "not loaded|not ready"), ("frame/tiny", "has no CAPTIONS, IMAGE, TEXT")]
 )
 async def test_a_model_that_cannot_write_is_found_out_at_the_start(remote_edge: Edge, named: str, said: str) -> None:
     with pytest.raises(RuntimeError, match=said):
@@ -275,7 +275,7 @@ async def test_a_model_that_cannot_write_is_found_out_at_the_start(remote_edge: 
 
 
 async def test_an_address_where_nobody_answers_is_found_out_at_the_start() -> None:
-    with pytest.raises(RuntimeError, match="does not answer for caption/tiny"):
+    with pytest.raises(RuntimeError, match="caption/tiny on 127.0.0.1:9 cannot write captions: UNAVAILABLE"):
         await start("127.0.0.1:9", "caption/tiny")
 
 
@@ -284,7 +284,7 @@ def test_a_pack_of_a_server_has_no_files_and_says_where_it_is(tmp_path: Path) ->
     manifest: Any = load_any_pack(tmp_path / "far").manifest
     assert (manifest.architecture, manifest.base, manifest.files) == ("remote-captioner", "llava-1.5-13b-hf", {})
     assert manifest.endpoint == Endpoint(address="captions.example:8001", model="caption/tiny")
-    with pytest.raises(PackManifestInvalid, match="it writes and cannot draw"):
+    with pytest.raises(PackManifestInvalid, match="it has no weights here"):
         read_manifest(tmp_path / "far")
     assert EndpointSource("tritons://h:1/m").endpoint.tls
 
@@ -316,7 +316,7 @@ async def test_an_answer_without_a_text_is_none(monkeypatch: pytest.MonkeyPatch,
             values = None if answer is None else np.array(answer, dtype=np.object_)
             return SimpleNamespace(as_numpy=lambda name: values, get_response=lambda: SimpleNamespace(parameters={}))
 
-        monkeypatch.setattr(engine._client, "infer", infer)
+        monkeypatch.setattr(engine._server._client, "infer", infer)
         with pytest.raises(CaptionNotWritten):
             await engine.write_caption(job)
     await engine.stop()
