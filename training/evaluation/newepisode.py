@@ -112,7 +112,7 @@ BUDGETS: dict[str, Budget] = {
 TABLE_2 = (PRETRAINED, "textual-inversion", "custom-diffusion", "dreambooth", "lora", "epicevo")
 TABLE_3 = (PRETRAINED, "epicevo-mse", "epicevo-mse-distil", "epicevo")
 BEYOND = ("epicevo-lora",)
-"""Not the paper's: EpicEvo whose artefact is a LoRA, which is what the product teaches by default."""
+"""Not the paper's: the product's default, EpicEvo's losses for a LoRA and a name that starts as its phrase."""
 METHODS = tuple(dict.fromkeys((*TABLE_2, *TABLE_3, *BEYOND)))
 
 PAPER: dict[str, dict[str, tuple[float, float, float]]] = {
@@ -157,15 +157,17 @@ def cells(casts: Sequence[str], methods: Sequence[str], wording: str, seeds: int
 
 
 def recipe_of(cast: ToonCast, method: str, steps: int, seed: int) -> CustomizationRecipe:
-    """How a method is run. The variants of EpicEvo differ in their losses' weights, or in what trains, alone.
+    """How a method is run: as the product does, and EpicEvo but for `BEYOND` as published, with the cast's λ's.
 
-    Raises RecipeInvalid for a method that is none.
+    The variants of the ablation differ in their losses' weights alone. Raises RecipeInvalid for a method that is none.
     """
     name, _, variant = method.partition("epicevo")
     if name:
         recipe = toon_customization(method)
+    elif variant == "-lora":
+        recipe = toon_customization("epicevo")
     else:
-        recipe = toon_customization("epicevo", learns="lora" if variant == "-lora" else "unet")
+        recipe = toon_customization("epicevo", learns="unet")
         assert isinstance(recipe.method, EpicEvoRecipe)
         weights = EpicEvoWeights(
             adversarial=0.0 if variant in ("-mse", "-mse-distil") else cast.adversarial,

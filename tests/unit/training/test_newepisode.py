@@ -13,6 +13,7 @@ import pytest
 from services.models.epicevo import EpicEvoWeights
 from services.models.pack import Pack
 from services.models.tiny import build_tiny_pack
+from training.customize import toon_customization
 from training.customize_errors import FramesSeen, RecipeInvalid, RunMismatch
 from training.evaluation import newepisode
 from training.evaluation.newepisode import (
@@ -164,14 +165,17 @@ def test_every_method_of_the_papers_tables_has_a_recipe() -> None:
         ("epicevo-mse", (0.0, 0.0)),
         ("epicevo-mse-distil", (0.0, 0.5)),
         ("epicevo", (0.75, 0.5)),
-        ("epicevo-lora", (0.75, 0.5)),
     ],
 )
 def test_the_ablation_leaves_out_one_loss_after_the_other(method: str, weights: tuple[float, float]) -> None:
     recipe = recipe_of(MEADOW, method, 7, 0).method
     assert isinstance(recipe, EpicEvoRecipe)
     assert recipe.weights == EpicEvoWeights(adversarial=weights[0], distillation=weights[1])
-    assert recipe.learns == ("lora" if method == "epicevo-lora" else "unet")
+    assert recipe.learns == "unet"
+
+
+def test_beside_the_papers_rows_stands_what_the_product_teaches_by_default() -> None:
+    assert recipe_of(MEADOW, "epicevo-lora", 7, 0).method == toon_customization("epicevo").method
 
 
 def test_cells_come_seed_by_seed() -> None:
