@@ -275,7 +275,7 @@ async def test_a_model_that_cannot_write_is_found_out_at_the_start(remote_edge: 
 
 
 async def test_an_address_where_nobody_answers_is_found_out_at_the_start() -> None:
-    with pytest.raises(RuntimeError, match="caption/tiny on 127.0.0.1:9 cannot write captions: UNAVAILABLE"):
+    with pytest.raises(RuntimeError, match=r"caption/tiny on 127.0.0.1:9 cannot write captions: UNAVAILABLE"):
         await start("127.0.0.1:9", "caption/tiny")
 
 

@@ -85,11 +85,13 @@ async def service(remote_edge: Edge, model: FrameModel, tmp_path: Path) -> Async
     installation = Installation.load(home=tmp_path / "home", packs=str(tmp_path / "packs"))
     remotes = load_remotes(FrameSettings.load(packs="far"), installation)
     own = FrameEngine({"own": model}, "own", EngineSettings())
+    own.start()
     server, port = await start_server(FrameServicer(own, TOKEN, remotes), "127.0.0.1:0")
     channel = ServiceChannel(f"127.0.0.1:{port}", application="frame", token=TOKEN)
     yield Service(channel)
     await channel.close()
     await server.stop(None)
+    await asyncio.to_thread(own.stop)
     for remote in remotes.values():
         await remote.close()
 
