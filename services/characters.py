@@ -61,7 +61,8 @@ def import_(given: argparse.Namespace) -> Answer:
     if adapter.unet is not None:
         payload = Path(given.source).read_bytes()  # a whole UNet has one layout
     else:
-        payload = write_adapter(adapter, "peft", base_digest=base_digest)
+        # Whole in itself: of PEFT's layout strengths may lie beside the file. Only kohya's has a place for words.
+        payload = write_adapter(adapter, "kohya" if adapter.words else "peft", base_digest=base_digest)
     store = ObjectStore.open(FrameSettings.load().characters_url, installation.home / "characters")
     sha256 = asyncio.run(store.put(payload))
     return {

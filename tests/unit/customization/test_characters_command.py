@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from services import characters
+from services.models.errors import ModelError
 from services.models.lora import Adapter, LowRank, adapted_layers, read_adapter, write_adapter
 from services.models.registry import FrameModel, load_frame_model
 from services.models.tiny import build_tiny_pack
@@ -112,13 +113,27 @@ def test_what_is_exported_twice_is_the_same_file(weights: Path, tmp_path: Path) 
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_and_leaves_nothing(
-    words: tuple[str, ...], reason: str, learned: Adapter, home: Path, tmp_path: Path
+    words: tuple[str, ...],
+    reason: str,
+    learned: Adapter,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b'{"format": "none"}')
     (tmp_path / "foreign.safetensors").write_bytes(write_adapter(learned, "peft", base_digest="0" * 64))
+    monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir()), sorted(home.rglob("*"))
+    with pytest.raises((ModelError, characters.FileUnfit)) as raised:
+        done(*words)
+    assert raised.value.reason == reason
+    assert (sorted(tmp_path.iterdir()), sorted(home.rglob("*"))) == before
+
+
+def test_the_answer_is_one_line_of_json_whatever_it_is(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b'{"format": "none"}')
     ended = subprocess.run(
-        [sys.executable, "-m", "services.characters", *words],
+        [sys.executable, "-m", "services.characters", "import", "--pack=tiny", "broken.safetensors"],
         cwd=tmp_path,
         env={"PATH": "", "FABULA_HOME": str(home), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -126,8 +141,7 @@ def test_what_does_not_fit_is_refused_by_name_and_leaves_nothing(
         check=True,
     )
     (line,) = ended.stdout.splitlines()
-    assert json.loads(line)["error"]["reason"] == reason, ended.stdout
-    assert (sorted(tmp_path.iterdir()), sorted(home.rglob("*"))) == before
+    assert json.loads(line)["error"]["reason"] == "ADAPTER_DAMAGED"
 
 
 def test_learned_words_and_a_whole_unet_are_imported_too(
@@ -135,7 +149,7 @@ def test_learned_words_and_a_whole_unet_are_imported_too(
 ) -> None:
     told = replace(learned, factors={}, words={"Otto": torch.randn(2, model.text.width)})
     file = tmp_path / "words.safetensors"
-    file.write_bytes(write_adapter(told, "peft", base_digest=model.base_digest))
+    file.write_bytes(write_adapter(told, "kohya", base_digest=model.base_digest))
     assert done("import", "--pack=tiny", str(file))["words"] == ["Otto"]
     from safetensors.torch import save_file
 
