@@ -354,7 +354,7 @@ async def test_cancelling_the_call_stops_the_job_within_two_steps(service: Servi
 
 async def test_one_cancelled_call_leaves_the_others_alone(service: Service, steps: Steps) -> None:
     alone = await service.frame(request(seed=2))
-    call = service.call(request(seed=1, steps=200))
+    call = service.call(request(seed=1, steps=50))
     other = asyncio.create_task(service.frame(request(seed=2)))
     await anext(aiter(call))
     call.cancel()
