@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,14 @@ class Client:
         message = getattr(pb, f"{verb}CustomizationJobRequest")(job_id=job_id)
         return (await self.call(f"{verb}CustomizationJob", message)).job
 
-    async def watch(self, job_id: str, after: int = 0) -> AsyncIterator[job_pb2.CustomizationEvent]:
+    async def watch(self, job_id: str, after: int = 0) -> AsyncGenerator[job_pb2.CustomizationEvent, None]:
         message = pb.WatchCustomizationJobRequest(job_id=job_id, after_sequence=after)
-        async for response in self.stub.WatchCustomizationJob(message, metadata=self.metadata, timeout=1800.0):
-            yield response.event
+        call = self.stub.WatchCustomizationJob(message, metadata=self.metadata, timeout=1800.0)
+        try:
+            async for response in call:
+                yield response.event
+        finally:
+            call.cancel()  # one that is left in the middle would outlive the test
 
     async def durable(self, job_id: str, after: int = 0) -> list[job_pb2.CustomizationEvent]:
         """Every durable event until the job ends."""
@@ -107,9 +111,10 @@ class Client:
 
     async def until_step(self, job_id: str, step: int) -> None:
         """Returns when so many steps are told of, or the job has ended."""
-        async for event in self.watch(job_id):
-            if event.WhichOneof("event") == "progress" and event.progress.step >= step:
-                return
+        async with aclosing(self.watch(job_id)) as events:
+            async for event in events:
+                if event.WhichOneof("event") == "progress" and event.progress.step >= step:
+                    return
 
     async def checkpoints(self, job_id: str) -> list[job_pb2.Checkpoint]:
         return list((await self.call("ListCheckpoints", pb.ListCheckpointsRequest(job_id=job_id))).checkpoints)

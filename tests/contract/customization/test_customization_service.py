@@ -325,14 +325,13 @@ async def test_a_driver_that_is_killed_anywhere_goes_on_from_its_last_checkpoint
     async with running(tmp_path, PRETEND_STEP_S=0.15) as service:
         job = await service.create()
         kills = 0
-        for at in sorted(dice.sample(range(1, 29), 3)):
+        for at in sorted(dice.sample(range(1, 25), 3)):
             await service.until_step(job.job_id, at)
             await asyncio.sleep(dice.random() * 0.1)
             kills += service.kill_driver(job.job_id)
         done = await service.until(job.job_id, State.STATE_SUCCEEDED, State.STATE_FAILED)
         assert done.state == State.STATE_SUCCEEDED
-        assert kills >= 1
-        assert done.attempt == 1 + kills
+        assert 1 <= done.attempt - 1 <= kills, "one that had said that it was done is not started again"
         assert await weights_of(service, job.job_id) == undisturbed
         events = await service.durable(job.job_id)
         assert_gapless(events)
