@@ -39,6 +39,7 @@ from training.evaluation.newepisode import (
     write_cell,
 )
 from training.methods.epicevo import EpicEvoRecipe
+from training.methods.lora import LoraRecipe
 from training.new_story import Called, check_wall
 from training.newepisode.split import ALL, STRICT
 from training.newepisode.toon import (
@@ -176,6 +177,10 @@ def test_the_ablation_leaves_out_one_loss_after_the_other(method: str, weights: 
 
 def test_beside_the_papers_rows_stands_what_the_product_teaches_by_default() -> None:
     assert recipe_of(MEADOW, "epicevo-lora", 7, 0).method == toon_customization("epicevo").method
+    assert recipe_of(MEADOW, "lora-phrase", 7, 0).method == toon_customization("lora").method
+    plain = recipe_of(MEADOW, "lora", 7, 0).method
+    assert isinstance(plain, LoraRecipe)
+    assert plain.word_rate == 0.0  # the paper's row has no word
 
 
 def test_cells_come_seed_by_seed() -> None:
