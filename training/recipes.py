@@ -22,9 +22,9 @@ from training.vae import VaeRecipe
 TOON_SAMPLING = Sampling(
     sampler="dpm_solver_pp_2m",
     default_steps=6,
-    default_text_guidance=2.0,
+    default_text_guidance=1.5,
     default_image_guidance=1.0,
-    qualities={"best": QualitySettings(steps=20, text_guidance=2.0, image_guidance=1.0)},
+    qualities={"best": QualitySettings(steps=20, text_guidance=1.5, image_guidance=1.5)},
 )
 DRAFT_FILE = "draft/adapter.safetensors"
 TOON_DRAFT = QualitySettings(steps=4, text_guidance=1.0, image_guidance=1.0, adapter=DRAFT_FILE)
