@@ -22,6 +22,7 @@ FabulaError
 │   ├── TooManyReferences         TOO_MANY_REFERENCES             400
 │   ├── TooFewReferences          TOO_FEW_REFERENCES              400
 │   ├── CharacterWeightsUnusable  CHARACTER_WEIGHTS_UNUSABLE      400
+│   ├── CharacterRepeated         CHARACTER_REPEATED              400
 │   ├── ImageMissing              IMAGE_MISSING                   400
 │   ├── ImageUnreadable           IMAGE_UNREADABLE                400
 │   ├── ImageTooLarge             IMAGE_TOO_LARGE                 413
@@ -40,6 +41,7 @@ FabulaError
 │   ├── CustomizationJobNotFound  CUSTOMIZATION_JOB_NOT_FOUND     404
 │   ├── CheckpointNotFound        CHECKPOINT_NOT_FOUND            404
 │   ├── CharacterVersionNotFound  CHARACTER_VERSION_NOT_FOUND     404
+│   ├── CharacterNotFound         CHARACTER_NOT_FOUND             404
 │   └── ObjectNotFound            OBJECT_NOT_FOUND                404
 ├── AlreadyExists                 ALREADY_EXISTS                  409
 │   └── IdempotencyKeyReused      IDEMPOTENCY_KEY_REUSED          422
@@ -48,6 +50,7 @@ FabulaError
 │   ├── StaleParent               STALE_PARENT                    409
 │   ├── StoryTooLong              STORY_TOO_LONG                  409
 │   ├── FeatureMissing            FEATURE_MISSING                 409
+│   ├── CharacterOfAnotherPack    CHARACTER_OF_ANOTHER_PACK       409
 │   └── JobStateUnsuitable        JOB_STATE_UNSUITABLE            409
 ├── ResourceExhausted             RESOURCE_EXHAUSTED              429  try again only when `retry_after_s` is set
 │   ├── QueueFull                 QUEUE_FULL                      429
@@ -255,6 +258,12 @@ class CharacterWeightsUnusable(InvalidArgument):
     reason = "CHARACTER_WEIGHTS_UNUSABLE"
 
 
+class CharacterRepeated(InvalidArgument):
+    """A story cannot tell two characters of one name apart: ask for one of them."""
+
+    reason = "CHARACTER_REPEATED"
+
+
 class ImageMissing(InvalidArgument):
     """A picture is needed."""
 
@@ -370,6 +379,12 @@ class CharacterVersionNotFound(NotFound):
     reason = "CHARACTER_VERSION_NOT_FOUND"
 
 
+class CharacterNotFound(NotFound):
+    """Nobody of this name or version was published here: `fabula character versions` lists who was."""
+
+    reason = "CHARACTER_NOT_FOUND"
+
+
 class ObjectNotFound(NotFound):
     """The object store has no object with this SHA-256."""
 
@@ -421,6 +436,12 @@ class FeatureMissing(FailedPrecondition):
     """The story's pack cannot do this here: the message says what. ListBackends says which can."""
 
     reason = "FEATURE_MISSING"
+
+
+class CharacterOfAnotherPack(FailedPrecondition):
+    """The character was learned on another network than the pack has now: teach them to this one."""
+
+    reason = "CHARACTER_OF_ANOTHER_PACK"
 
 
 class JobStateUnsuitable(FailedPrecondition):
