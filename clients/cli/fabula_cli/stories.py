@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from fabula_cli.progress import Telling, lines, picture
 from fabula_cli.report import aside, clean, duration, fail, people, plain, say_json
 from fabula_cli.storybook import Storybook, write_storybook
 
+VERSION_BEGINNING = re.compile(r"[0-9a-f]{6,63}")
 FrameSeed = Annotated[
     int | None,
     typer.Option("--seed", help="Same seed, same picture.", min=0, max=2**53 - 1, show_default="the story's"),
@@ -99,6 +101,14 @@ def continue_(
             "explicitly count more."
         ),
     ] = "standard",
+    character: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Somebody who was taught and published: a name (its newest version on the pack), or a version's id "
+            "or its beginning, of `fabula character versions`. Once for each, at most eight times.",
+            show_default="nobody",
+        ),
+    ] = None,
     key: Annotated[
         str | None, typer.Option("--idempotency-key", help="Calling again with the same key gives the same story.")
     ] = None,
@@ -114,6 +124,8 @@ def continue_(
 
       fabula story continue --image first.png --caption "Pip finds a kite." --frames 4 --seed 7 --out mystory/
 
+      fabula story continue --image first.png --caption "Rosa finds a kite." --character Rosa --out mystory/
+
       fabula story continue --image first.png --caption "Pip finds a kite." --no-wait --json | jq -r .story.story_id
     """
     with connected(home, port_base, target, as_json) as client:
@@ -128,6 +140,7 @@ def continue_(
             image_guidance=image_guidance,
             temperature=temperature,
             quality=quality,
+            characters=[_whom(client, each) for each in character or ()],
             idempotency_key=key,
         )
         if not wait:
@@ -352,6 +365,16 @@ def keep(story: StoryHandle, folder: Path, title: str = "") -> Storybook:
     return write_storybook(folder, story.value, images, title)
 
 
+def _whom(client: Client, character: str) -> str:
+    """A version's whole id where its beginning is clear, as `fabula character versions` prints it; else as it is."""
+    if not VERSION_BEGINNING.fullmatch(character):
+        return character
+    like = [
+        each.version_id for each in client.characters.versions(page_size=200) if each.version_id.startswith(character)
+    ]
+    return like[0] if len(like) == 1 else character
+
+
 def _finish(story: StoryHandle, out: Path | None, as_json: bool) -> None:
     book = keep(story, out) if out is not None else None
     _answer(story.value, book, as_json)
@@ -364,6 +387,11 @@ def _answer(story: Story, book: Storybook | None, as_json: bool) -> None:
         say_json({"story": story, "storybook": book})
         return
     people.print(f"[bold]{escape(story.story_id)}[/]  {story.state}  seed {story.settings.seed}")
+    for one in story.characters:
+        people.print(
+            f"  with {escape(clean(one.name))}, {escape(clean(one.phrase))}  [dim]{one.version_id[:12]}[/]",
+            soft_wrap=True,
+        )
     if story.error is not None:
         people.print(f"[red]{escape(clean(story.error.message))}[/] ({escape(story.error.reason)})")
     for warning in story.warnings:

@@ -156,6 +156,7 @@ def story_facts(story: Story) -> list[tuple[str, str]]:
         ("Seed", str(settings.seed)),
         ("Pack", settings.pack),
         ("Quality", settings.quality if settings.quality != "standard" else ""),
+        ("Learned characters", ", ".join(f"{one.name} ({one.version_id[:12]})" for one in story.characters)),
         ("Steps a frame", str(settings.steps) if settings.steps else ""),
         ("Text guidance", f"{settings.text_guidance:g}" if settings.text_guidance else ""),
         ("Image guidance", f"{settings.image_guidance:g}" if settings.image_guidance else ""),

@@ -15,7 +15,7 @@ import os
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args
@@ -117,6 +117,7 @@ class AsyncStories:
         image_guidance: float | None = None,
         temperature: float | None = None,
         quality: Quality = "standard",
+        characters: Sequence[str] = (),
         idempotency_key: str | None = None,
         timeout_s: float | None = None,
     ) -> AsyncStory:
@@ -127,6 +128,9 @@ class AsyncStories:
         `steps` 1 to 100, guidance 0 to 30 and `temperature` 0 to 2 are the pack's defaults if unset.
         `quality` says how much time a frame is worth: draft is fastest, best takes longest; `steps` and guidance that
         are set count more.
+        `characters` are published ones, at most eight: a name, which stands for its newest version on the pack, or a
+        version's id. Frames that name them are drawn as they were learned. Raises NotFound (CHARACTER_NOT_FOUND) and
+        FailedPrecondition (CHARACTER_OF_ANOTHER_PACK, FEATURE_MISSING) for one that cannot be.
         `idempotency_key` names this request: the same key with the same body gives the same story. Without one, a
         fresh key makes the retries of this call safe. Raises InvalidArgument, IdempotencyKeyReused,
         ResourceExhausted, Unavailable, and OSError for an unreadable path. A picture has at most 8 MiB; a larger one
@@ -145,6 +149,7 @@ class AsyncStories:
             image_guidance=image_guidance,
             temperature=temperature,
             quality=_quality_to_pb(quality),
+            characters=(characters,) if isinstance(characters, str) else characters,  # no letters of one name
         )
         answer = await self._connection.call(self._stub.CreateStory, request, timeout_s=timeout_s)
         return AsyncStory(self._connection, story_from_pb(answer.story))

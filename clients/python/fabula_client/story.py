@@ -110,6 +110,15 @@ class StoryWarning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoryCharacter:
+    """Somebody who was learned, as a story has them."""
+
+    name: str
+    phrase: str  # what they look like
+    version_id: str  # the published version that is drawn
+
+
+@dataclass(frozen=True, kw_only=True)
 class Story:
     """A story as it stood when it was read."""
 
@@ -123,6 +132,7 @@ class Story:
     last_sequence: int
     warnings: tuple[StoryWarning, ...] = ()  # at most one for each reason and field; none in lists
     earlier_versions: tuple[Frame, ...] = ()  # frames before they were edited, by index, then version; none in lists
+    characters: tuple[StoryCharacter, ...] = ()  # who was learned and is told of, in the order asked for
 
     @property
     def ended(self) -> bool:
@@ -241,6 +251,9 @@ def story_from_pb(message: pb.Story) -> Story:
         last_sequence=message.last_sequence,
         warnings=tuple(warning_from_pb(each) for each in message.warnings),
         earlier_versions=tuple(frame_from_pb(frame) for frame in message.earlier_versions),
+        characters=tuple(
+            StoryCharacter(name=one.name, phrase=one.phrase, version_id=one.version_id) for one in message.characters
+        ),
     )
 
 

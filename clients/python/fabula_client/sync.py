@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -129,6 +129,7 @@ class Stories:
         image_guidance: float | None = None,
         temperature: float | None = None,
         quality: Quality = "standard",
+        characters: Sequence[str] = (),
         idempotency_key: str | None = None,
         timeout_s: float | None = None,
     ) -> StoryHandle:
@@ -144,6 +145,7 @@ class Stories:
             image_guidance=image_guidance,
             temperature=temperature,
             quality=quality,
+            characters=characters,
             idempotency_key=idempotency_key,
             timeout_s=timeout_s,
         )

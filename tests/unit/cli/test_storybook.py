@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fabula_cli.storybook import contact_sheet, index_page, story_facts, story_page, write_storybook
-from fabula_client import Reason, State
+from fabula_client import Reason, State, StoryCharacter
 from PIL import Image
 
 from tests.unit.cli.beginnings import NASTY, made_story, warning
@@ -68,6 +68,13 @@ def test_the_page_tells_how_each_frame_was_made() -> None:
     words = Page(story_page(story, images)).words
     for fact in ("1001", "2001", "3001", "5.2 s", "sha256:feed", "A fox on a hill.", story.frames[1].image_sha256):
         assert fact in words
+
+
+def test_the_page_tells_of_learned_characters() -> None:
+    story, _ = made_story(["One."])
+    assert "Learned characters" not in dict(story_facts(story))
+    rosa = StoryCharacter(name="Rosa", phrase="a pink pig", version_id="a" * 64)
+    assert dict(story_facts(replace(story, characters=(rosa,))))["Learned characters"] == f"Rosa ({'a' * 12})"
 
 
 def test_the_page_tells_the_quality_unless_it_is_the_usual_one() -> None:

@@ -43,6 +43,7 @@ def test_a_story_keeps_every_field() -> None:
                 reason="WORDS_UNFAMILIAR", message="m", field="caption", metadata={"words": "robot,laser"}
             )
         ],
+        characters=[pb.StoryCharacter(name="Rosa", phrase="a pink pig", version_id="ab")],
     )
     story = nouns.story_from_pb(message)
     assert story.state is nouns.State.WAITING
@@ -55,6 +56,7 @@ def test_a_story_keeps_every_field() -> None:
     assert story.warnings == (
         nouns.StoryWarning(reason="WORDS_UNFAMILIAR", message="m", field="caption", metadata={"words": "robot,laser"}),
     )
+    assert story.characters == (nouns.StoryCharacter(name="Rosa", phrase="a pink pig", version_id="ab"),)
     frame = story.frames[0]
     assert (frame.image_seed, frame.caption_seed, frame.description_seed) == (3, 4, 5)
     assert frame.timings is not None
