@@ -27,6 +27,7 @@ from services.runtime.errors import (
 )
 from services.runtime.store import ObjectStore
 from services.story.backends import Backend, Backends, CaptionBackend, Drawing, FrameBackend, LoadedPack
+from services.story.characters import CharacterLookup
 from services.story.config import StorySettings
 from services.story.editing import Editor, EditRequest, InsertRequest
 from services.story.events import Broadcaster, watch
@@ -36,6 +37,7 @@ from services.story.intake import (
     PackCheck,
     StoryRequest,
     check_caption,
+    check_characters,
     check_image,
     check_options,
     check_request_id,
@@ -74,6 +76,7 @@ class StoryApi:
         broadcaster: Broadcaster,
         sandbox: Sandbox,
         packs: PackCheck,
+        characters: CharacterLookup,
         caption: CaptionBackend,
         frame: FrameBackend,
         settings: StorySettings,
@@ -84,6 +87,7 @@ class StoryApi:
         self._broadcaster = broadcaster
         self._sandbox = sandbox
         self._packs = packs
+        self._characters = characters
         self._caption = caption
         self._frame = frame
         self._settings = settings
@@ -100,11 +104,13 @@ class StoryApi:
         if known is not None:
             return known, False
         options = check_options(request, default_pack=self._settings.default_pack)
+        wanted = check_characters(request.characters)
         caption = check_caption(request.caption)
         check_image(request.image)
         # Asked again when the story is written; here, so that a full queue costs no decoding.
         await self._repository.check_room(max_queued=self._settings.max_queued)
         await self._packs.check(options.pack, now_s=time.monotonic())
+        options = replace(options, characters=await self._characters.find(wanted, pack=options.pack))
         image = await self._sandbox.decode(request.image)
         given = Frame(
             index=0,

@@ -120,6 +120,7 @@ def story_request_from_pb(request: Any) -> StoryRequest:
         caption=request.caption,
         pack=request.pack,
         quality=_quality_from_pb(request.quality),
+        characters=tuple(request.characters),
         **_given(request, "frame_count", "seed", "steps", "text_guidance", "image_guidance", "temperature"),
     )
 

@@ -299,15 +299,20 @@ class _FormParser(MultiPartParser):
     spool_max_size = MOST_BODY_BYTES
 
 
-async def _form(request: Request) -> tuple[dict[str, str], bytes]:
+async def _form(request: Request) -> tuple[dict[str, str | list[str]], bytes]:
     try:
         form = await _FormParser(request.headers, request.stream(), max_files=1, max_fields=20).parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise InvalidArgument(f"the form cannot be read: {error}") from None
-    fields: dict[str, str] = {}
+    fields: dict[str, str | list[str]] = {}
+    several: dict[str, list[str]] = {"characters": []}
     image = b""
     try:
         for name, value in form.multi_items():
+            if name in several and isinstance(value, str):
+                several[name].append(value)
+                fields[name] = several[name]
+                continue
             if name in fields or (name == "image" and image):
                 raise InvalidArgument(f"the form has {name} twice", field=name)
             if isinstance(value, UploadFile):

@@ -194,10 +194,12 @@ class FrameBackend:
         quality: Quality,
         on_passing: Callable[[Passing], None],
         distances: Sequence[int] = (),
+        characters: Sequence[str] = (),
         edit: tuple[bytes, float] | None = None,
     ) -> DrawnFrame:
         """One picture. `references` are other pictures of the story with their descriptions, oldest first; the one
         numbered `given` is a user's own. `distances` are theirs in frames, where they are not those just before.
+        `characters` are digests of the weights of those who are in it.
         `edit` is the picture that it is made of, and how much of that is drawn anew. Of the references the oldest are
         left out that the pack has no room for.
 
@@ -221,6 +223,7 @@ class FrameBackend:
             image_guidance=image_guidance,
             preview_every_steps=self._preview_every_steps,
             quality=f"QUALITY_{quality.upper()}",
+            characters=[frame_pb.CharacterWeights(digest=digest) for digest in characters],
             edit=None if edit is None else frame_pb.EditedImage(image=edit[0], strength=edit[1]),
         )
         drawn: DrawnFrame | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 from fabula.customization.v1 import customization_service_pb2 as pb
 from fabula.customization.v1 import customization_service_pb2_grpc as pb_grpc
+from fabula.customization.v1 import job_pb2
 
 from services.runtime.channel import ServiceChannel
 from services.runtime.errors import DeadlineExceeded, ImageTooLarge, ImageUnreadable, InvalidArgument, ValueOutOfRange
@@ -22,6 +23,7 @@ MOST_UPLOAD_BYTES = 48 * 1024 * 1024  # of one story's pictures together
 MOST_MESSAGE_BYTES = MOST_UPLOAD_BYTES + 4 * 1024 * 1024  # the pictures, and room for the rest
 MOST_EXAMPLE_FRAMES = 20
 CALL_TIMEOUT_S = 60.0  # a story is looked over and laid out within it
+VERSIONS_PAGE = 200
 WATCH_S = 3600.0  # of one stream; whoever follows a job takes it up again
 
 
@@ -75,6 +77,19 @@ class Customizations:
     async def ask(self, method: str, request: Any) -> Any:
         """The service's answer to any other unary method, by its name in the proto."""
         return await self._channel.call(getattr(self._stub, method), request, timeout_s=self._timeout_s)
+
+    async def versions(self, *, name: str = "") -> AsyncGenerator[job_pb2.CharacterVersion, None]:
+        """Published characters, newest first; only those of a name where one is given."""
+        token = ""
+        while True:
+            page = await self.ask(
+                "ListCharacterVersions",
+                pb.ListCharacterVersionsRequest(page_size=VERSIONS_PAGE, page_token=token, name=name),
+            )
+            for version in page.versions:
+                yield version
+            if not (token := page.next_page_token):
+                return
 
     async def watch(
         self, request: pb.WatchCustomizationJobRequest

@@ -63,6 +63,11 @@ class CreateStoryBody(BaseModel):
         "set count more.",
         json_schema_extra={"enum": list(QUALITIES)},
     )
+    characters: list[str] = Field(
+        default=[],
+        description="Published characters, at most eight: names, which stand for the newest version on the pack, or "
+        "version ids. Frames that name them are drawn with their weights.",
+    )
 
 
 class CreateStoryForm(CreateStoryBody):
@@ -82,6 +87,16 @@ class StorySettingsDocument(BaseModel):
     image_guidance: float | None
     temperature: float
     quality: Quality
+
+
+class StoryCharacterDocument(BaseModel):
+    """Somebody who was learned, as the story has them."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    name: str
+    phrase: str = Field(description="What they look like.")
+    version_id: str = Field(description="The published version that is drawn.")
 
 
 class StoryErrorDocument(BaseModel):
@@ -175,6 +190,9 @@ class StoryDocument(BaseModel):
     )
     earlier_versions: list[FrameDocument] = Field(
         default=[], description="Frames as they were before edits, by index, then by version. Empty in lists."
+    )
+    characters: list[StoryCharacterDocument] = Field(
+        default=[], description="Who was learned and is told of, in the order asked for."
     )
 
 
@@ -311,7 +329,7 @@ def _read(kind: type[Body], data: bytes) -> Body:
         raise refusal(error) from None
 
 
-def read_form(fields: dict[str, str], image: bytes, request_id: str) -> StoryRequest:
+def read_form(fields: dict[str, str | list[str]], image: bytes, request_id: str) -> StoryRequest:
     """A CreateStory request from a form. Raises UnknownField, InvalidArgument."""
     try:
         body = CreateStoryForm.model_validate(fields)
@@ -322,7 +340,7 @@ def read_form(fields: dict[str, str], image: bytes, request_id: str) -> StoryReq
 
 def _request(body: CreateStoryBody, image: bytes, request_id: str) -> StoryRequest:
     values = {name: getattr(body, name) for name in CreateStoryBody.model_fields if name != "image"}
-    return StoryRequest(image=image, request_id=request_id, **values)
+    return StoryRequest(image=image, request_id=request_id, **{**values, "characters": tuple(body.characters)})
 
 
 def refusal(error: ValidationError) -> InvalidArgument:
@@ -367,6 +385,7 @@ def story_document(story: Story) -> StoryDocument:
         last_sequence=story.last_sequence,
         warnings=[warning_document(each) for each in story.warnings],
         earlier_versions=[frame_document(story.story_id, frame) for frame in story.earlier_versions],
+        characters=[StoryCharacterDocument.model_validate(one) for one in options.characters],
     )
 
 

@@ -25,6 +25,7 @@ from services.runtime.errors import (
     ValueOutOfRange,
 )
 from services.runtime.store import ObjectStore
+from services.story import characters
 from services.story.backends import CaptionBackend, Drawing, DrawnFrame, FrameBackend
 from services.story.events import Broadcaster
 from services.story.intake import (
@@ -231,7 +232,10 @@ class Editor:
             previous_caption=before[-1].caption,
             caption=new.caption,
             earlier_captions=tuple(frame.caption for frame in before[:-1]),
-            earlier_descriptions=tuple(frame.description for frame in before if frame.description),
+            earlier_descriptions=(
+                *characters.told(story.options.characters),
+                *(frame.description for frame in before if frame.description),
+            ),
             seed=seed,
             temperature=story.options.temperature,
         )
@@ -246,12 +250,13 @@ class Editor:
             self._broadcaster.passing(story.story_id, what)
 
         options = story.options
+        description = new.description or new.caption
         # Once edited, the first picture is one that a pack drew.
         users = [each.frame.index == 0 and each.frame.version == 1 for each in shown]
         drawn = await self._frame.render(
             frame_index=new.index,
             pack=options.pack,
-            description=new.description or new.caption,
+            description=description,
             references=[
                 (await self._store.get(str(each.frame.image_sha256)), each.frame.description or each.frame.caption)
                 for each in shown
@@ -263,6 +268,7 @@ class Editor:
             text_guidance=options.text_guidance,
             image_guidance=options.image_guidance,
             quality=options.quality,
+            characters=[one.weights_sha256 for one in characters.drawn_in(options.characters, description)],
             edit=edit,
             on_passing=pass_on,
         )

@@ -12,12 +12,14 @@ import math
 import re
 import secrets
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.runtime.errors import (
     CaptionCharactersInvalid,
     CaptionEmpty,
     CaptionTooLong,
+    CharacterRepeated,
     FabulaError,
     ImageMissing,
     ImageTooLarge,
@@ -33,6 +35,8 @@ from services.story.records import DEFAULT_QUALITY, QUALITIES, Options, Quality
 MOST_IMAGE_BYTES = 8 * 1024 * 1024
 MOST_CAPTION_CHARACTERS = 1000
 MOST_FRAMES = 20
+MOST_CHARACTERS = 8
+MOST_NAME_CHARACTERS = 100  # of a name or a version id
 MOST_STEPS = 100
 DEFAULT_FRAMES = 4
 DEFAULT_TEMPERATURE = 0.2
@@ -58,12 +62,15 @@ class StoryRequest:
     image_guidance: float | None = None
     temperature: float | None = None
     quality: str = DEFAULT_QUALITY
+    characters: tuple[str, ...] = ()  # names or version ids
 
     def body_sha256(self) -> str:
         """The same for the same request, however it came: what an idempotency key is compared by."""
         body = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("image", "request_id")}
         if self.quality == DEFAULT_QUALITY:
             del body["quality"]  # as in requests of before there was a choice, whose keys are still remembered
+        if not self.characters:
+            del body["characters"]  # the same
         body["image"] = hashlib.sha256(self.image).hexdigest()
         return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
@@ -108,6 +115,29 @@ def _too_long(count: int, field: str) -> CaptionTooLong:
         field=field,
         metadata={"limit": str(MOST_CAPTION_CHARACTERS), "actual": str(count)},
     )
+
+
+def check_characters(wanted: Sequence[str]) -> tuple[str, ...]:
+    """Names and version ids as they are looked up. Raises ValueOutOfRange, CharacterRepeated."""
+    if len(wanted) > MOST_CHARACTERS:
+        raise ValueOutOfRange(
+            f"{len(wanted)} characters are asked for; a story has at most {MOST_CHARACTERS}",
+            field="characters",
+            metadata={"value": str(len(wanted)), "most": str(MOST_CHARACTERS)},
+        )
+    tidy = tuple(each.strip() for each in wanted)
+    for number, each in enumerate(tidy):
+        field = f"characters[{number}]"
+        if not 1 <= len(each) <= MOST_NAME_CHARACTERS or not each.isprintable():
+            raise ValueOutOfRange(
+                f"{field} is {each[:MOST_NAME_CHARACTERS]!r}; it must be a published character's name, or a version's "
+                "id of 64 hex digits",
+                field=field,
+                metadata={"value": each[:MOST_NAME_CHARACTERS], "most": str(MOST_NAME_CHARACTERS)},
+            )
+        if each in tidy[:number]:
+            raise CharacterRepeated(f"{field} is {each!r} a second time; ask once", field=field)
+    return tidy
 
 
 def check_image(image: bytes) -> None:

@@ -22,6 +22,7 @@ from services.story.api_grpc import GrpcEdge
 from services.story.api_http import http_app
 from services.story.backends import CaptionBackend, FrameBackend
 from services.story.caretaker import Caretaker
+from services.story.characters import CharacterLookup
 from services.story.config import StorySettings, port_refused
 from services.story.customization import Customizations
 from services.story.database import database_urls, open_database
@@ -88,6 +89,7 @@ class StoryProcess:
             broadcaster=self._broadcaster,
             sandbox=self._sandbox,
             packs=PackCheck(caption, frame, default_pack=settings.default_pack),
+            characters=CharacterLookup(customizations, frame),
             caption=caption,
             frame=frame,
             settings=settings,

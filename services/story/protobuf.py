@@ -55,6 +55,9 @@ def story_to_pb(story: Story) -> Any:
         last_sequence=story.last_sequence,
         warnings=[warning_to_pb(each) for each in story.warnings],
         earlier_versions=[frame_to_pb(frame) for frame in story.earlier_versions],
+        characters=[
+            pb.StoryCharacter(name=one.name, phrase=one.phrase, version_id=one.version_id) for one in options.characters
+        ],
     )
 
 

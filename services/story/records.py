@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, get_args
@@ -35,6 +35,16 @@ DEFAULT_QUALITY: Quality = "standard"
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoryCharacter:
+    """Somebody who was learned: the published version that a story was begun with."""
+
+    name: str
+    phrase: str  # "a pink pig with a teal top hat"
+    version_id: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """What a story was asked for. None means the pack's default, which the first drawn frame reveals.
 
@@ -49,6 +59,7 @@ class Options:
     text_guidance: float | None = None
     image_guidance: float | None = None
     quality: Quality = DEFAULT_QUALITY
+    characters: tuple[StoryCharacter, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +225,34 @@ KINDS: dict[str, type[Any]] = {
 }
 _LATER = ("version", "stale", "edit_strength")
 _NAMES = {cls: name for name, cls in KINDS.items()}
+
+
+def options_to_json(options: Options) -> dict[str, Any]:
+    """What a workflow keeps.
+
+    Without what has its default, so that a process of the version before an option was added can take over a story that
+    does not use it.
+    """
+    fields = Options.__dataclass_fields__
+    payload = {name: value for name in fields if (value := getattr(options, name)) != fields[name].default}
+    if options.characters:
+        payload["characters"] = characters_to_json(options.characters)
+    return payload
+
+
+def options_from_json(payload: dict[str, Any]) -> Options:
+    """The options behind a workflow's record."""
+    return Options(**{**payload, "characters": characters_from_json(payload.get("characters"))})
+
+
+def characters_to_json(characters: Iterable[StoryCharacter]) -> list[dict[str, str]]:
+    """What is kept of them."""
+    return [dataclasses.asdict(one) for one in characters]
+
+
+def characters_from_json(payload: list[dict[str, str]] | None) -> tuple[StoryCharacter, ...]:
+    """Who was kept; None is nobody."""
+    return tuple(StoryCharacter(**one) for one in payload or ())
 
 
 def kind_of(what: Durable | Passing) -> str:

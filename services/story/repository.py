@@ -34,6 +34,8 @@ from services.story.records import (
     Story,
     StoryWarning,
     WarningGiven,
+    characters_from_json,
+    characters_to_json,
     durable_from_json,
     durable_to_json,
     kind_of,
@@ -407,7 +409,9 @@ class Repository:
             await connection.execute(delete(frame_versions).where(frame_versions.c.story_id == story_id))
             await connection.execute(delete(warnings).where(warnings.c.story_id == story_id))
             await connection.execute(
-                update(stories).where(stories.c.story_id == story_id).values(delete_us=now_us(), message="")
+                update(stories)
+                .where(stories.c.story_id == story_id)
+                .values(delete_us=now_us(), message="", characters=None)
             )
 
     # -- keeping house -----------------------------------------------------------------------------------------------
@@ -611,6 +615,7 @@ def _story_row(story_id: str, options: Options, at: int) -> dict[str, Any]:
         "text_guidance": options.text_guidance,
         "image_guidance": options.image_guidance,
         "quality": options.quality,
+        "characters": characters_to_json(options.characters) or None,
         "last_sequence": 0,
         "create_us": at,
         "update_us": at,
@@ -631,6 +636,7 @@ def _story_from(row: Any, found: tuple[Frame, ...], told: tuple[StoryWarning, ..
             text_guidance=row.text_guidance,
             image_guidance=row.image_guidance,
             quality=row.quality,
+            characters=characters_from_json(row.characters),
         ),
         frames=found,
         create_us=row.create_us,

@@ -46,6 +46,7 @@ stories = Table(
     Column("text_guidance", Float),
     Column("image_guidance", Float),
     Column("quality", String(16), nullable=False, default=DEFAULT_QUALITY, server_default=DEFAULT_QUALITY),
+    Column("characters", JSON(none_as_null=True)),  # a list of those who were learned; null: nobody
     Column("last_sequence", BigInteger, nullable=False),
     Column("create_us", BigInteger, nullable=False),
     Column("update_us", BigInteger, nullable=False),

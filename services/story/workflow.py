@@ -14,7 +14,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import structlog
@@ -23,13 +23,22 @@ from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID
 from services.runtime.call import call_from_headers, calling
 from services.runtime.errors import Code, FabulaError, Internal, StoryNotFound, error_from_reason
 from services.runtime.store import ObjectStore
+from services.story import characters
 from services.story import plan as planning
 from services.story.backends import CaptionBackend, FrameBackend
 from services.story.config import StorySettings
 from services.story.events import Broadcaster
 from services.story.metrics import ENDED, RETRIES, STAGE_SECONDS, WAITS
 from services.story.plan import Command, Commit, Describe, Render, WriteCaption
-from services.story.records import ACTIVE, Options, Passing, State, StoryWarning
+from services.story.records import (
+    ACTIVE,
+    Options,
+    Passing,
+    State,
+    StoryWarning,
+    options_from_json,
+    options_to_json,
+)
 from services.story.repository import Repository
 from services.story.retry import GiveUp, decide
 
@@ -157,7 +166,7 @@ class StoryWorkflows:
     async def _make(self, story_id: str) -> str:
         try:
             story = await self._step("begin", self._begin, story_id)
-            options = Options(**story["options"])
+            options = options_from_json(story["options"])
             plan = planning.begin(
                 seed=options.seed,
                 frame_count=options.frame_count,
@@ -317,13 +326,7 @@ class StoryWorkflows:
             raise Stopped
         given, options = story.frames[0], story.options
         return {
-            # Without what has its default, so that a process of the version before an option was added can take over
-            # a story that does not use it.
-            "options": {
-                field.name: value
-                for field in fields(options)
-                if (value := getattr(options, field.name)) != field.default
-            },
+            "options": options_to_json(options),
             "caption": given.caption,
             "image_sha256": given.image_sha256,
         }
@@ -340,7 +343,8 @@ class StoryWorkflows:
             seed=command.seed,
             temperature=options.temperature,
         )
-        await self._warn(story_id, written.warnings, {"captions[0]": "caption"})
+        strange = characters.unfamiliar(written.warnings, options.characters)
+        await self._warn(story_id, strange, {"captions[0]": "caption"})
         kept = await self._repository.write_caption(
             story_id,
             command.frame_index,
@@ -361,12 +365,13 @@ class StoryWorkflows:
             previous_caption=command.previous_caption,
             caption=command.caption,
             earlier_captions=command.earlier_captions,
-            earlier_descriptions=command.earlier_descriptions,
+            # First, because of two looks of the same name the first one counts.
+            earlier_descriptions=(*characters.told(options.characters), *command.earlier_descriptions),
             seed=command.seed,
             temperature=options.temperature,
         )
         users = {"previous_caption": "caption"} if command.frame_index == 1 else {}
-        await self._warn(story_id, written.warnings, users)
+        await self._warn(story_id, characters.unfamiliar(written.warnings, options.characters), users)
         kept = await self._repository.write_description(
             story_id,
             command.frame_index,
@@ -393,6 +398,7 @@ class StoryWorkflows:
             text_guidance=options.text_guidance,
             image_guidance=options.image_guidance,
             quality=options.quality,
+            characters=[one.weights_sha256 for one in characters.drawn_in(options.characters, command.description)],
             on_passing=pass_on,
         )
         # Kept apart from drawing: when the disk is full, only this is tried again and the picture is not drawn twice.

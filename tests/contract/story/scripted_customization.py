@@ -78,8 +78,10 @@ class CustomizationScript:
         self.jobs: dict[str, Any] = {}
         self.bodies: dict[str, tuple[bytes, str]] = {}  # request id: body and job
         self.events: dict[str, list[Any]] = defaultdict(list)
+        self.versions_a_page = 200
         self.blurred = False  # the checks find a warning
         self.watches_break_after = 0  # events, of every stream; 0: never
+        self.versions: list[Any] = []  # published besides those of jobs, newest first
         self.held = False  # a job does not go on to its end by itself
 
     def requests(self, method: str) -> list[Any]:
@@ -304,9 +306,12 @@ class ScriptedCustomization(pb_grpc.CustomizationServiceServicer):
     @unary_method(pb.ListCharacterVersionsResponse)
     async def ListCharacterVersions(self, request: Any, context: Any) -> Any:
         self._enter("ListCharacterVersions", request)
-        found = [version for job in self.script.jobs.values() for version in job.versions]
+        found = [*self.script.versions, *(version for job in self.script.jobs.values() for version in job.versions)]
+        named = [version for version in found if request.name in ("", version.character.name)]
+        first = int(request.page_token or 0)
+        last = first + min(request.page_size or 50, self.script.versions_a_page)
         return pb.ListCharacterVersionsResponse(
-            versions=[version for version in found if request.name in ("", version.character.name)]
+            versions=named[first:last], next_page_token=str(last) if last < len(named) else ""
         )
 
     @stream_method(pb.ReadWeightsResponse)

@@ -97,9 +97,11 @@ class Script:
         self.drawers_alone: list[str] = []  # packs that only the frame service has
         self.replicas_die = False
         self.strange: tuple[str, ...] = ()  # words the pack does not know, in whatever caption it is asked about
+        self.warned: list[warning_pb2.Warning] = []  # what is said of every story's first caption
         self.strange_picture = False  # the given one is unlike what the pack draws
         self.features_missing: set[int] = set()  # of every pack
         self.max_references: int | None = None  # of every pack; None: what `frame_pack` says
+        self.named: dict[int, str] = {}  # frame index: what its description says besides
         self.picture_bytes = 0  # least size of a picture, for the full disk
 
     async def enter(self, method: str, request: Any, frame_index: int) -> None:
@@ -149,7 +151,10 @@ class ScriptedCaption(caption_grpc.CaptionServiceServicer):
         return caption_pb.WriteCaptionResponse(
             caption=f"Then came frame {index} of the story ({mark}).",
             pack_digest=DIGEST,
-            warnings=_word_warnings(self.script, {f"captions[{index - 1}]": request.captions[-1]}),
+            warnings=[
+                *_word_warnings(self.script, {f"captions[{index - 1}]": request.captions[-1]}),
+                *(self.script.warned if index == 1 else ()),
+            ],
         )
 
     @unary_method(caption_pb.DescribeResponse)
@@ -162,7 +167,7 @@ class ScriptedCaption(caption_grpc.CaptionServiceServicer):
         ).hexdigest()[:8]
         texts = {"previous_caption": request.previous_caption, "caption": request.caption}
         return caption_pb.DescribeResponse(
-            description=f"A drawing of frame {index} : {mark}.",
+            description=" ".join(filter(None, (f"A drawing of frame {index} : {mark}.", self.script.named.get(index)))),
             pack_digest=DIGEST,
             warnings=_word_warnings(self.script, texts),
         )
@@ -209,6 +214,7 @@ class ScriptedFrame(frame_grpc.FrameServiceServicer):
         self.script.computed["RenderFrame", index] += 1
         references = [(ref.image, ref.description) for ref in request.references]
         besides = b"" if not request.HasField("edit") else request.edit.SerializeToString(deterministic=True)
+        besides += b"".join(one.SerializeToString(deterministic=True) for one in request.characters)
         image = picture(request.seed, request.description, references, besides) + bytes(self.script.picture_bytes)
         warnings = [
             warning_pb2.Warning(

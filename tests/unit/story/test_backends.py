@@ -74,6 +74,7 @@ def api(caption: Service, frame: Service, default_pack: str = "toon") -> StoryAp
         broadcaster=Broadcaster(),
         sandbox=untouched,
         packs=untouched,
+        characters=untouched,
         caption=caption,  # type: ignore[arg-type]
         frame=frame,  # type: ignore[arg-type]
         settings=StorySettings(default_pack=default_pack),

@@ -19,7 +19,7 @@ from services.runtime.errors import IdempotencyKeyReused, QueueFull, StoryNotFou
 from services.story.database import database_urls, open_database, open_for_migrations, prepare_sqlite
 from services.story.events import Broadcaster, watch
 from services.story.migrate import _config, is_current, upgrade
-from services.story.records import Frame, Options, State, StoryWarning, WarningGiven
+from services.story.records import Frame, Options, State, StoryCharacter, StoryWarning, WarningGiven
 from services.story.repository import Repository
 from services.story.schema import metadata
 
@@ -132,7 +132,8 @@ async def test_a_story_is_whole_or_absent(repository: Repository) -> None:
 
 
 async def test_options_are_kept_as_they_were_asked_for(repository: Repository) -> None:
-    asked = replace(OPTIONS, steps=3, text_guidance=0.0, image_guidance=1.5, quality="draft")
+    rosa = StoryCharacter(name="Rosa", phrase="a pink pig", version_id="a" * 64, weights_sha256="b" * 64)
+    asked = replace(OPTIONS, steps=3, text_guidance=0.0, image_guidance=1.5, quality="draft", characters=(rosa,))
     made, _ = await repository.create(
         story_id="s", options=asked, given=GIVEN, request_id="", body_sha256="b", max_queued=10
     )

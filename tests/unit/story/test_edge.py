@@ -43,6 +43,7 @@ async def test_a_full_queue_costs_no_decoding() -> None:
         broadcaster=Broadcaster(),
         sandbox=untouched,
         packs=untouched,
+        characters=untouched,
         caption=untouched,
         frame=untouched,
         settings=StorySettings(),

@@ -98,6 +98,7 @@ def test_the_body_is_compared_without_its_key_and_with_everything_else() -> None
                 ("temperature", 0.2),
                 ("quality", "draft"),
                 ("quality", "best"),
+                ("characters", ("Rosa",)),
             )
         ],
     ]

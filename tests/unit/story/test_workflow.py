@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from services.story.config import StorySettings
 from services.story.database import database_urls, prepare_sqlite
 from services.story.events import Broadcaster
 from services.story.plan import Reference, Render
-from services.story.records import Frame, Options, State, Story
+from services.story.records import Frame, Options, State, Story, StoryCharacter
 from services.story.workflow import StoryWorkflows
 
 
@@ -135,6 +136,19 @@ async def test_a_frame_is_asked_for_in_the_storys_quality(options: dict[str, Any
     await workflows._render("s", Options(frame_count=1, seed=1, pack="toon", temperature=0.2, **options), RENDER)
     (asked,) = easel.asked
     assert (asked["quality"], asked["steps"]) == (options.get("quality", "standard"), options.get("steps"))
+
+
+async def test_a_frame_is_drawn_with_those_whom_its_description_names() -> None:
+    workflows, easel = workflows_over(Tables()), Easel()
+    workflows._frame, workflows._store = easel, Shelf()  # type: ignore[assignment]
+    cast = tuple(
+        StoryCharacter(name=name, phrase="a pig", version_id=name, weights_sha256=f"{name}'s")
+        for name in ("Rosa", "Otto")
+    )
+    options = Options(frame_count=1, seed=1, pack="toon", temperature=0.2, characters=cast)
+    for description in ("Otto meets Rosa.", "Rosario runs."):
+        await workflows._render("s", options, replace(RENDER, description=description))
+    assert [asked["characters"] for asked in easel.asked] == [["Otto's", "Rosa's"], []]
 
 
 @pytest.mark.parametrize("quality", ["draft", "standard"])
