@@ -68,6 +68,7 @@ class Client:
     """A channel to a service."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=list(OPTIONS))
         self.stub = pb_grpc.CustomizationServiceStub(self.channel)
         self.metadata = [("fabula-token", TOKEN)]

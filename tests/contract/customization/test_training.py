@@ -12,6 +12,7 @@ import json
 import random
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,18 @@ import pytest_asyncio
 from fabula.customization.v1 import job_pb2
 from fabula.frame.v1 import frame_service_pb2 as frame_pb
 from fabula.frame.v1 import frame_service_pb2_grpc as frame_pb_grpc
+from fabula.story.v1 import story_pb2
 
 from tests.contract.customization.harness import TOKEN, Service, State, example, running
+from tests.contract.story.pictures import plain
+from tests.contract.story.scripted_services import ScriptedServices
+from tests.contract.story.story_process import StoryProcess
 
 # One loop for all of them: they share a service, whose start and first job take minutes.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.asyncio(loop_scope="module")]
 TRAINER = (sys.executable, "-m", "training.customize")
 STEPS = 6
+Stories = story_pb2.Story
 
 
 def asked(**fields: Any) -> dict[str, Any]:
@@ -56,9 +62,9 @@ async def undisturbed(service: Service) -> job_pb2.CustomizationJob:
     return done
 
 
-async def test_somebody_new_is_drawn_by_a_running_frame_service(
-    service: Service, undisturbed: job_pb2.CustomizationJob, tiny_packs: Path
-) -> None:
+@asynccontextmanager
+async def drawing(home: Path, packs: Path) -> AsyncIterator[str]:
+    """Where a frame service with the tiny pack is reached, over the same installation."""
     import torch
 
     from services.frame.config import FrameSettings
@@ -68,38 +74,86 @@ async def test_somebody_new_is_drawn_by_a_running_frame_service(
     from services.runtime.config import Installation
 
     threads = torch.get_num_threads()
-    installation = Installation(home=service.home, packs=str(tiny_packs))
+    installation = Installation(home=home, packs=str(packs))
     engine = load_engine(FrameSettings(packs="tiny", threads=1, check_memory=False, warm_up=False), installation)
     server, port = await start_server(FrameServicer(engine, TOKEN), "127.0.0.1:0")
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stub = frame_pb_grpc.FrameServiceStub(channel)
-
-            async def drawn(*digests: str) -> bytes:
-                request = frame_pb.RenderFrameRequest(
-                    pack="tiny",
-                    description="Otto runs.",
-                    seed=1,
-                    characters=[frame_pb.CharacterWeights(digest=digest) for digest in digests],
-                )
-                call = stub.RenderFrame(request, metadata=[("fabula-token", TOKEN)], timeout=600)
-                events = [event async for event in call]
-                return events[-1].frame.image
-
-            before = await drawn()
-            checkpoints = await service.checkpoints(undisturbed.job_id)
-            with pytest.raises(grpc.aio.AioRpcError) as unknown:
-                await drawn(checkpoints[-1].weights_sha256)
-            assert unknown.value.code() == grpc.StatusCode.NOT_FOUND, "nobody draws what is not published"
-            version = await service.publish(undisturbed.job_id)
-            worn = await drawn(version.weights_sha256)
-            assert worn != before, "the same engine, not started again, wears what was learned"
-            assert worn == await drawn(version.weights_sha256)
-            assert before == await drawn()
+        yield f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
         engine.stop()
         torch.set_num_threads(threads)
+
+
+async def test_somebody_new_is_drawn_by_a_running_frame_service(
+    service: Service, undisturbed: job_pb2.CustomizationJob, tiny_packs: Path
+) -> None:
+    async with drawing(service.home, tiny_packs) as target, grpc.aio.insecure_channel(target) as channel:
+        stub = frame_pb_grpc.FrameServiceStub(channel)
+
+        async def drawn(*digests: str) -> bytes:
+            request = frame_pb.RenderFrameRequest(
+                pack="tiny",
+                description="Otto runs.",
+                seed=1,
+                characters=[frame_pb.CharacterWeights(digest=digest) for digest in digests],
+            )
+            call = stub.RenderFrame(request, metadata=[("fabula-token", TOKEN)], timeout=600)
+            events = [event async for event in call]
+            return events[-1].frame.image
+
+        before = await drawn()
+        checkpoints = await service.checkpoints(undisturbed.job_id)
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await drawn(checkpoints[-1].weights_sha256)
+        assert unknown.value.code() == grpc.StatusCode.NOT_FOUND, "nobody draws what is not published"
+        version = await service.publish(undisturbed.job_id)
+        worn = await drawn(version.weights_sha256)
+        assert worn != before, "the same engine, not started again, wears what was learned"
+        assert worn == await drawn(version.weights_sha256)
+        assert before == await drawn()
+
+
+async def test_a_story_is_told_with_somebody_new(
+    service: Service, undisturbed: job_pb2.CustomizationJob, tiny_packs: Path, tmp_path: Path
+) -> None:
+    """The story process, the frame service and the customization service are real; captions are scripted, because the
+    tiny pack's own name nobody."""
+    version = await service.publish(undisturbed.job_id)
+    writing = ScriptedServices(TOKEN)
+    writing.start()
+    writing.script.packs = ["tiny"]
+    writing.script.named = {2: "Otto runs."}
+    try:
+        async with drawing(service.home, tiny_packs) as target:
+            edge = StoryProcess(
+                tmp_path / "story",
+                writing.target,
+                STORY_FRAME_TARGET=target,
+                STORY_CUSTOMIZATION_TARGET=f"127.0.0.1:{service.port}",
+            )
+            (edge.home / "token").write_text(TOKEN)
+
+            def told(*characters: str) -> story_pb2.Story:
+                made = edge.create(plain(), pack="tiny", frame_count=2, seed=5, characters=characters)
+                return edge.wait_state(made.story_id, Stories.STATE_SUCCEEDED, Stories.STATE_FAILED, timeout_s=900)
+
+            await asyncio.to_thread(edge.start)  # the services it asks answer on this loop
+            try:
+                alone = await asyncio.to_thread(told)
+                named = await asyncio.to_thread(told, "Otto")
+                again = await asyncio.to_thread(told, version.version_id)
+            finally:
+                assert await asyncio.to_thread(edge.terminate) == 0
+    finally:
+        writing.close()
+    assert [story.state for story in (alone, named, again)] == [Stories.STATE_SUCCEEDED] * 3, (alone, named, again)
+    assert [(one.name, one.version_id) for one in named.characters] == [("Otto", version.version_id)]
+    assert [frame.description for frame in named.frames] == [frame.description for frame in alone.frames]
+    pictures = [[frame.image_sha256 for frame in story.frames] for story in (alone, named, again)]
+    assert pictures[0][:2] == pictures[1][:2], "a frame that does not name them is drawn as without them"
+    assert pictures[0][2] != pictures[1][2], "the frame that names them is drawn with what was learned"
+    assert pictures[1] == pictures[2]
 
 
 async def test_what_is_told_of_real_training(service: Service, undisturbed: job_pb2.CustomizationJob) -> None:
