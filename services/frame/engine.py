@@ -306,7 +306,10 @@ class FrameEngine:
                 number=self._arrivals,
                 # Only those who share a network can share a forward.
                 kind=(manifest.name, sketch.height_px, sketch.width_px, whole.digest if whole else ""),
-                rows=-(-rows_of_a_frame(sketch, reads=model.reader is not None) // sketch.steps_taken),
+                rows=-(
+                    -rows_of_a_frame(sketch, reads=model.reader is not None, sees=model.sees_pictures)
+                    // sketch.steps_taken
+                ),
                 steps=sketch.steps_taken,
                 arrived_s=self._clock(),
                 tenant=job.tenant,

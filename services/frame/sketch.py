@@ -17,7 +17,7 @@ from services.models.pack import QualitySettings
 from services.models.quality import Quality
 from services.models.references import EXACT, ReferencePolicy
 from services.models.registry import FrameModel
-from services.models.samplers import SAMPLERS
+from services.models.samplers import samplers_of
 from services.models.text_encoder import NO_WORDS, Words
 from services.runtime.errors import (
     DescriptionEmpty,
@@ -57,7 +57,9 @@ def limits_of(model: FrameModel) -> Limits:
         side_multiple_px=model.codec.factor,
         max_area_px=manifest.width_px * manifest.height_px * MAX_AREA_RATIO,
         max_steps=min(MAX_STEPS, manifest.schedule.train_steps),
-        samplers=tuple(sorted(SAMPLERS, key=lambda name: (name != manifest.sampling.sampler, name))),
+        samplers=tuple(
+            sorted(samplers_of(manifest.schedule), key=lambda name: (name != manifest.sampling.sampler, name))
+        ),
     )
 
 
@@ -104,7 +106,9 @@ def sketch_of(
     if not 1 <= steps <= limits.max_steps:
         raise ValueOutOfRange(f"steps is {steps}; it must be between 1 and {limits.max_steps}", field="steps")
     if job.sampler and job.sampler not in limits.samplers:
-        raise ValueOutOfRange(f"no sampler {job.sampler[:40]!r}; known: {', '.join(sorted(SAMPLERS))}", field="sampler")
+        raise ValueOutOfRange(
+            f"no sampler {job.sampler[:40]!r}; known: {', '.join(sorted(limits.samplers))}", field="sampler"
+        )
     if not 0 <= job.seed < 2**64:
         raise ValueOutOfRange("seed must be between 0 and 2^64 - 1", field="seed")
     return Sketch(
@@ -128,7 +132,7 @@ def sketch_of(
         characters=(*checked_characters(job), *_own(model, quality)),
         sampler=job.sampler or manifest.sampling.sampler,
         policy=policy,
-        deep_every=deep_every,
+        deep_every=deep_every if model.has_deep_blocks else 1,
         edit=None if job.edit is None else _edit(job.edit, width_px, height_px),
     )
 

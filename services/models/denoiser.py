@@ -18,23 +18,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from services.models.flux2 import Flux2Network
 from services.models.schedule import Schedule
 from services.models.stable_diffusion_unet import StableDiffusionUNet
 from services.models.storygen import References, StoryGenUNet
 
-Network: TypeAlias = StoryGenUNet | StableDiffusionUNet
+Network: TypeAlias = StoryGenUNet | StableDiffusionUNet | Flux2Network
 """What answers. The second kind cannot look at references: its packs take none."""
 
 REFERENCE_LEVEL_DIVISOR = 10
 """References are shown at a tenth of the frame's own noise level, times their distance."""
 
 
-def reference_level(t: int, distance: int, divisor: int = REFERENCE_LEVEL_DIVISOR) -> int:
+def reference_level(t: float, distance: int, divisor: int = REFERENCE_LEVEL_DIVISOR) -> int:
     """The noise level of the reference `distance` frames back while the frame is at step `t`: ⌊t/10⌋·distance.
 
     The newest frame has distance 1, so it is always the clearest (StoryGen, auto-regressive stage).
     """
-    return t // divisor * distance
+    return int(t) // divisor * distance
 
 
 def reference_levels(t: Tensor, count: int) -> Tensor:

@@ -15,7 +15,8 @@ Shapes: C latent channels, h and w latent size, N references, S text positions, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,10 +27,11 @@ from torch.nn import functional as F
 
 from services.models.character import CharacterWeights
 from services.models.denoiser import Branches, guidance
-from services.models.lora import Outfit
+from services.models.lora import NOBODY, Outfit
 from services.models.references import EXACT, ReferencePolicy
 from services.models.registry import FrameModel
-from services.models.samplers import SAMPLERS, History, starting_amplitude
+from services.models.samplers import History, Sampler, samplers_of, starting_amplitude
+from services.models.storygen import KeyValue
 from services.models.text_encoder import NO_WORDS, TextChange, Words
 
 Pixels = npt.NDArray[np.uint8]
@@ -75,7 +77,7 @@ class Sketch:
     image_guidance: float
     references: tuple[Seen, ...] = ()  # oldest first
     characters: tuple[CharacterWeights, ...] = ()
-    sampler: str = ""  # of `SAMPLERS`; empty: the pack's
+    sampler: str = ""  # of `samplers_of` the pack's schedule; empty: the pack's
     # The part of the steps, from 0 to 1, in which guidance counts. Outside of it only the row with text and references
     # is computed (Kynkäänniemi et al., arXiv 2404.07724).
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -102,7 +104,7 @@ class Drawing:
 
     sketch: Sketch
     guided: Branches  # the guidance that the sketch asks for
-    steps: tuple[int, ...]
+    steps: tuple[float, ...]
     latents_CHW: Tensor
     description_SD: Tensor
     nothing_SD: Tensor
@@ -110,7 +112,9 @@ class Drawing:
     reference_text_NSD: Tensor
     blank_CHW: Tensor
     reference_noise_CHW: Tensor
-    pictures: tuple[str, ...] = ()  # digests of the pixels of the references that are looked at
+    pictures: tuple[str, ...] = ()  # digests of the pixels of the references that passes are made of
+    # What the references leave where no pass is made of them (`FrameModel.sees_pictures`), a row each.
+    shown: Mapping[str, KeyValue] = field(default_factory=dict, repr=False)
     tenant: str = ""
     done: int = 0
     history: History | None = field(default=None, repr=False)
@@ -133,15 +137,23 @@ class Drawing:
         return self.guided if first <= done / len(self.steps) < last else UNGUIDED
 
 
-def rows_of_a_frame(sketch: Sketch, *, reads: bool = False) -> int:
+def sampler_of(model: FrameModel, sketch: Sketch) -> Sampler:
+    """The sampler that a sketch asks for, or the pack's."""
+    return samplers_of(model.manifest.schedule)[sketch.sampler] if sketch.sampler else model.sampler
+
+
+def rows_of_a_frame(sketch: Sketch, *, reads: bool = False, sees: bool = False) -> int:
     """Rows of a whole frame when it finds nothing in the cache but the blank's shared table.
 
-    `reads`: the model reads earlier frames (`FrameModel.reader`), so nothing is looked at.
+    `reads`: the model reads earlier frames (`FrameModel.reader`), so nothing is looked at. `sees`: it looks at them as
+    they are (`FrameModel.sees_pictures`), so there are no passes.
     """
     count, policy = 0 if reads else len(sketch.references), sketch.policy
     branches = guidance(sketch.image_guidance, sketch.text_guidance, has_references=count > 0)
     nothing, images, everything = (weight != 0.0 for weight in (branches.nothing, branches.images, branches.everything))
     steps = sketch.steps_taken
+    if sees:
+        return steps * (nothing + images + everything)
     levels = min(policy.levels_count or steps, steps)
     blanks = count * nothing * (not policy.shared_noise)
     return steps * (nothing + images + everything) + levels * (blanks + count * (images or everything))
@@ -196,23 +208,25 @@ def begin(
         around = Randomness(_SHARED_SEED)
         reference_noise = around.normal(*shape)
     if model.reader is None:
-        told = ["", sketch.description, *(seen.description for seen in looked_at)]
+        captions = () if model.sees_pictures else (seen.description for seen in looked_at)
+        told = ["", sketch.description, *captions]
         texts = model.text.encode(told, words, changes)
     else:
         texts = model.reader.contexts(sketch.description, [(s.pixels, s.description) for s in sketch.references])
+    blank = torch.zeros(shape, device=device)
     if count:
-        blank = codec.encode_blank(sketch.height_px, sketch.width_px, around.normal(1, *shape).to(device))[0]
+        if not model.sees_pictures:
+            blank = codec.encode_blank(sketch.height_px, sketch.width_px, around.normal(1, *shape).to(device))[0]
         pixels = np.stack([seen.pixels for seen in looked_at])
         values = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255.0
         noise = around.normal(1, *shape).expand(count, *shape) if sketch.policy.shared_noise else None
         seen = codec.encode_references(values, (random.normal(count, *shape) if noise is None else noise).to(device))
     else:
-        blank, seen = torch.zeros(shape, device=device), torch.zeros((0, *shape), device=device)
-    schedule = model.denoiser.schedule
+        seen = torch.zeros((0, *shape), device=device)
+    schedule = model.denoiser.schedule.at(shape[1] * shape[2])
     steps = schedule.sampling_steps(sketch.steps)[-sketch.steps_taken :]
     if sketch.edit is None:
-        sampler = SAMPLERS[sketch.sampler] if sketch.sampler else model.sampler
-        latents = starting_amplitude(sampler, schedule, steps[0]) * latents.to(device)
+        latents = starting_amplitude(sampler_of(model, sketch), schedule, steps[0]) * latents.to(device)
     else:
         values = torch.tensor(sketch.edit.pixels, device=device).permute(2, 0, 1)[None].float() / 255.0
         given = codec.encode(values, random.normal(1, *shape).to(device))[0]
@@ -228,10 +242,31 @@ def begin(
         reference_text_NSD=texts[2:],
         blank_CHW=blank,
         reference_noise_CHW=reference_noise.to(device),
-        pictures=tuple(hashlib.sha256(seen.pixels.tobytes()).hexdigest() for seen in looked_at),
+        pictures=()
+        if model.sees_pictures
+        else tuple(hashlib.sha256(seen.pixels.tobytes()).hexdigest() for seen in looked_at),
+        shown=_shown(model, seen, texts[0], tuple(outfit)) if model.sees_pictures and count else {},
         tenant=tenant,
         outfit=tuple(outfit),
     )
+
+
+def wearing(model: FrameModel, outfits: Sequence[Outfit]) -> AbstractContextManager[None]:
+    """The rows of a forward wear what they wear."""
+    if not any(one.slot != NOBODY.slot for outfit in outfits for one in outfit):
+        return nullcontext()
+    if model.slots is None:
+        raise ValueError("a drawing wears something, and the model has no slots")
+    return model.slots.rows(outfits)
+
+
+def _shown(model: FrameModel, seen_NCHW: Tensor, nothing_SD: Tensor, outfit: Outfit) -> Mapping[str, KeyValue]:
+    """What a network that looks at pictures as they are keeps of those of one frame: without noise or words."""
+    unet = model.denoiser.unet
+    nothing_NSD = nothing_SD.to(model.dtype).expand(len(seen_NCHW), *nothing_SD.shape)
+    clean_N = torch.zeros(len(seen_NCHW), device=seen_NCHW.device)
+    with wearing(model, [outfit]):
+        return unet.project(unet.features(seen_NCHW.to(model.dtype), clean_N, nothing_NSD))
 
 
 @torch.inference_mode()
@@ -272,4 +307,6 @@ __all__ = [
     "finish",
     "preview",
     "rows_of_a_frame",
+    "sampler_of",
+    "wearing",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from services.models.errors import PackTooLarge
 from services.models.pack import Manifest
 
 OVERRIDE = "FABULA_FRAME_CHECK_MEMORY=false"
-_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "mm_encoder")  # what the frame service loads of a pack
+# What the frame service loads of a pack.
+_NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "mm_encoder")
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+_PART = re.compile(r"[a-z_0-9]+/(diffusion_pytorch_model|model)-\d{5}-of-\d{5}\.safetensors")
 _HEADER_BYTES_MAX = 100 << 20
 _LEVELS_MAX = 32
 _FLOAT32_BYTES = 4
@@ -48,13 +51,14 @@ def footprint(folder: Path, manifest: Manifest, *, unet_bytes: int) -> Footprint
     """
     weights = loading = 0
     for network in _NETWORKS:
-        stored = next((f"{network}/{name}" for name in _WEIGHTS if f"{network}/{name}" in manifest.files), None)
-        if stored is None:
-            continue
-        size = manifest.files[stored].size_bytes
-        count = _numbers(folder / stored)
-        width = unet_bytes if network == "unet" else _FLOAT32_BYTES
-        weights += size if count is None else count * width
+        stored = _stored(manifest, network)
+        size = sum(manifest.files[path].size_bytes for path in stored)
+        # A transformer's language model is served in its arithmetic, too.
+        in_float32 = network == "vae" or (network != "unet" and "transformer/config.json" not in manifest.files)
+        width = _FLOAT32_BYTES if in_float32 else unet_bytes
+        for path in stored:
+            count = _numbers(folder / path)
+            weights += manifest.files[path].size_bytes if count is None else count * width
         loading = max(loading, size)
     return Footprint(
         name=manifest.name,
@@ -97,6 +101,12 @@ def check_room(footprints: Sequence[Footprint], *, free_bytes: int, host_free_by
         )
 
 
+def _stored(manifest: Manifest, network: str) -> list[str]:
+    """A network's file of weights, or its parts; none where the pack has no such network."""
+    plain = [f"{network}/{name}" for name in _WEIGHTS if f"{network}/{name}" in manifest.files]
+    return plain[:1] or [path for path in manifest.files if _PART.fullmatch(path) and path.startswith(f"{network}/")]
+
+
 def _drawing(folder: Path, manifest: Manifest, unet_bytes: int) -> int:
     """One forward of one frame: the widest level of the UNet."""
     config = _json(folder / "unet" / "config.json")
@@ -137,14 +147,18 @@ def _widths(config: Mapping[str, Any], key: str) -> list[int]:
 
 
 def _numbers(path: Path) -> int | None:
-    """How many numbers a safetensors file holds; None if its header cannot be read."""
+    """How many numbers of a safetensors file are loaded; None if its header cannot be read."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(path.stat().st_size, _HEADER_BYTES_MAX):
                 return None
             header = json.loads(file.read(length))
-        shapes = [values["shape"] for name, values in header.items() if name != "__metadata__"]
+        # What says a language model's next word is not loaded.
+        loaded = [
+            values for name, values in header.items() if name != "__metadata__" and not name.startswith("lm_head.")
+        ]
+        shapes = [values["shape"] for values in loaded]
         return sum(math.prod(int(side) for side in shape) for shape in shapes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None

@@ -39,7 +39,7 @@ from services.models.errors import (
     PackNotFound,
 )
 from services.models.quality import Quality
-from services.models.ranges import LatentScaling, ReferenceRange, ScheduleConfig
+from services.models.ranges import AnyScheduleConfig, LatentScaling, ReferenceRange
 
 MANIFEST = "pack.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -107,7 +107,7 @@ class PackSettings(_Strict):
     # True: reference latents are drawn from the VAE's posterior with the job's seed, as StoryGen does. False: its mean.
     sample_latents: bool = True
     latents: LatentScaling
-    schedule: ScheduleConfig
+    schedule: AnyScheduleConfig
     sampling: Sampling
 
     @field_validator("name")

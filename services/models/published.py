@@ -83,6 +83,12 @@ def plan_published(
             f"{source.name} has no pack.json: say under which licence its weights are published, "
             "for example --licence MIT or --licence LicenseRef-name"
         )
+    # They read with the functions of this module.
+    from services.models.flux2_published import PIPELINES as FLUX2_PIPELINES
+    from services.models.flux2_published import plan_flux2
+
+    if index.get("_class_name") in FLUX2_PIPELINES:
+        return plan_flux2(source, files, told, index, architectures)
     name = told.name or pack_name(source.name)
     if not index or index.get("_class_name") in _PIPELINES:
         unet_weights = _weights(source, files, "unet")
@@ -94,7 +100,7 @@ def plan_published(
     if architecture not in architectures and index.get("_class_name") not in _PIPELINES:
         raise PackUnsupported(
             f"{source.name} is a {architecture}; this version draws with "
-            f"{', '.join(sorted(set(_PIPELINES) | {'StoryGen'}))}. Nothing was copied"
+            f"{', '.join(sorted({*_PIPELINES, *FLUX2_PIPELINES, 'StoryGen'}))}. Nothing was copied"
         )
     check_architecture(architecture, architectures)
     wanted, notes = _wanted(source, files, architecture, index)

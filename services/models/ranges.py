@@ -58,3 +58,31 @@ class ScheduleConfig:
             raise ValueError("zero_terminal_snr needs v_prediction: noise predicted from pure noise says nothing")
         if self.zero_terminal_snr and self.spacing != "trailing":
             raise ValueError("zero_terminal_snr needs trailing spacing, else sampling starts below pure noise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """The same of a network that was trained on straight lines from picture to noise (flow matching).
+
+    Raises ValueError for combinations that cannot work.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}  # when read from a manifest
+
+    kind: Literal["flow"]
+    train_steps: int = 1000  # what the network calls pure noise
+    # How far the steps are moved towards the noisy end: by a constant, or, the larger the picture and the fewer the
+    # steps, the further, by the rule that FLUX.2's authors fitted.
+    shift: float = 1.0
+    shift_by_size: Literal["no", "flux2"] = "no"
+
+    def __post_init__(self) -> None:
+        if self.train_steps < 2:
+            raise ValueError("train_steps must be at least 2")
+        if not self.shift > 0.0:
+            raise ValueError("shift must be positive")
+        if self.shift_by_size != "no" and self.shift != 1.0:
+            raise ValueError("steps are moved by a constant or by the picture's size, not by both")
+
+
+AnyScheduleConfig = ScheduleConfig | FlowConfig

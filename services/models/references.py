@@ -48,7 +48,7 @@ class ReferencePolicy:
         if self.level_divisor < 1:
             raise ValueError("level_divisor must be positive")
 
-    def level(self, steps: Sequence[int], done: int, distance: int) -> int:
+    def level(self, steps: Sequence[float], done: int, distance: int) -> int:
         """The noise level of the frame `distance` back while step `steps[done]` is taken."""
         if self.levels_count == 0:
             return reference_level(steps[done], distance, self.level_divisor)

@@ -6,6 +6,7 @@ Knows where the networks lie in a pack's folder, and nothing about serving.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,12 +23,14 @@ from services.models.arldm_checkpoint import load_arldm
 from services.models.arldm_reader import ArldmReader, arldm_files, check_arldm
 from services.models.denoiser import StoryDenoiser
 from services.models.errors import AdapterError, PackManifestInvalid, PackWeightsMismatch
+from services.models.flux2_networks import check_flux2, load_flux2_networks, transformer_files
 from services.models.glimpse import FILE as GLIMPSE_FILE
 from services.models.glimpse import Glimpse, load_glimpse
 from services.models.lora import Adapter, AdapterSlots, read_adapter_file
 from services.models.pack import Manifest, Pack
-from services.models.samplers import SAMPLERS, Sampler
-from services.models.schedule import Schedule
+from services.models.ranges import FlowConfig
+from services.models.samplers import Sampler, samplers_of
+from services.models.schedule import FlowSchedule, Schedule
 from services.models.stable_diffusion import Networks, load_networks
 from services.models.storygen import StoryGenConfig, build_storygen
 from services.models.storygen_published import is_published_storygen, load_storygen_networks
@@ -108,11 +111,14 @@ class FrameModel:
     adapters: Mapping[str, Adapter] = field(default_factory=dict)  # of the pack's own, by file: see `pack.Sampling`
     glimpse: Glimpse | None = None  # for previews; None: the autoencoder draws them, smaller
     slots: AdapterSlots | None = None  # where characters' weights lie; None: it draws nobody but its own
+    # True: earlier frames are parts of what the network reads, without noise or caption, and no passes of their own.
+    sees_pictures: bool = False
+    has_deep_blocks: bool = True  # whose states another step may use again
 
     @property
     def base_digest(self) -> str:
-        """The SHA-256 of the UNet's file: what a character's weights are a change of."""
-        return self.manifest.files[f"unet/{UNET_WEIGHTS}"].sha256
+        """The SHA-256 of the denoiser's file: what a character's weights are a change of."""
+        return _base_digest(self.manifest)
 
 
 def load_frame_model(pack: Pack, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FrameModel:
@@ -182,7 +188,7 @@ def load_storygen(pack: Pack, device: torch.device, dtype: torch.dtype) -> Frame
     return FrameModel(
         manifest=manifest,
         adapters=_own_adapters(pack, unet),
-        denoiser=StoryDenoiser(nn.Module.to(unet, device, dtype), Schedule(manifest.schedule)),
+        denoiser=StoryDenoiser(nn.Module.to(unet, device, dtype), _schedule(manifest)),
         codec=codec,
         text=TextEncoder(nn.Module.to(text, device), tokenizer, bidirectional=text_shape.bidirectional),
         sampler=sampler,
@@ -215,13 +221,39 @@ def load_arldm_pack(pack: Pack, device: torch.device, dtype: torch.dtype) -> Fra
     return FrameModel(
         manifest=pack.manifest,
         adapters=_own_adapters(pack, loaded.networks.unet),
-        denoiser=StoryDenoiser(loaded.networks.unet, Schedule(pack.manifest.schedule)),
+        denoiser=StoryDenoiser(loaded.networks.unet, _schedule(pack.manifest)),
         codec=Codec(loaded.codec.vae, pack.manifest.latents, sample_latents=pack.manifest.sample_latents),
         text=reader,
         sampler=sampler,
         device=device,
         dtype=dtype,
         reader=reader,
+    )
+
+
+def load_flux2(pack: Pack, device: torch.device, dtype: torch.dtype, *, keeps_references: bool) -> FrameModel:
+    """The `flux2-klein` architecture: a transformer that sees earlier frames as they are.
+
+    `keeps_references`: its second kind, `flux2-klein-kv`, which reads them once a frame.
+    """
+    manifest = pack.manifest
+    sampler = _sampler(manifest)
+    try:
+        flow = check_flux2(manifest)
+        networks = load_flux2_networks(pack, device, dtype, keeps_references=keeps_references)
+    except (ValueError, TypeError) as error:
+        raise PackManifestInvalid(f"pack {pack.name!r}: {error}") from None
+    return FrameModel(
+        manifest=manifest,
+        adapters=_own_adapters(pack, networks.transformer),
+        denoiser=StoryDenoiser(networks.transformer, FlowSchedule(flow)),
+        codec=networks.codec,
+        text=networks.text,
+        sampler=sampler,
+        device=device,
+        dtype=dtype,
+        sees_pictures=True,
+        has_deep_blocks=False,
     )
 
 
@@ -236,7 +268,7 @@ def _load_published(
     return FrameModel(
         manifest=pack.manifest,
         adapters=_own_adapters(pack, networks.unet),
-        denoiser=StoryDenoiser(networks.unet, Schedule(pack.manifest.schedule)),
+        denoiser=StoryDenoiser(networks.unet, _schedule(pack.manifest)),
         codec=networks.codec,
         text=networks.text,
         sampler=sampler,
@@ -246,16 +278,32 @@ def _load_published(
 
 
 def _sampler(manifest: Manifest) -> Sampler:
-    if manifest.sampling.sampler not in SAMPLERS:
-        known = ", ".join(sorted(SAMPLERS))
+    samplers = samplers_of(manifest.schedule)
+    if manifest.sampling.sampler not in samplers:
+        known = ", ".join(sorted(samplers))
         raise PackManifestInvalid(f"sampler {manifest.sampling.sampler!r} is unknown; known: {known}")
-    return SAMPLERS[manifest.sampling.sampler]
+    return samplers[manifest.sampling.sampler]
+
+
+def _schedule(manifest: Manifest) -> Schedule:
+    """Of a network that predicts noise or velocity."""
+    if isinstance(manifest.schedule, FlowConfig):
+        raise PackManifestInvalid(f"the schedule is a flow's, and a {manifest.architecture} predicts none")
+    return Schedule(manifest.schedule)
+
+
+def _base_digest(manifest: Manifest) -> str:
+    """Of the denoiser's file; of one in several parts, the SHA-256 of theirs in order."""
+    if (plain := manifest.files.get(f"unet/{UNET_WEIGHTS}")) is not None:
+        return plain.sha256
+    parts = [manifest.files[path].sha256 for path in transformer_files(manifest)]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _own_adapters(pack: Pack, unet: nn.Module) -> dict[str, Adapter]:
     """The pack's own adapters, by file."""
     adapters = {settings.adapter for settings in pack.manifest.sampling.qualities.values() if settings.adapter}
-    base_digest = pack.manifest.files[f"unet/{UNET_WEIGHTS}"].sha256
+    base_digest = _base_digest(pack.manifest)
     try:
         own = {file: read_adapter_file(pack.path(file), unet, base_digest=base_digest) for file in sorted(adapters)}
     except AdapterError as error:
@@ -283,6 +331,8 @@ def check_fit(manifest: Manifest, unet: StoryGenConfig, vae: VaeShape, text: Tex
 
 ARCHITECTURES: dict[str, Callable[[Pack, torch.device, torch.dtype], FrameModel]] = {
     "arldm": load_arldm_pack,
+    "flux2-klein": functools.partial(load_flux2, keeps_references=False),
+    "flux2-klein-kv": functools.partial(load_flux2, keeps_references=True),
     "stable-diffusion": load_stable_diffusion,
     "stable-diffusion-xl": load_stable_diffusion_xl,
     "storygen": load_storygen,

@@ -7,12 +7,13 @@ only randomness of a frame is the noise it starts from; those two ask for more. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from services.models.ranges import AnyScheduleConfig, FlowConfig
 from services.models.schedule import Schedule
 
 
@@ -21,18 +22,18 @@ class History:
     """What a multi-step sampler remembers: the clean latents it saw last, and at which step."""
 
     clean: Tensor
-    t: int
+    t: float
 
 
 Noise = Callable[[], Tensor]
 """Fresh standard normal noise in the latents' shape, from the job's own seed."""
 
-Sampler = Callable[[Schedule, Tensor, Tensor, int, int, History | None, Noise], tuple[Tensor, History]]
+Sampler = Callable[[Schedule, Tensor, Tensor, float, float, History | None, Noise], tuple[Tensor, History]]
 """(schedule, output, latents, t, next t, history, noise) → (latents at next t, history for the next call)."""
 
 
 def ddim(
-    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None, fresh: Noise
+    schedule: Schedule, output: Tensor, latents: Tensor, t: float, t_next: float, history: History | None, fresh: Noise
 ) -> tuple[Tensor, History]:
     """One DDIM step with η = 0 (Song et al., arXiv 2010.02502, eq. 12)."""
     clean, noise = schedule.split(output, latents, torch.tensor(t))
@@ -41,7 +42,7 @@ def ddim(
 
 
 def euler(
-    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None, fresh: Noise
+    schedule: Schedule, output: Tensor, latents: Tensor, t: float, t_next: float, history: History | None, fresh: Noise
 ) -> tuple[Tensor, History]:
     """One Euler step of the probability-flow ODE in x/signal over σ = noise/signal (Karras et al., arXiv 2206.00364).
 
@@ -57,7 +58,7 @@ def euler(
 
 
 def euler_ancestral(
-    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None, fresh: Noise
+    schedule: Schedule, output: Tensor, latents: Tensor, t: float, t_next: float, history: History | None, fresh: Noise
 ) -> tuple[Tensor, History]:
     """One ancestral Euler step (Karras et al., arXiv 2206.00364, with k-diffusion's split of the noise).
 
@@ -74,7 +75,7 @@ def euler_ancestral(
 
 
 def lcm(
-    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None, fresh: Noise
+    schedule: Schedule, output: Tensor, latents: Tensor, t: float, t_next: float, history: History | None, fresh: Noise
 ) -> tuple[Tensor, History]:
     """One step of multistep consistency sampling (Luo et al., arXiv 2310.04378, algorithm 3): believe, then noise anew.
 
@@ -92,7 +93,7 @@ def lcm(
 
 
 def dpm_solver_pp_2m(
-    schedule: Schedule, output: Tensor, latents: Tensor, t: int, t_next: int, history: History | None, fresh: Noise
+    schedule: Schedule, output: Tensor, latents: Tensor, t: float, t_next: float, history: History | None, fresh: Noise
 ) -> tuple[Tensor, History]:
     """One step of DPM-Solver++ 2M (Lu et al., arXiv 2211.01095, algorithm 2). First and last steps are first order.
 
@@ -113,7 +114,16 @@ def dpm_solver_pp_2m(
     return (sigma_next / sigma) * latents - signal_next * math.expm1(-step) * guess, History(clean, t)
 
 
-def starting_amplitude(sampler: Sampler, schedule: Schedule, t: int) -> float:
+def flow_euler(
+    schedule: Schedule, output: Tensor, latents: Tensor, t: float, t_next: float, history: History | None, fresh: Noise
+) -> tuple[Tensor, History]:
+    """One Euler step along the line that a flow's network says (Lipman et al., arXiv 2210.02747)."""
+    clean, _ = schedule.split(output, latents, torch.tensor(t))
+    (_, sigma), (_, sigma_next) = schedule.levels(t), schedule.levels(t_next)
+    return latents + (sigma_next - sigma) * output, History(clean, t)
+
+
+def starting_amplitude(sampler: Sampler, schedule: Schedule, t: float) -> float:
     """How strong the noise is that sampling starts from, at its first step `t`.
 
     As published: the two Euler samplers start where the training data was, a little below one where the last step still
@@ -132,4 +142,11 @@ SAMPLERS: dict[str, Sampler] = {
     "euler_ancestral": euler_ancestral,
     "lcm": lcm,
 }
-"""Every sampler that a pack or a job may name."""
+"""Every sampler that a pack or a job may name, where the network predicts noise or velocity."""
+FLOW_SAMPLERS: dict[str, Sampler] = {"flow_euler": flow_euler}
+"""The same where it predicts a flow."""
+
+
+def samplers_of(config: AnyScheduleConfig) -> Mapping[str, Sampler]:
+    """Those that can walk a manifest's schedule."""
+    return FLOW_SAMPLERS if isinstance(config, FlowConfig) else SAMPLERS

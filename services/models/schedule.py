@@ -3,17 +3,20 @@
 Training (`add_noise`, `target`) and sampling (`split`, `sampling_steps`) are methods over the same formulas.
 Knows no network, no sampler and no random number: noise is always an argument.
 
-Shapes: `t` is an integer tensor of any shape `[...]`; the tensors it belongs to are `[..., C, H, W]`, so one call may
-hold rows at different noise levels. `signal` and `noise` amplitudes satisfy signal² + noise² = 1.
+Shapes: `t` is a tensor of any shape `[...]`; the tensors it belongs to are `[..., C, H, W]`, so one call may hold rows
+at different noise levels. Of a `Schedule` it holds integers, and the amplitudes satisfy signal² + noise² = 1; of a
+`FlowSchedule` it holds any numbers up to its train steps, and signal + noise = 1.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from services.models.ranges import FlowConfig
 from services.models.ranges import ScheduleConfig as ScheduleConfig
 
 CLEAN = -1
@@ -33,15 +36,19 @@ class Schedule:
         self._signal_T = signal
         self._noise_T = (1.0 - signal.square()).clamp_min(0.0).sqrt()
 
-    def levels(self, t: int) -> tuple[float, float]:
+    def at(self, latent_pixels: int) -> Schedule:
+        """The schedule of a picture of so many latent pixels."""
+        return self
+
+    def levels(self, t: float) -> tuple[float, float]:
         """Signal and noise amplitude at step `t`; `CLEAN` gives those at the end of sampling."""
         if t < 0:
             if self.config.final_step_is_clean:
                 return 1.0, 0.0
             t = 0
-        return float(self._signal_T[t]), float(self._noise_T[t])
+        return float(self._signal_T[int(t)]), float(self._noise_T[int(t)])
 
-    def log_snr(self, t: int) -> float:
+    def log_snr(self, t: float) -> float:
         """Half the log signal-to-noise ratio, log(signal/noise), at step `t`; infinite where one of them is zero."""
         signal, noise = self.levels(t)
         if noise == 0.0:
@@ -67,8 +74,8 @@ class Schedule:
             return (noisy - sigma * output) / signal, output
         return signal * noisy - sigma * output, sigma * noisy + signal * output
 
-    def sampling_steps(self, count: int) -> tuple[int, ...]:
-        """The `count` training steps that sampling visits, noisiest first.
+    def sampling_steps(self, count: int) -> tuple[float, ...]:
+        """The `count` training steps that sampling visits, noisiest first. Of this kind they are integers.
 
         Raises ValueError unless 1 ≤ count ≤ train_steps.
         """
@@ -80,7 +87,7 @@ class Schedule:
         stride = total // count
         return tuple(min(k * stride + self.config.steps_offset, total - 1) for k in reversed(range(count)))
 
-    def step_after(self, t: int, count: int) -> int:
+    def step_after(self, t: float, count: int) -> float:
         """The training step that sampling with `count` steps goes to from `t`; `CLEAN` after the last one."""
         if self.config.spacing == "leading":
             # The stride below the step, as Stable Diffusion's DDIM takes it: equal to the next visited step except at
@@ -96,3 +103,80 @@ class Schedule:
         signal = self._signal_T[index].reshape(shape).to(device=like.device, dtype=like.dtype)
         sigma = self._noise_T[index].reshape(shape).to(device=like.device, dtype=like.dtype)
         return signal, sigma
+
+
+class FlowSchedule(Schedule):
+    """Straight lines from picture to noise (Lipman et al., arXiv 2210.02747): at step t the part t / T is noise.
+
+    The network answers with the line's direction, noise less picture. Steps are real numbers, and where they lie
+    depends on the picture's size, so sampling asks `at` first. Immutable.
+    """
+
+    def __init__(self, config: FlowConfig, latent_pixels: int = 0) -> None:
+        # There is no table, so nothing of the base is built.
+        self.flow = config
+        self.latent_pixels = latent_pixels
+
+    def at(self, latent_pixels: int) -> FlowSchedule:
+        """The schedule of a picture of so many latent pixels."""
+        return FlowSchedule(self.flow, latent_pixels)
+
+    def levels(self, t: float) -> tuple[float, float]:
+        """Signal and noise amplitude at step `t`; nothing is left of the noise at `CLEAN`."""
+        noise = max(float(t), 0.0) / self.flow.train_steps
+        return 1.0 - noise, noise
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The direction of the line: the same all along it."""
+        return noise - clean
+
+    def split(self, output: Tensor, noisy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Both ends of the line on which `noisy` lies, if it goes where `output` says."""
+        signal, sigma = self._amplitudes(t, noisy)
+        return noisy - sigma * output, noisy + signal * output
+
+    def sampling_steps(self, count: int) -> tuple[float, ...]:
+        """The `count` steps that sampling visits, noisiest first.
+
+        In float32 and in the published order of operations, so that they are the published numbers to the bit. Raises
+        ValueError unless 1 ≤ count ≤ train_steps, and where the picture's size matters and is not known.
+        """
+        if not 1 <= count <= self.flow.train_steps:
+            raise ValueError(f"steps must be between 1 and {self.flow.train_steps}")
+        sigmas = np.linspace(1.0, 1.0 / count, count).astype(np.float32)
+        if self.flow.shift_by_size == "flux2":
+            if self.latent_pixels < 1:
+                raise ValueError("the steps depend on the picture's size: ask `at` for its schedule first")
+            shift = math.exp(flux2_shift(self.latent_pixels, count))
+            sigmas = shift / (shift + (1.0 / sigmas - 1.0))
+        else:
+            sigmas = self.flow.shift * sigmas / (1.0 + (self.flow.shift - 1.0) * sigmas)
+        return tuple(float(t) for t in sigmas.astype(np.float32) * np.float32(self.flow.train_steps))
+
+    def step_after(self, t: float, count: int) -> float:
+        """The step that sampling with `count` steps goes to from `t`; `CLEAN` after the last one."""
+        steps = self.sampling_steps(count)
+        index = steps.index(t)
+        return steps[index + 1] if index + 1 < count else CLEAN
+
+    def _amplitudes(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = t.to(device="cpu", dtype=torch.float64).clamp_min(0.0) / self.flow.train_steps
+        sigma = sigma.reshape(*t.shape, *(1,) * (like.dim() - t.dim())).to(device=like.device, dtype=like.dtype)
+        return 1.0 - sigma, sigma
+
+
+def flux2_shift(latent_pixels: int, count: int) -> float:
+    """FLUX.2's shift, as the logarithm that its authors fitted: two lines over the picture's size, and between them.
+
+    One line is of ten steps and one of two hundred; other counts lie on the line through both. Large pictures take the
+    second whatever their steps.
+    """
+    at_200 = 0.00016927 * latent_pixels + 0.45666666
+    if latent_pixels > _FLUX2_LARGE:
+        return at_200
+    at_10 = 8.73809524e-05 * latent_pixels + 1.89833333
+    slope = (at_200 - at_10) / 190.0
+    return slope * count + (at_200 - 200.0 * slope)
+
+
+_FLUX2_LARGE = 4300

@@ -14,20 +14,18 @@ nothing are left out, and the pass ends where the last features were taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from services.models.drawing import Drawing, Pixels, Randomness, Sketch, begin, finish
-from services.models.lora import NOBODY, Outfit
+from services.models.drawing import Drawing, Pixels, Randomness, Sketch, begin, finish, sampler_of, wearing
 from services.models.references import Pages, ReferenceCache, ReferenceKey, ReferenceRow
 from services.models.registry import FrameModel
-from services.models.samplers import SAMPLERS, History
-from services.models.storygen import References
+from services.models.samplers import History
+from services.models.storygen import KeyValue, References
 
 
 class StepRows(NamedTuple):
@@ -50,6 +48,9 @@ class StepRows(NamedTuple):
         return StepRows(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+NOTHING = 0  # the number of the branch that sees no earlier frame
+
+
 class _Row(NamedTuple):
     """One row of the main pass: whose it is, how much it counts, what it looks at."""
 
@@ -60,6 +61,12 @@ class _Row(NamedTuple):
     sees: tuple[ReferenceRow, ...]
     branch: int
     deep_CHW: Tensor | None  # an earlier step's; None: this step computes its own
+
+    @property
+    def shown_count(self) -> int:
+        """Pictures that it sees as they are."""
+        shown = self.drawing.shown
+        return len(next(iter(shown.values())).key) if shown and self.branch != NOTHING else 0
 
 
 @torch.inference_mode()
@@ -119,7 +126,7 @@ def _branches(drawing: Drawing, done: int) -> Iterator[tuple[int, float, Tensor,
     """Number, weight, text and references of each branch that counts in a step."""
     sketch = drawing.sketch
     branches = drawing.branches_at(done)
-    # A model that reads earlier frames has them in its texts, and no picture to look at.
+    # A model that reads earlier frames has them in its texts; one that sees them as they are makes no pass of them.
     distances = sketch.distances if drawing.pictures else ()
     levels = [sketch.policy.level(drawing.steps, done, distance) for distance in distances]
     blanks = tuple(_blank(drawing, level) for level in levels) if branches.nothing != 0.0 else ()
@@ -202,7 +209,7 @@ def _look(
     noisy = schedule.add_noise(
         torch.stack([seen.clean_CHW for seen in taken]), torch.stack([seen.noise_CHW for seen in taken]), levels
     )
-    with _wearing(model, [seen.outfit for seen in taken]):
+    with wearing(model, [seen.outfit for seen in taken]):
         projected = unet.project(
             unet.features(
                 noisy.to(model.dtype),
@@ -225,11 +232,13 @@ def _ahead(drawings: Sequence[Drawing]) -> Iterator[ReferenceRow]:
 
 def _predict(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Tensor, list[Tensor | None]]:
     """The network's answer for every row of the main pass, float32; and the deep states of those who will use them."""
-    fresh = [number for number, row in enumerate(rows) if row.deep_CHW is None]
-    shallow = [number for number, row in enumerate(rows) if row.deep_CHW is not None]
+    # Pictures that are seen as they are lengthen a row, so only rows that see as many share a forward.
+    groups: dict[tuple[bool, int], list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault((row.deep_CHW is not None, row.shown_count), []).append(number)
     answers: list[Tensor] = [torch.empty(0)] * len(rows)
     kept: list[Tensor | None] = [None] * len(rows)
-    for numbers in filter(None, (fresh, shallow)):
+    for _, numbers in sorted(groups.items()):
         some, deep = _pass(model, [rows[number] for number in numbers], pages)
         for place, number in enumerate(numbers):
             answers[number] = some[place]
@@ -241,20 +250,12 @@ def _predict(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Ten
 def _pass(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Tensor, Tensor | None]:
     """One forward over rows that all compute their deep states, or all use earlier ones; the former's states."""
     device, dtype = model.device, model.dtype
-    looked_at: References | None = None
-    slots = max(len(row.sees) for row in rows)
-    if slots:
-        numbers = [pages.slots(seen.key for seen in row.sees) for row in rows]
-        anything = next(row[0] for row in numbers if row)
-        present = [[slot < len(row) for slot in range(slots)] for row in numbers]
-        complete = all(all(slots_of_row) for slots_of_row in present)
-        looked_at = References(
-            pages.blocks,
-            torch.tensor([row + [anything] * (slots - len(row)) for row in numbers], device=device),
-            # A mask costs the attention kernel its fast path, so only where rows differ.
-            None if complete else torch.tensor(present, device=device),
-        )
-    with _wearing(model, [row.drawing.outfit for row in rows]):
+    if model.sees_pictures:
+        blocks, numbers = _shown(rows)
+    else:
+        blocks, numbers = pages.blocks, [pages.slots(seen.key for seen in row.sees) for row in rows]
+    looked_at = _references(blocks, numbers, device)
+    with wearing(model, [row.drawing.outfit for row in rows]):
         unet = model.denoiser.unet
         given = (
             torch.stack([row.drawing.latents_CHW for row in rows]).to(dtype),
@@ -270,26 +271,53 @@ def _pass(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Tensor
         return answer.float(), deep
 
 
-def _wearing(model: FrameModel, outfits: Sequence[Outfit]) -> AbstractContextManager[None]:
-    """The rows of a forward wear what they wear."""
-    if not any(one.slot != NOBODY.slot for outfit in outfits for one in outfit):
-        return nullcontext()
-    if model.slots is None:
-        raise ValueError("a drawing wears something, and the model has no slots")
-    return model.slots.rows(outfits)
+def _shown(rows: Sequence[_Row]) -> tuple[Mapping[str, KeyValue], list[list[int]]]:
+    """What the pictures of the rows' drawings left, each drawing's once, and the numbers of those a row sees."""
+    first: dict[int, int] = {}
+    parts: list[Mapping[str, KeyValue]] = []
+    numbers, count = [], 0
+    for row in rows:
+        if row.shown_count and row.owner not in first:
+            first[row.owner] = count
+            parts.append(row.drawing.shown)
+            count += row.shown_count
+        numbers.append([first[row.owner] + number for number in range(row.shown_count)])
+    blocks = {
+        name: KeyValue(*map(torch.cat, zip(*(part[name] for part in parts), strict=True)))
+        for name in (parts[0] if parts else ())
+    }
+    return blocks, numbers
+
+
+def _references(
+    blocks: Mapping[str, KeyValue], numbers: Sequence[Sequence[int]], device: torch.device
+) -> References | None:
+    """What rows look at, filled up to the longest; None where nobody looks at anything."""
+    slots = max(map(len, numbers))
+    if not slots:
+        return None
+    anything = next(row[0] for row in numbers if row)
+    present = [[slot < len(row) for slot in range(slots)] for row in numbers]
+    complete = all(all(slots_of_row) for slots_of_row in present)
+    return References(
+        blocks,
+        torch.tensor([[*row, *[anything] * (slots - len(row))] for row in numbers], device=device),
+        # A mask costs the attention kernel its fast path, so only where rows differ.
+        None if complete else torch.tensor(present, device=device),
+    )
 
 
 def _sample(model: FrameModel, drawing: Drawing, output_CHW: Tensor) -> tuple[Tensor, History]:
-    schedule, latents = model.denoiser.schedule, drawing.latents_CHW
+    latents = drawing.latents_CHW
+    schedule = model.denoiser.schedule.at(latents.shape[1] * latents.shape[2])
     t = drawing.steps[drawing.done]
     t_next = schedule.step_after(t, drawing.sketch.steps)
-    sampler = SAMPLERS[drawing.sketch.sampler] if drawing.sketch.sampler else model.sampler
 
     def fresh() -> Tensor:
         # Of the step, not of a stream: a step that is taken again gets the same noise again.
         return Randomness(drawing.sketch.seed, drawing.done).normal(*latents.shape)
 
-    return sampler(schedule, output_CHW, latents, t, t_next, drawing.history, fresh)
+    return sampler_of(model, drawing.sketch)(schedule, output_CHW, latents, t, t_next, drawing.history, fresh)
 
 
 def _combine(rows: Sequence[_Row], answers_BCHW: Tensor, drawing_count: int) -> list[Tensor]:

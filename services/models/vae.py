@@ -121,6 +121,10 @@ class Codec:
         out: Tensor = (raw_BCHW - self._shift) * self._scale
         return out.float()
 
+    def raw(self, latents_BCHW: Tensor) -> Tensor:
+        """The opposite of `normalised`: latents as the decoder wants them."""
+        return latents_BCHW.to(self._scale.dtype) / self._scale + self._shift
+
     def encode_references(self, pixels_BCHW: Tensor, noise: Tensor | None = None) -> Tensor:
         """Normalised latents of pictures to *look at*.
 
@@ -135,8 +139,7 @@ class Codec:
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Pixels in 0..1."""
-        raw = latents_BCHW.to(self._scale.dtype) / self._scale + self._shift
-        pixels: Tensor = self.vae.decode(raw, return_dict=False)[0]
+        pixels: Tensor = self.vae.decode(self.raw(latents_BCHW), return_dict=False)[0]
         return (pixels.float() * 0.5 + 0.5).clamp(0.0, 1.0)
 
     def _encode(self, values_BCHW: Tensor, noise: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ Knows no pack and no particular network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -25,10 +25,22 @@ def load_weights(module: nn.Module, path: Path, renamed: Renamed = dict, *, assi
     device, so that its weights are in memory once. Raises PackWeightsMismatch naming what is missing, unknown or of the
     wrong shape.
     """
-    try:
-        found = renamed(load_file(str(path)))
-    except SafetensorError as error:
-        raise PackWeightsMismatch(f"{path.name} of {path.parent.name}: {error}") from None
+    load_parts(module, (path,), renamed, assign=assign)
+
+
+def load_parts(module: nn.Module, paths: Sequence[Path], renamed: Renamed = dict, *, assign: bool = False) -> None:
+    """`load_weights` of a network whose tensors lie in several files. Raises PackWeightsMismatch for one in two."""
+    path = paths[0]
+    parts: dict[str, Tensor] = {}
+    for part in paths:
+        try:
+            own = load_file(str(part))
+        except SafetensorError as error:
+            raise PackWeightsMismatch(f"{part.name} of {part.parent.name}: {error}") from None
+        if twice := sorted(parts.keys() & own.keys()):
+            raise PackWeightsMismatch(f"{part.name} of {part.parent.name}: {twice[0]} lies in another part, too")
+        parts |= own
+    found = renamed(parts)
     wanted = module.state_dict()
     faults = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
     faults += [f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())]
