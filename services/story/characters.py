@@ -30,6 +30,8 @@ from services.story.records import StoryCharacter, StoryWarning
 MOST_IN_FRAME = 2  # whose weights a frame service takes
 VERSION_ID = re.compile(r"[0-9a-f]{64}")
 FEATURE = "characters"
+# Somebody as descriptions introduce them: "Waiga, a blue elephant with a yellow crown,".
+_INTRODUCED = re.compile(r"\b(?P<name>[^\W\d_a-z]\w*), (?P<look>an? [^,.;]{1,80})(?=[,.;])")
 NAME_UNFAMILIAR = "NAME_UNFAMILIAR"  # as the caption service says it
 
 
@@ -111,17 +113,39 @@ def told(characters: Iterable[StoryCharacter]) -> tuple[str, ...]:
     return tuple(f"{one.name}, {one.phrase}, stands there." for one in characters if one.phrase)
 
 
+def completed(
+    description: str, caption: str, earlier_captions: Iterable[str], characters: Sequence[StoryCharacter]
+) -> str:
+    """The description with those whom its caption names, at most as many as a frame has weights for.
+
+    A small language model often loses a name that it has never read, or makes one up: whoever is introduced by a name
+    that no caption has becomes somebody who is missing, and who is missing still gets a sentence, as a caption service
+    does for the pack's own cast. Without the name a frame would be drawn without the weights.
+    """
+    wanted = _named(characters, caption)[:MOST_IN_FRAME]
+    missing = [one for one in wanted if one not in _named(characters, description)]
+    if not missing:
+        return description
+    captions = "\n".join((*earlier_captions, caption))
+    for found in list(_INTRODUCED.finditer(description)):
+        name = found["name"]
+        if missing and not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", captions):
+            one = missing.pop(0)
+            introduced = f"{one.name}, {one.phrase}" if one.phrase else one.name
+            description = description.replace(found[0], introduced, 1)
+            description = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", lambda _, one=one: one.name, description)
+    sentences = (
+        f"{one.name}, {one.phrase}, stands nearby." if one.phrase else f"{one.name} stands nearby." for one in missing
+    )
+    return " ".join((description, *sentences))
+
+
 def drawn_in(characters: Sequence[StoryCharacter], description: str) -> tuple[StoryCharacter, ...]:
     """Those whose weights a frame is drawn with: whom its description names by a whole word, the first ones first.
 
     Where a name begins another one (Rosa, Rosa Lee), the longer one is meant where it stands.
     """
-    if not characters:
-        return ()
-    by_name = {one.name: one for one in characters}
-    names = "|".join(re.escape(name) for name in sorted(by_name, key=len, reverse=True))
-    found = re.findall(rf"(?<!\w)(?:{names})(?!\w)", unicodedata.normalize("NFC", description))
-    return tuple(by_name[name] for name in dict.fromkeys(found))[:MOST_IN_FRAME]
+    return _named(characters, description)[:MOST_IN_FRAME]
 
 
 def unfamiliar(warnings: Iterable[StoryWarning], characters: Iterable[StoryCharacter]) -> tuple[StoryWarning, ...]:
@@ -134,6 +158,16 @@ def unfamiliar(warnings: Iterable[StoryWarning], characters: Iterable[StoryChara
         for each in warnings
         if each.reason != NAME_UNFAMILIAR or not set(each.metadata.get("names", "").split(",")) <= names
     )
+
+
+def _named(characters: Sequence[StoryCharacter], text: str) -> tuple[StoryCharacter, ...]:
+    """Everybody whom a text names, in its order."""
+    if not characters:
+        return ()
+    by_name = {one.name: one for one in characters}
+    names = "|".join(re.escape(name) for name in sorted(by_name, key=len, reverse=True))
+    found = re.findall(rf"(?<!\w)(?:{names})(?!\w)", unicodedata.normalize("NFC", text))
+    return tuple(by_name[name] for name in dict.fromkeys(found))
 
 
 @contextmanager

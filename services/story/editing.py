@@ -239,7 +239,10 @@ class Editor:
             seed=seed,
             temperature=story.options.temperature,
         )
-        return replace(new, description=written.text, description_seed=seed, description_s=time.monotonic() - started)
+        description = characters.completed(
+            written.text, new.caption, (frame.caption for frame in before), story.options.characters
+        )
+        return replace(new, description=description, description_seed=seed, description_s=time.monotonic() - started)
 
     async def _redrawn(
         self, story: Story, new: Frame, shown: Sequence[Shown], *, edit: tuple[bytes, float] | None = None

@@ -375,7 +375,12 @@ class StoryWorkflows:
         kept = await self._repository.write_description(
             story_id,
             command.frame_index,
-            description=written.text,
+            description=characters.completed(
+                written.text,
+                command.caption,
+                (*command.earlier_captions, command.previous_caption),
+                options.characters,
+            ),
             seed=command.seed,
             duration_s=time.monotonic() - started,
         )

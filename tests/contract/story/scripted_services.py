@@ -101,6 +101,7 @@ class Script:
         self.strange_picture = False  # the given one is unlike what the pack draws
         self.features_missing: set[int] = set()  # of every pack
         self.max_references: int | None = None  # of every pack; None: what `frame_pack` says
+        self.told: dict[int, str] = {}  # frame index: what its caption says besides
         self.named: dict[int, str] = {}  # frame index: what its description says besides
         self.picture_bytes = 0  # least size of a picture, for the full disk
 
@@ -149,7 +150,9 @@ class ScriptedCaption(caption_grpc.CaptionServiceServicer):
             repr((list(request.captions), request.sampling.seed)).encode() + request.image
         ).hexdigest()[:8]
         return caption_pb.WriteCaptionResponse(
-            caption=f"Then came frame {index} of the story ({mark}).",
+            caption=" ".join(
+                filter(None, (f"Then came frame {index} of the story ({mark}).", self.script.told.get(index)))
+            ),
             pack_digest=DIGEST,
             warnings=[
                 *_word_warnings(self.script, {f"captions[{index - 1}]": request.captions[-1]}),

@@ -194,6 +194,20 @@ def test_edits_and_insertions_keep_the_characters(story: StoryProcess, script: S
     assert longer.characters == made.characters
 
 
+def test_a_description_that_loses_a_name_is_given_it_back(story: StoryProcess, script: Script) -> None:
+    made = finished(story, "Rosa", "Otto")
+    script.calls.clear()
+    script.named = {7: "Chaim, a blue elephant with a crown, jumps."}
+    insert = pb.InsertFrameRequest(story_id=made.story_id, after_frame_index=1, caption="Otto met Rosa in frame 7 .")
+    new = story.stub.InsertFrame(insert, timeout=60).story.frames[2]
+    assert new.description.endswith(f" Otto, {OTTO}, jumps. Rosa, {ROSA}, stands nearby.")
+    script.named, script.told = {}, {2: "Rosa ran."}
+    begun = finished(story, "Rosa", frame_count=2, caption="Rosa came.")
+    assert "Rosa" not in begun.frames[1].description, "its caption names nobody"
+    assert begun.frames[2].description.endswith(f". Rosa, {ROSA}, stands nearby.")
+    assert weights(script) == [["b", "a"], [], ["a"]]
+
+
 def test_a_process_that_dies_goes_on_with_the_same_characters(
     services: ScriptedServices,
     script: Script,

@@ -27,7 +27,7 @@ from services.runtime.errors import (
 )
 from services.story.api_grpc import story_request_from_pb
 from services.story.backends import Drawing, LoadedPack
-from services.story.characters import MOST_IN_FRAME, CharacterLookup, drawn_in, told, unfamiliar
+from services.story.characters import MOST_IN_FRAME, CharacterLookup, completed, drawn_in, told, unfamiliar
 from services.story.customization import Customizations
 from services.story.documents import read_form, read_json_body
 from services.story.intake import MOST_CHARACTERS, StoryRequest, check_characters
@@ -260,6 +260,49 @@ def test_at_most_two_are_drawn_in_the_order_they_are_named(words: list[str]) -> 
     found = [one.name for one in drawn_in(cast, " ".join(words))]
     named = [word for word in dict.fromkeys(words) if word in ("Rosa", "Otto", "Pip")]
     assert found == named[:MOST_IN_FRAME]
+
+
+PIG, OWL = "a pink pig with a teal hat", "a grey owl in a red coat"
+CAST = (character("Rosa", PIG), character("Otto", OWL), character("Zora", ""))
+
+
+@pytest.mark.parametrize(
+    ("caption", "description", "mended"),
+    [
+        ("Rosa ran.", "On the left Rosa, a pink pig with a teal hat, runs.", None),
+        ("Pip ran.", "On the left Waiga, a blue elephant with a crown, runs.", None),
+        ("Rosalind ran.", "A park.", None),
+        ("Rosa ran.", "A park by day.", f"A park by day. Rosa, {PIG}, stands nearby."),
+        ("Zora ran.", "A park by day.", "A park by day. Zora stands nearby."),
+        (
+            "Rosa ran.",
+            "On the left Waiga, a blue pig with a crown, runs. Waiga's ball is Waigaish.",
+            f"On the left Rosa, {PIG}, runs. Rosa's ball is Waigaish.",
+        ),
+        # Who is in a caption is nobody's double: neither the one of this frame nor the one of an earlier one.
+        (
+            "Rosa met Pip.",
+            "Pip, an orange cat with a scarf, waves to Mina, a white sheep.",
+            f"Pip, an orange cat with a scarf, waves to Mina, a white sheep. Rosa, {PIG}, stands nearby.",
+        ),
+        (
+            "Otto gave Rosa a kite.",
+            "Rosa, a pink pig with a teal hat, waves. Chaim, a blue elephant, jumps.",
+            f"Rosa, {PIG}, waves. Otto, {OWL}, jumps.",
+        ),
+        (
+            "Otto gave Rosa a kite.",
+            "Chaim, a blue elephant, jumps. A duck sits.",
+            f"Otto, {OWL}, jumps. A duck sits. Rosa, {PIG}, stands nearby.",
+        ),
+        ("Rosa, Otto and Zora ran.", "A park.", f"A park. Rosa, {PIG}, stands nearby. Otto, {OWL}, stands nearby."),
+    ],
+)
+def test_whom_a_caption_names_is_in_its_description(caption: str, description: str, mended: str | None) -> None:
+    text = completed(description, caption, ["Mina woke."], CAST)
+    assert text == (description if mended is None else mended)
+    assert completed(text, caption, ["Mina woke."], CAST) == text, "once is enough"
+    assert completed(description, caption, ["Mina woke."], ()) == description
 
 
 # -- what is told ------------------------------------------------------------------------------------------------------
