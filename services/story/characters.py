@@ -127,16 +127,19 @@ def completed(
     if not missing:
         return description
     captions = "\n".join((*earlier_captions, caption))
-    for found in list(_INTRODUCED.finditer(description)):
-        name = found["name"]
-        if missing and not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", captions):
-            one = missing.pop(0)
-            introduced = f"{one.name}, {one.phrase}" if one.phrase else one.name
-            description = description.replace(found[0], introduced, 1)
-            description = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", lambda _, one=one: one.name, description)
-    sentences = (
-        f"{one.name}, {one.phrase}, stands nearby." if one.phrase else f"{one.name} stands nearby." for one in missing
-    )
+    renamed: dict[str, StoryCharacter] = {}
+
+    def introduced(found: re.Match[str]) -> str:
+        if not missing or re.search(rf"(?<!\w){re.escape(found['name'])}(?!\w)", captions):
+            return found[0]
+        one = missing.pop(0)
+        renamed.setdefault(found["name"], one)
+        return _introduction(one)
+
+    description = _INTRODUCED.sub(introduced, description)
+    for name, one in renamed.items():  # where it stands alone: "Waiga's ball"
+        description = one.name.join(re.split(rf"(?<!\w){re.escape(name)}(?!\w)(?!, an? )", description))
+    sentences = (f"{_introduction(one)}{',' if one.phrase else ''} stands nearby." for one in missing)
     return " ".join((description, *sentences))
 
 
@@ -158,6 +161,10 @@ def unfamiliar(warnings: Iterable[StoryWarning], characters: Iterable[StoryChara
         for each in warnings
         if each.reason != NAME_UNFAMILIAR or not set(each.metadata.get("names", "").split(",")) <= names
     )
+
+
+def _introduction(one: StoryCharacter) -> str:
+    return f"{one.name}, {one.phrase}" if one.phrase else one.name
 
 
 def _named(characters: Sequence[StoryCharacter], text: str) -> tuple[StoryCharacter, ...]:

@@ -295,6 +295,12 @@ CAST = (character("Rosa", PIG), character("Otto", OWL), character("Zora", ""))
             "Chaim, a blue elephant, jumps. A duck sits.",
             f"Otto, {OWL}, jumps. A duck sits. Rosa, {PIG}, stands nearby.",
         ),
+        # The same one made up twice is two; a third stays, because nobody is missing any more.
+        (
+            "Otto gave Rosa a kite.",
+            "Chaim, a blue cat, jumps. Chaim, a blue cat, sits by Chaim. Chaim, a red cat, eats.",
+            f"Otto, {OWL}, jumps. Rosa, {PIG}, sits by Otto. Chaim, a red cat, eats.",
+        ),
         ("Rosa, Otto and Zora ran.", "A park.", f"A park. Rosa, {PIG}, stands nearby. Otto, {OWL}, stands nearby."),
     ],
 )
