@@ -97,10 +97,13 @@ def _text_model(pack: Pack, device: torch.device, dtype: torch.dtype) -> Any:
         model: Any = Qwen3Model(config)
     files = [pack.path(path) for path in weight_files(pack.manifest, TEXT_ENCODER)]
     load_parts(model, files, _without_head, assign=True)
-    model.rotary_emb = type(model.rotary_emb)(config)  # no weight, so still without memory
+    # The turns that stand for positions are no weights: computed here, and in float32 whatever the arithmetic.
+    turns, model.rotary_emb = type(model.rotary_emb), nn.Identity()
+    nn.Module.to(model, device, dtype)
+    model.rotary_emb = turns(config).to(device)
     model.requires_grad_(False)
     model.eval()
-    return nn.Module.to(model, device, dtype)
+    return model
 
 
 def _without_head(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
