@@ -43,7 +43,13 @@ _KOHYA_NOTHING = frozenset({"", "None", "Dynamic"})  # what kohya's scripts writ
 _PATTERNS_MAX = 10_000  # of one PEFT configuration: as many as the largest networks have layers, and more
 
 _KOHYA = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lora_te2_": TEXT_2}
-_DOTTED = {"unet.": UNET, "diffusion_model.": UNET, "text_encoder.": TEXT, "text_encoder_2.": TEXT_2}
+_DOTTED = {
+    "unet.": UNET,
+    "transformer.": UNET,
+    "diffusion_model.": UNET,
+    "text_encoder.": TEXT,
+    "text_encoder_2.": TEXT_2,
+}
 _WRAPPED = "base_model.model."  # PEFT's own, around whatever it adapts
 _TENSOR = re.compile(
     r"^(?P<module>.+?)(?:"

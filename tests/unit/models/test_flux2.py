@@ -218,6 +218,13 @@ def test_its_text_encoder_takes_no_changes(pairs: dict[str, Pair]) -> None:
         text.encode([PROMPT], changes=[TextChange({})])
 
 
+def test_half_precision_leaves_positions_as_they_are(packs: dict[str, tuple[Any, Pack]]) -> None:
+    text: Any = load_frame_model(packs[KLEIN][1], dtype=torch.bfloat16).text
+    assert next(text.model.parameters()).dtype == torch.bfloat16
+    assert text.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert text.encode([PROMPT]).isfinite().all()
+
+
 # The transformer.
 
 
