@@ -16,7 +16,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup protos protos-release demo up down status doctor check test test-fast bench bench-frame bench-characters toon-pack eval-toon sheet lock clean
+.PHONY: help setup protos protos-release demo up down status doctor check test test-fast bench bench-frame bench-load bench-characters toon-pack eval-toon sheet lock clean
 
 help: ## List every target
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ bench-frame: setup ## Compare the frame engine with what else draws story frames
 
 bench-characters: setup ## Compare ways to teach new characters (hours; resumable; BUDGET=minutes, hours or full)
 	$(BIN)/python -m training.evaluation.newepisode --budget $(or $(BUDGET),hours)
+
+bench-load: setup ## Measure the time and memory of reading full-size packs (up to 9 GB of scratch space)
+	$(BIN)/python -m tests.bench.load
 
 bench: setup ## Measure cold start, memory, story time and edge overhead
 	$(BIN)/python -m tests.bench
