@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from services.models.errors import PackTooLarge
+from services.models.flux2_published import KEEPS_REFERENCES
+from services.models.flux2_text import WINDOW
+from services.models.flux2_vae import SIDE
 from services.models.pack import Manifest
 
 OVERRIDE = "FABULA_FRAME_CHECK_MEMORY=false"
@@ -26,11 +29,17 @@ _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _PART = re.compile(r"[a-z_0-9]+/(diffusion_pytorch_model|model)-\d{5}-of-\d{5}\.safetensors")
 _HEADER_BYTES_MAX = 100 << 20
 _LEVELS_MAX = 32
+_COUNT_MAX = 1 << 20  # of heads, layers or widths, in a config that is no nonsense
+_RATIO_MAX = 64.0
 _FLOAT32_BYTES = 4
 # Widths of a transformer block's feed-forward that are in memory together: its input, both halves of the gated
 # projection (4 each), and what they make (4).
 _ATTENTION_WIDTHS = 13
 _CONVOLUTION_WIDTHS = 3  # of a residual block: input, normalised, output
+# The same of a transformer's block that attends and feeds forward side by side: its input, that normalised, the
+# projection's queries, keys and values, queries and keys again once they are turned, and what attention makes of them.
+_PARALLEL_WIDTHS = 8
+_PARALLEL_FEEDS = 3  # of its feed-forward: both halves of the gated projection, and what they make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +73,12 @@ def footprint(folder: Path, manifest: Manifest, *, unet_bytes: int) -> Footprint
         name=manifest.name,
         weights_bytes=weights,
         loading_bytes=loading,
-        working_bytes=max(_drawing(folder, manifest, unet_bytes), _decoding(folder, manifest)),
+        working_bytes=max(
+            _drawing(folder, manifest, unet_bytes),
+            _transforming(folder, manifest, unet_bytes),
+            _reading(folder, manifest, unet_bytes),
+            _decoding(folder, manifest),
+        ),
     )
 
 
@@ -122,6 +136,43 @@ def _drawing(folder: Path, manifest: Manifest, unet_bytes: int) -> int:
     return int(rows * max(levels) * unet_bytes)
 
 
+def _transforming(folder: Path, manifest: Manifest, unet_bytes: int) -> int:
+    """One forward of FLUX.2's transformer about a frame that sees as many earlier ones as the pack takes.
+
+    Every block works on every token: those of the text, of the picture and, in the first kind, of the earlier frames.
+    The second kind keeps of these the keys and values of all blocks, and its forward copies them for each row.
+    """
+    config = _json(folder / "transformer" / "config.json")
+    width = _whole(config, "num_attention_heads") * _whole(config, "attention_head_dim")
+    blocks = _whole(config, "num_layers") + _whole(config, "num_single_layers")
+    ratio = config.get("mlp_ratio")
+    if not width or not isinstance(ratio, int | float) or not 0 < ratio < _RATIO_MAX:
+        return 0
+    rows = _guided_rows(manifest)
+    picture = _latent_pixels(folder, manifest, side=SIDE)
+    earlier = manifest.max_references * picture
+    kept = 0
+    if manifest.architecture == KEEPS_REFERENCES:
+        kept = (1 + rows) * blocks * 2 * width * earlier
+        earlier = 0
+    alive = _PARALLEL_WIDTHS * width + _PARALLEL_FEEDS * int(width * ratio)
+    return int((rows * (WINDOW + picture + earlier) * alive + kept) * unet_bytes)
+
+
+def _reading(folder: Path, manifest: Manifest, unet_bytes: int) -> int:
+    """The states of all layers of FLUX.2's language model, which gives them at once: of nothing and a description."""
+    if "transformer/config.json" not in manifest.files:
+        return 0
+    config = _json(folder / "text_encoder" / "config.json")
+    states = _whole(config, "num_hidden_layers") + 1
+    return 2 * states * WINDOW * _whole(config, "hidden_size") * unet_bytes
+
+
+def _guided_rows(manifest: Manifest) -> int:
+    """Of a forward that is drawn as the pack's author says: without guidance one, else two."""
+    return 1 if manifest.sampling.default_text_guidance == 1.0 else 2
+
+
 def _decoding(folder: Path, manifest: Manifest) -> int:
     """One picture through the decoder's last block, at full size and in float32."""
     config = _json(folder / "vae" / "config.json")
@@ -132,9 +183,10 @@ def _decoding(folder: Path, manifest: Manifest) -> int:
     return manifest.width_px * manifest.height_px * (entering + 2 * widths[0]) * _FLOAT32_BYTES
 
 
-def _latent_pixels(folder: Path, manifest: Manifest) -> int:
+def _latent_pixels(folder: Path, manifest: Manifest, *, side: int = 1) -> int:
+    """Of a picture; `side`: how many of the autoencoder's latents a latent pixel is long."""
     widths = _widths(_json(folder / "vae" / "config.json"), "block_out_channels")
-    factor = 2 ** (len(widths) - 1) if widths else 8
+    factor = side * (2 ** (len(widths) - 1) if widths else 8)
     return math.ceil(manifest.width_px / factor) * math.ceil(manifest.height_px / factor)
 
 
@@ -144,6 +196,12 @@ def _widths(config: Mapping[str, Any], key: str) -> list[int]:
     if not isinstance(value, list) or len(value) > _LEVELS_MAX:
         return []
     return value if all(isinstance(each, int) and each > 0 for each in value) else []
+
+
+def _whole(config: Mapping[str, Any], key: str) -> int:
+    """A count; 0 where a config does not say."""
+    value = config.get(key)
+    return value if isinstance(value, int) and 0 < value < _COUNT_MAX else 0
 
 
 def _numbers(path: Path) -> int | None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from services.models.drawing import Seen, Sketch, begin
 from services.models.errors import PackTooLarge
 from services.models.footprint import Footprint, check_room, footprint
 from services.models.pack import MANIFEST, Pack, read_manifest
 from services.models.registry import load_frame_model
+from services.models.step import advance
 from services.models.storygen import StoryGenConfig, build_storygen
+from tests.flux2_checkpoints import pipeline, sealed, settings
 
 MIB = 1 << 20
 
@@ -72,6 +80,103 @@ def test_a_storygen_at_its_published_size_takes_gigabytes(tmp_path: Path, pack_f
     with pytest.raises(PackTooLarge, match="2048 MiB of memory are free"):
         check_room([full], free_bytes=2 << 30)
     check_room([full], free_bytes=16 << 30)
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made within it and still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_bytes = self.most_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage()._cdata for each in tree_leaves(args) if isinstance(each, torch.Tensor)}
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor):
+                storage = each.untyped_storage()
+                # Views, and what is written in place, are no new memory.
+                if storage._cdata not in self._known | given:
+                    self._known.add(storage._cdata)
+                    self.now_bytes += storage.nbytes()
+                    self.most_bytes = max(self.most_bytes, self.now_bytes)
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, name: int, size_bytes: int) -> None:
+        self._known.discard(name)
+        self.now_bytes -= size_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "side_px", "references", "guidance"),
+    [
+        ("flux2-klein", 128, 3, 4.0),
+        ("flux2-klein", 128, 1, 4.0),
+        ("flux2-klein", 128, 3, 1.0),
+        ("flux2-klein", 64, 0, 4.0),
+        ("flux2-klein-kv", 256, 3, 1.0),
+        ("flux2-klein-kv", 128, 3, 4.0),
+    ],
+)
+def test_a_transformers_work_is_counted_with_its_references(
+    tmp_path: Path, kind: str, side_px: int, references: int, guidance: float
+) -> None:
+    """Against the tensors that one step really makes: never more than those, and most of them."""
+    sampling = settings("any").sampling.model_copy(update={"default_text_guidance": guidance})
+    pack = sealed(
+        tmp_path / "flux2",
+        kind,
+        pipeline(kind),
+        width_px=side_px,
+        height_px=side_px,
+        max_references=references,
+        sampling=sampling,
+    )
+    model = load_frame_model(pack)
+    seen = Seen(pixels=np.zeros((side_px, side_px, 3), dtype=np.uint8), description="")
+    job = Sketch(
+        description="a fox",
+        seed=1,
+        width_px=side_px,
+        height_px=side_px,
+        steps=1,
+        text_guidance=guidance,
+        image_guidance=1.0,
+        references=(seen,) * references,
+    )
+    drawing = begin(model, job)  # encoding pictures takes more than a tiny transformer does
+    kept = sum(part.nbytes for both in drawing.shown.values() for part in both)
+    with Memory() as memory:
+        advance(model, [drawing])
+    took = memory.most_bytes + (kept if kind == "flux2-klein-kv" else 0)
+    found = footprint(pack.folder, without_decoder(pack), unet_bytes=4).working_bytes
+    assert 0.6 * took < found <= took
+
+
+def without_decoder(pack: Pack) -> Any:
+    """The manifest of a pack whose decoder's config says nothing but how much it shrinks, so that it does not count."""
+    (pack.folder / "vae/config.json").write_text('{"block_out_channels": [1, 1, 1, 1]}')
+    (pack.folder / "text_encoder/config.json").write_text("{}")
+    return pack.manifest
+
+
+def test_reading_a_description_counts(tmp_path: Path) -> None:
+    """A language model that is deep and wide beside a small transformer: it gives the states of all its layers."""
+    pack = sealed(tmp_path / "flux2", "flux2-klein", pipeline("flux2-klein"))
+    small = footprint(pack.folder, pack.manifest, unet_bytes=2).working_bytes
+    (pack.folder / "text_encoder/config.json").write_text('{"num_hidden_layers": 36, "hidden_size": 2560}')
+    assert footprint(pack.folder, pack.manifest, unet_bytes=2).working_bytes == 2 * 37 * 512 * 2560 * 2 > small
+
+
+@pytest.mark.parametrize("nonsense", ["{}", '{"num_attention_heads": -3}', '{"num_attention_heads": "many"}', "["])
+def test_a_transformer_that_does_not_say_its_shape_is_not_guessed(tmp_path: Path, nonsense: str) -> None:
+    pack = sealed(tmp_path / "flux2", "flux2-klein", pipeline("flux2-klein"))
+    (pack.folder / "transformer/config.json").write_text(nonsense)
+    manifest = without_decoder(pack)
+    (pack.folder / "vae/config.json").unlink()
+    assert footprint(pack.folder, manifest, unet_bytes=4).working_bytes == 0
 
 
 def of(name: str, *, weights: int, loading: int = 0, working: int = 0) -> Footprint:
