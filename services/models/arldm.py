@@ -17,6 +17,7 @@ Shapes: B rows, V frames drawn, F frames of a story, S caption positions, K cont
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ from services.models.arldm_unet import ArldmUNet, Context
 from services.models.schedule import Schedule, ScheduleConfig
 from services.models.shape import config_values
 from services.models.storygen import StoryGenConfig
-from services.models.text_encoder import TextShape, build_text_encoder
+from services.models.text_encoder import NO_WORDS, TextShape, Words, build_text_encoder, learned_words
 from services.models.vae import LatentScaling, VaeShape
 
 CAPTION, HISTORY = 0, 1  # rows of the type table
@@ -164,17 +165,40 @@ class Arldm(nn.Module):
         """Where it computes."""
         return self.type_embeddings.weight.device
 
-    def captions(self, rows: TokenRows) -> Tensor:
-        """`[B, S, D]`: the captions of frames to be drawn, with their type."""
+    def captions(self, rows: TokenRows, words: Words = NO_WORDS) -> Tensor:
+        """`[B, S, D]`: the captions of frames to be drawn, with their type. `words` are CLIP's (`halves`)."""
         rows = rows.to(self.device)
-        states: Tensor = self.text_encoder(input_ids=rows.ids_BS, attention_mask=rows.real_BS.long()).last_hidden_state
+        with _learned(self.text_encoder, words):
+            states: Tensor = self.text_encoder(
+                input_ids=rows.ids_BS, attention_mask=rows.real_BS.long()
+            ).last_hidden_state
         return states + self.type_embeddings.weight[CAPTION]
 
-    def history(self, pixels_B3HW: Tensor, rows: TokenRows, frames_B: Tensor) -> Tensor:
+    def history(self, pixels_B3HW: Tensor, rows: TokenRows, frames_B: Tensor, words: Words = NO_WORDS) -> Tensor:
         """`[B, S, D]`: pictures with their captions, as frames number `frames_B`, with type and time."""
-        states: Tensor = self.mm_encoder(pixels_B3HW.to(self.device), rows.to(self.device))
+        return self.placed(self.told(self.mm_encoder.look(pixels_B3HW.to(self.device)), rows, words), frames_B)
+
+    def told(self, seen_BPD: Tensor, rows: TokenRows, words: Words = NO_WORDS) -> Tensor:
+        """`[B, S, D]`: what BLIP saw (`Blip.look`) with its captions, of no frame yet. `words` are BLIP's."""
+        with _learned(self.mm_encoder.text, words):
+            return self.mm_encoder.read(seen_BPD, rows.to(self.device))
+
+    def placed(self, states_BSD: Tensor, frames_B: Tensor) -> Tensor:
+        """`[B, S, D]`: the same as frames number `frames_B` of a story's history, with type and time."""
         time = self.time_embeddings.weight[frames_B.to(self.device)]
-        return states + self.type_embeddings.weight[HISTORY] + time[:, None]
+        return states_BSD + self.type_embeddings.weight[HISTORY] + time[:, None]
+
+    def halves(self, words: Words) -> tuple[Words, Words]:
+        """Learned words, `[n, 2·D]` each, as CLIP and as BLIP read them: `[up to n, D]`.
+
+        A vector that is zero in a half is no token of that encoder: a phrase has not the same number in both.
+        """
+        width = self.config.text.width
+        cut = [
+            {word: vectors[:, part] for word, vectors in words.items()} for part in (slice(width), slice(width, None))
+        ]
+        clip, blip = ({word: half[half.detach().any(dim=1)] for word, half in own.items()} for own in cut)
+        return clip, blip
 
     def nothing(self, clip_nothing: TokenRows, blip_nothing: TokenRows) -> Nothing:
         """From the two tokenizers' empty texts (`CaptionTokenizer.nothing`)."""
@@ -186,6 +210,11 @@ class Arldm(nn.Module):
     def predict(self, latents_BCHW: Tensor, timesteps_B: Tensor, context: Context) -> Tensor:
         """`[B, C, H, W]`: the noise that each row believes it sees."""
         return self.unet.answer(latents_BCHW, timesteps_B, context)
+
+
+def _learned(encoder: nn.Module, words: Words) -> AbstractContextManager[None]:
+    """Within, an encoder knows the vectors of `words`, of which there may be none."""
+    return learned_words(encoder, words) if sum(map(len, words.values())) else nullcontext()
 
 
 def build_arldm(config: ArldmConfig) -> Arldm:

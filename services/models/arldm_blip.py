@@ -99,7 +99,15 @@ class Blip(nn.Module):
 
     def forward(self, pixels_B3HW: Tensor, captions: TokenRows) -> Tensor:
         """`[B, S, D]`. `pixels_B3HW` as `as_blip_sees` makes them."""
-        seen_BPD = self.vision(pixel_values=pixels_B3HW).last_hidden_state
+        return self.read(self.look(pixels_B3HW), captions)
+
+    def look(self, pixels_B3HW: Tensor) -> Tensor:
+        """`[B, P, D']`: what is seen in pictures, whatever their captions say."""
+        seen: Tensor = self.vision(pixel_values=pixels_B3HW).last_hidden_state
+        return seen
+
+    def read(self, seen_BPD: Tensor, captions: TokenRows) -> Tensor:
+        """`[B, S, D]`: captions, read while looking."""
         out: Tensor = self.text(
             input_ids=captions.ids_BS,
             attention_mask=captions.real_BS.long(),

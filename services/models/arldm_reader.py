@@ -21,15 +21,15 @@ from services.models.arldm import Memory, Nothing, frame_context
 from services.models.arldm_blip import as_blip_sees
 from services.models.arldm_checkpoint import BLIP_TOKENIZER, CLIP_TOKENIZER, CONFIG, NETWORKS
 from services.models.arldm_sampling import ArldmModel
-from services.models.arldm_text import FILE_NAME, CaptionTokenizer
+from services.models.arldm_text import FILE_NAME, CaptionTokenizer, TokenRows
 from services.models.pack import Manifest
-from services.models.text_encoder import NO_WORDS, TextChange, Words
+from services.models.text_encoder import NO_WORDS, TextChange, Words, ids_with_words
 
 Picture = npt.NDArray[np.uint8]
 
 
 class ArldmReader:
-    """`registry.Texts` and `registry.StoryReader` of one model. Characters teach it no words and change no encoder."""
+    """`registry.Texts` and `registry.StoryReader` of one model. Characters teach it words and change no encoder."""
 
     def __init__(self, model: ArldmModel) -> None:
         self.model = model
@@ -46,8 +46,9 @@ class ArldmReader:
 
     @property
     def width(self) -> int:
-        """0: it takes no learned words."""
-        return 0
+        """Of a learned word: CLIP's vector, and BLIP's behind it."""
+        config = self.model.networks.config
+        return config.text.width + config.blip.width
 
     @property
     def given_frames(self) -> int:
@@ -61,17 +62,29 @@ class ArldmReader:
 
     def token_ids(self, texts: Sequence[str], words: Words = NO_WORDS) -> Tensor:
         """CLIP's. Raises TextTooLong when a text does not fit."""
-        _refuse(words)
-        return self.model.clip_tokenizer.rows(texts, self.model.window).ids_BS
+        return self.caption_rows(texts, words).ids_BS
+
+    def caption_rows(self, texts: Sequence[str], words: Words = NO_WORDS) -> TokenRows:
+        """`[B, S]`, as CLIP reads them. Raises TextTooLong when a text does not fit."""
+        own, _ = self.model.networks.halves(words)
+        return self.model.clip_tokenizer.rows(texts, self.model.window, own, self.model.networks.config.text.vocab_size)
+
+    def source_rows(self, texts: Sequence[str], words: Words = NO_WORDS) -> TokenRows:
+        """`[B, S]`, as BLIP reads them. Raises TextTooLong when a text does not fit."""
+        _, own = self.model.networks.halves(words)
+        return self.model.blip_tokenizer.rows(texts, self.model.window, own, self.model.networks.config.blip.vocab_size)
 
     def fitting(self, text: str, words: Words = NO_WORDS) -> str:
         """`text` itself, or as many of its first words as fit BLIP's window, which reads what was."""
-        _refuse(words)
-        room = self.model.window - 2
-        if len(self.model.blip_tokenizer.encode(text)) <= room:
+        _, own = self.model.networks.halves(words)
+
+        def fits(part: str) -> bool:
+            return len(ids_with_words(part, own, self.model.blip_tokenizer.encode, 0)) <= self.model.window - 2
+
+        if fits(text):
             return text
-        kept = text.split()[:room]
-        while kept and len(self.model.blip_tokenizer.encode(" ".join(kept))) > room:
+        kept = text.split()[: self.model.window - 2]
+        while kept and not fits(" ".join(kept)):
             kept.pop()
         return " ".join(kept)
 
@@ -81,11 +94,12 @@ class ArldmReader:
 
         Raises TextTooLong when a text does not fit.
         """
-        _refuse(words, changes)
-        return torch.stack([self.contexts(text, ())[1] if text else self.contexts("", ())[0] for text in texts])
+        if changes:
+            raise TypeError("AR-LDM's encoders take no changes")
+        return torch.stack([self.contexts(text, (), words)[1] if text else self.contexts("", ())[0] for text in texts])
 
     @torch.inference_mode()
-    def contexts(self, description: str, past: Sequence[tuple[Picture, str]]) -> Tensor:
+    def contexts(self, description: str, past: Sequence[tuple[Picture, str]], words: Words = NO_WORDS) -> Tensor:
         """`[2, S, D + 1]`: about nothing, then about the story so far. `past` is pictures with captions, oldest first.
 
         Nothing hides what the story hides: its empty pictures stand only where the story has some.
@@ -94,7 +108,9 @@ class ArldmReader:
         networks, number = self.model.networks, len(past)
         if number >= networks.config.frame.frames:
             raise ValueError(f"frame {number} of a story: the model knows {networks.config.frame.frames} frames")
-        rows = self.model.clip_tokenizer.rows([description], self.model.window).to(networks.device)
+        rows = self.caption_rows([description], words).to(networks.device)
+        captions = networks.captions(rows, networks.halves(words)[0])
+        memory = self._memory(past, words)
         frames = torch.tensor([number], device=networks.device)
         empty = self._nothing.memory(1)
         empty = Memory(empty.states_BFSD[:, :number], empty.real_BFS[:, :number])
@@ -102,30 +118,25 @@ class ArldmReader:
         return torch.cat(
             [
                 frame_context(self._nothing.caption_SD[None], everything, empty, frames).as_text(self.length),
-                frame_context(networks.captions(rows), rows.real_BS, self._memory(past), frames).as_text(self.length),
+                frame_context(captions, rows.real_BS, memory, frames).as_text(self.length),
             ]
         )
 
-    def _memory(self, past: Sequence[tuple[Picture, str]]) -> Memory:
+    def _memory(self, past: Sequence[tuple[Picture, str]], words: Words) -> Memory:
         """Of one story."""
         if not past:
             none = self._nothing.memory(1)
             return Memory(none.states_BFSD[:, :0], none.real_BFS[:, :0])
         networks = self.model.networks
-        rows = self.model.blip_tokenizer.rows([caption for _, caption in past], self.model.window).to(networks.device)
+        rows = self.source_rows([caption for _, caption in past], words).to(networks.device)
         pixels = as_blip_sees([picture for picture, _ in past], networks.config.blip.image_size_px)
-        states = networks.history(pixels, rows, torch.arange(len(past)))
+        states = networks.history(pixels, rows, torch.arange(len(past)), networks.halves(words)[1])
         return Memory(states[None], rows.real_BS[None])
 
     @functools.cached_property
     def _nothing(self) -> Nothing:
         """The same for every story."""
         return self.model.nothing()
-
-
-def _refuse(words: Words, changes: Sequence[TextChange] = ()) -> None:
-    if words or changes:
-        raise TypeError("AR-LDM's encoders take neither learned words nor changes")
 
 
 def arldm_files() -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from services.models.errors import TextTooLong
+from services.models.text_encoder import NO_WORDS, Words, ids_with_words
 
 FILE_NAME = "tokenizer.json"
 
@@ -125,15 +126,15 @@ class CaptionTokenizer:
         """Positions that the longest of `texts` needs, marks included."""
         return 2 + max((len(self.encode(text)) for text in texts), default=0)
 
-    def rows(self, texts: Sequence[str], window: int) -> TokenRows:
-        """`[B, S]`: begin, the text, end, padding.
+    def rows(self, texts: Sequence[str], window: int, words: Words = NO_WORDS, behind: int = 0) -> TokenRows:
+        """`[B, S]`: begin, the text, end, padding. Each vector of `words` is a token, from the id `behind` on.
 
         Raises TextTooLong when a text does not fit `window`.
         """
         ids_BS = torch.full((len(texts), window), self.pad_id, dtype=torch.long)
         real_BS = torch.zeros(len(texts), window, dtype=torch.bool)
         for row, text in enumerate(texts):
-            body = self.encode(text)
+            body = ids_with_words(text, words, self.encode, behind)
             if len(body) > window - 2:
                 raise TextTooLong(token_count=len(body), limit=window - 2)
             ids = torch.tensor([self.bos_id, *body, self.eos_id])

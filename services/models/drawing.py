@@ -212,7 +212,8 @@ def begin(
         told = ["", sketch.description, *captions]
         texts = model.text.encode(told, words, changes)
     else:
-        texts = model.reader.contexts(sketch.description, [(s.pixels, s.description) for s in sketch.references])
+        past = [(seen.pixels, seen.description) for seen in sketch.references]
+        texts = model.reader.contexts(sketch.description, past, words)
     blank = torch.zeros(shape, device=device)
     if count:
         if not model.sees_pictures:

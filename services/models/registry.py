@@ -89,9 +89,12 @@ class StoryReader(Protocol):
     def given_frames(self) -> int:
         """How many earlier frames it needs at least: it was trained to go on from them."""
 
-    def contexts(self, description: str, past: Sequence[tuple[npt.NDArray[np.uint8], str]]) -> Tensor:
+    def contexts(
+        self, description: str, past: Sequence[tuple[npt.NDArray[np.uint8], str]], words: Words = NO_WORDS
+    ) -> Tensor:
         """`[2, S, D']`: about nothing, then about the story. `past` is pixels `[H, W, 3]` with captions, oldest first.
 
+        `words` are those that characters taught.
         Raises TextTooLong when a text does not fit, and ValueError for more frames than it knows.
         """
 

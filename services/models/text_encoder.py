@@ -11,7 +11,7 @@ O outputs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -144,19 +144,7 @@ class TextEncoder:
         return torch.tensor(rows, dtype=torch.long)
 
     def _ids(self, text: str, words: Words) -> list[int]:
-        if not words:
-            return self.tokenizer.encode(text)
-        behind = int(self.model.config.vocab_size)
-        places = {}
-        for word, vectors in words.items():
-            places[word] = list(range(behind, behind + len(vectors)))
-            behind += len(vectors)
-        longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-        ids: list[int] = []
-        # A word stands alone: "Zoe" is not in "Zoey". The space before it goes with it, as with any other word.
-        for piece in re.split(rf"(?: |(?<!\w))({longest_first})(?!\w)", text):
-            ids += places[piece] if piece in places else self.tokenizer.encode(piece)
-        return ids
+        return ids_with_words(text, words, self.tokenizer.encode, int(self.model.config.vocab_size))
 
     def fitting(self, text: str, words: Words = NO_WORDS) -> str:
         """`text` itself, or as much of its beginning as fits the window."""
@@ -192,15 +180,32 @@ class TextEncoder:
             hidden_BS = ids_BS == self.tokenizer.pad_id
             mask_B11S = torch.zeros(ids_BS.shape, dtype=weight.dtype, device=weight.device)
             mask_B11S = mask_B11S.masked_fill(hidden_BS, torch.finfo(weight.dtype).min)[:, None, None]
-        with _learned(self.model, words) if words else nullcontext(), _changed(self.adapted, changes):
+        with learned_words(self.model, words) if words else nullcontext(), _changed(self.adapted, changes):
             states: Tensor = self.model(input_ids=ids_BS, attention_mask=mask_B11S).last_hidden_state
         return states
 
 
+def ids_with_words(text: str, words: Words, encode: Callable[[str], list[int]], behind: int) -> list[int]:
+    """Token ids of a text in which each vector of `words` is a token from `behind` on; `encode` has all others."""
+    if not words:
+        return encode(text)
+    places = {}
+    for word, vectors in words.items():
+        places[word] = list(range(behind, behind + len(vectors)))
+        behind += len(vectors)
+    longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    ids: list[int] = []
+    # A word stands alone: "Zoe" is not in "Zoey". The space before it goes with it, as with any other word.
+    for piece in re.split(rf"(?: |(?<!\w))({longest_first})(?!\w)", text):
+        ids += places[piece] if piece in places else encode(piece)
+    return ids
+
+
 @contextmanager
-def _learned(model: CLIPTextModel, words: Words) -> Iterator[None]:
+def learned_words(model: nn.Module, words: Words) -> Iterator[None]:
     """Within, ids behind the vocabulary are the vectors of `words`, in order. (The model takes no embeddings.)"""
-    embedding: Any = model.get_input_embeddings()
+    any_model: Any = model
+    embedding: Any = any_model.get_input_embeddings()
     vectors = torch.cat(list(words.values())).to(embedding.weight)
     known = embedding.num_embeddings
     asked: list[Tensor] = []
