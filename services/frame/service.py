@@ -189,6 +189,7 @@ def _pack_to_pb(engine: FrameEngine, name: str) -> pb.Pack:
     return pb.Pack(
         name=name,
         digest=manifest.digest,
+        base_digest=model.base_digest,
         architecture=manifest.architecture,
         width_px=manifest.width_px,
         height_px=manifest.height_px,

@@ -248,6 +248,7 @@ def _backend(drawer: LoadedPack | None, writer: LoadedPack | None, default_pack:
         is_default=pack.name == default_pack,
         drawing=_for_stories(drawer.drawing) if drawer and drawer.drawing else None,
         writes=writer is not None,
+        base_digest=drawer.base_digest if drawer else "",
     )
 
 

@@ -16,7 +16,15 @@ from fabula.warning.v1 import warning_pb2
 
 from services.runtime.channel import ServiceChannel
 from services.runtime.errors import ReplicaLost
-from services.story.records import FramePreview, FrameProgress, FrameQueued, Passing, Quality, StoryWarning
+from services.story.records import (
+    FramePreview,
+    FrameProgress,
+    FrameQueued,
+    Passing,
+    Quality,
+    StoryCharacter,
+    StoryWarning,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +93,7 @@ class LoadedPack:
     digest: str
     architecture: str
     drawing: Drawing | None = None  # None from the caption service
+    base_digest: str = ""  # of the network that draws; empty where its service does not tell it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +106,7 @@ class Backend:
     is_default: bool  # of stories that name none
     drawing: Drawing | None  # None: the frame service has not got it, or is silent
     writes: bool  # False: the caption service has not got it, or is silent
+    base_digest: str = ""  # of the network that draws; empty where the frame service does not tell it
 
     @property
     def tells_stories(self) -> bool:
@@ -142,10 +152,14 @@ class CaptionBackend:
         caption: str,
         earlier_captions: Sequence[str],
         earlier_descriptions: Sequence[str],
+        characters: Iterable[StoryCharacter],
         seed: int,
         temperature: float,
     ) -> WrittenText:
-        """The description of `caption`; `image` and `previous_caption` are the frame before it."""
+        """The description of `caption`; `image` and `previous_caption` are the frame before it.
+
+        It names those of `characters` whom `caption` names.
+        """
         request = caption_pb.DescribeRequest(
             pack=pack,
             image=image,
@@ -153,6 +167,7 @@ class CaptionBackend:
             caption=caption,
             earlier_captions=earlier_captions,
             earlier_descriptions=earlier_descriptions,
+            characters=[caption_pb.LearnedCharacter(name=one.name, phrase=one.phrase) for one in characters],
             sampling=caption_pb.Sampling(temperature=temperature, seed=seed),
         )
         response = await self._channel.call(self._stub.Describe, request, timeout_s=self._timeout_s)
@@ -267,7 +282,13 @@ class FrameBackend:
         """The loaded packs and how they draw, the default first."""
         response = await self._channel.call(self._stub.ListPacks, frame_pb.ListPacksRequest(), timeout_s=timeout_s)
         return tuple(
-            LoadedPack(name=pack.name, digest=pack.digest, architecture=pack.architecture, drawing=_drawing(pack))
+            LoadedPack(
+                name=pack.name,
+                digest=pack.digest,
+                architecture=pack.architecture,
+                drawing=_drawing(pack),
+                base_digest=pack.base_digest,
+            )
             for pack in response.packs
         )
 

@@ -1,7 +1,7 @@
-"""Who was learned and is told of in a story: whom a request means, what is said of their looks, who is in a frame.
+"""Who was learned and is told of in a story: whom a request means, and who is in a frame.
 
 A version is chosen once, when the story is made, and kept with its options. Knows the digest of somebody's weights and
-never the weights.
+never the weights. That a caption's characters are in its description is the caption service's business.
 """
 
 from __future__ import annotations
@@ -22,17 +22,15 @@ from services.runtime.errors import (
     PackUnknown,
     Unavailable,
 )
-from services.story.backends import FrameBackend
+from services.runtime.names import MOST_IN_FRAME, named
+from services.runtime.reasons import NAME_UNFAMILIAR
+from services.story.backends import FrameBackend, LoadedPack
 from services.story.customization import Customizations
 from services.story.intake import PACK_CHECK_TIMEOUT_S
 from services.story.records import StoryCharacter, StoryWarning
 
-MOST_IN_FRAME = 2  # whose weights a frame service takes
 VERSION_ID = re.compile(r"[0-9a-f]{64}")
 FEATURE = "characters"
-# Somebody as descriptions introduce them: "Waiga, a blue elephant with a yellow crown,".
-_INTRODUCED = re.compile(r"\b(?P<name>[^\W\d_a-z]\w*), (?P<look>an? [^,.;]{1,80})(?=[,.;])")
-NAME_UNFAMILIAR = "NAME_UNFAMILIAR"  # as the caption service says it
 
 
 class CharacterLookup:
@@ -51,19 +49,19 @@ class CharacterLookup:
         if not wanted:
             return ()
         with _naming("frame"):
-            digest = await self._digest(pack)
+            loaded = await self._loaded(pack)
         found: list[StoryCharacter] = []
         for number, each in enumerate(wanted):
             field = f"characters[{number}]"
             with _naming("customization"):
-                character = _character(await self._version(each, pack, digest, field))
+                character = _character(await self._version(each, loaded, field))
             if any(character.name.casefold() == other.name.casefold() for other in found):
                 raise CharacterRepeated(f"{field} is a second {character.name}; a story has one of a name", field=field)
             found.append(character)
         return tuple(found)
 
-    async def _digest(self, pack: str) -> str:
-        """Of the pack as the frame service has it now."""
+    async def _loaded(self, pack: str) -> LoadedPack:
+        """The pack as the frame service has it now."""
         loaded = {each.name: each for each in await self._frame.loaded(timeout_s=PACK_CHECK_TIMEOUT_S)}
         if pack not in loaded:
             raise PackUnknown(
@@ -76,16 +74,16 @@ class CharacterLookup:
             raise FeatureMissing(
                 f"the pack {pack!r} does not draw learned characters here", metadata={"pack": pack, "feature": FEATURE}
             )
-        return loaded[pack].digest
+        return loaded[pack]
 
-    async def _version(self, wanted: str, pack: str, digest: str, field: str) -> job_pb2.CharacterVersion:
+    async def _version(self, wanted: str, pack: LoadedPack, field: str) -> job_pb2.CharacterVersion:
         is_id = VERSION_ID.fullmatch(wanted) is not None
         learned_on = ""
         async with aclosing(self._customizations.versions(name="" if is_id else wanted)) as versions:
             async for version in versions:
                 if is_id and version.version_id != wanted:
                     continue
-                if version.pack_digest == digest:
+                if _is_of(version, pack):
                     return version
                 learned_on = learned_on or version.pack
                 if is_id:
@@ -94,10 +92,10 @@ class CharacterLookup:
         if learned_on:
             raise _refused(
                 CharacterOfAnotherPack,
-                f"{field}: {who} was learned on the pack {learned_on!r}, and on another network than {pack!r} has now; "
-                f"teach them to {pack!r}, or choose the pack they were learned on",
+                f"{field}: {who} was learned on the pack {learned_on!r}, and on another network than {pack.name!r} has "
+                f"now; teach them to {pack.name!r}, or choose the pack they were learned on",
                 field,
-                {"character": wanted, "pack": pack, "learned_on": learned_on},
+                {"character": wanted, "pack": pack.name, "learned_on": learned_on},
             )
         raise _refused(
             CharacterNotFound,
@@ -108,47 +106,20 @@ class CharacterLookup:
         )
 
 
-def told(characters: Iterable[StoryCharacter]) -> tuple[str, ...]:
-    """What they look like, as descriptions say it: the caption service takes looks from such sentences."""
-    return tuple(f"{one.name}, {one.phrase}, stands there." for one in characters if one.phrase)
+def _is_of(version: job_pb2.CharacterVersion, pack: LoadedPack) -> bool:
+    """Whether the weights belong to the network that the pack has: a new captioner alone does not make them another's.
 
-
-def completed(
-    description: str, caption: str, earlier_captions: Iterable[str], characters: Sequence[StoryCharacter]
-) -> str:
-    """The description with those whom its caption names, at most as many as a frame has weights for.
-
-    A small language model often loses a name that it has never read, or makes one up: whoever is introduced by a name
-    that no caption has becomes somebody who is missing, and who is missing still gets a sentence, as a caption service
-    does for the pack's own cast. Without the name a frame would be drawn without the weights.
+    A frame service that does not tell the network's digest is taken at the whole pack's.
     """
-    wanted = _named(characters, caption)[:MOST_IN_FRAME]
-    missing = [one for one in wanted if one not in _named(characters, description)]
-    if not missing:
-        return description
-    captions = "\n".join((*earlier_captions, caption))
-    renamed: dict[str, StoryCharacter] = {}
-
-    def introduced(found: re.Match[str]) -> str:
-        if not missing or re.search(rf"(?<!\w){re.escape(found['name'])}(?!\w)", captions):
-            return found[0]
-        one = missing.pop(0)
-        renamed.setdefault(found["name"], one)
-        return _introduction(one)
-
-    description = _INTRODUCED.sub(introduced, description)
-    for name, one in renamed.items():  # where it stands alone: "Waiga's ball"
-        description = one.name.join(re.split(rf"(?<!\w){re.escape(name)}(?!\w)(?!, an? )", description))
-    sentences = (f"{_introduction(one)}{',' if one.phrase else ''} stands nearby." for one in missing)
-    return " ".join((description, *sentences))
+    if pack.base_digest:
+        return version.base_digest == pack.base_digest
+    return version.pack_digest == pack.digest
 
 
 def drawn_in(characters: Sequence[StoryCharacter], description: str) -> tuple[StoryCharacter, ...]:
-    """Those whose weights a frame is drawn with: whom its description names by a whole word, the first ones first.
-
-    Where a name begins another one (Rosa, Rosa Lee), the longer one is meant where it stands.
-    """
-    return _named(characters, description)[:MOST_IN_FRAME]
+    """Those whose weights a frame is drawn with: whom its description names, the first ones first."""
+    by_name = {one.name: one for one in characters}
+    return tuple(by_name[name] for name in named(by_name, description)[:MOST_IN_FRAME])
 
 
 def unfamiliar(warnings: Iterable[StoryWarning], characters: Iterable[StoryCharacter]) -> tuple[StoryWarning, ...]:
@@ -161,20 +132,6 @@ def unfamiliar(warnings: Iterable[StoryWarning], characters: Iterable[StoryChara
         for each in warnings
         if each.reason != NAME_UNFAMILIAR or not set(each.metadata.get("names", "").split(",")) <= names
     )
-
-
-def _introduction(one: StoryCharacter) -> str:
-    return f"{one.name}, {one.phrase}" if one.phrase else one.name
-
-
-def _named(characters: Sequence[StoryCharacter], text: str) -> tuple[StoryCharacter, ...]:
-    """Everybody whom a text names, in its order."""
-    if not characters:
-        return ()
-    by_name = {one.name: one for one in characters}
-    names = "|".join(re.escape(name) for name in sorted(by_name, key=len, reverse=True))
-    found = re.findall(rf"(?<!\w)(?:{names})(?!\w)", unicodedata.normalize("NFC", text))
-    return tuple(by_name[name] for name in dict.fromkeys(found))
 
 
 @contextmanager

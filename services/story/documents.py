@@ -246,6 +246,7 @@ class BackendDocument(BaseModel):
     drawing: DrawingDocument | None = Field(description="Null: the frame service has not got it, or is silent.")
     writes: bool = Field(description="False: the caption service has not got it, or is silent.")
     tells_stories: bool = Field(description="It draws and writes, so a story can be told with it now.")
+    base_digest: str = Field(description="Of the network that draws, as learned characters name it. Empty: not told.")
 
 
 class BackendListDocument(BaseModel):

@@ -152,6 +152,7 @@ def backends_to_pb(backends: Iterable[Backend]) -> list[Any]:
             drawing=drawing_to_pb(each.drawing) if each.drawing else None,
             writes=each.writes,
             tells_stories=each.tells_stories,
+            base_digest=each.base_digest,
         )
         for each in backends
     ]

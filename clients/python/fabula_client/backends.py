@@ -57,6 +57,7 @@ class Backend:
     drawing: Drawing | None  # None: the frame service has not got it, or is silent
     writes: bool  # False: the caption service has not got it, or is silent
     tells_stories: bool  # it draws and writes, so a story can be told with it now
+    base_digest: str = ""  # of the network that draws, as `CharacterVersion` names it; empty: not told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ def backend_from_pb(message: pb.Backend) -> Backend:
         drawing=_drawing(message.drawing) if message.HasField("drawing") else None,
         writes=message.writes,
         tells_stories=message.tells_stories,
+        base_digest=message.base_digest,
     )
 
 

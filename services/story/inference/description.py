@@ -1,6 +1,6 @@
 """What a model says about itself: ModelMetadata and ModelConfig. Pure.
 
-Metadata can name one datatype for an input; REFERENCE_IMAGES also takes UINT8 pixels (`frame.py`).
+Metadata can name one datatype for an input; REFERENCE_IMAGES and EDIT_IMAGE also take UINT8 pixels (`frame.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from services.story.inference.tensors import BYTES, UINT8, TensorSpec
 SERVER = "fabula"
 EXTENSIONS = ("model_repository", "model_configuration", "schedule_policy", "parameters")  # as Triton names them
 BACKEND = "fabula"
-INPUTS: dict[Kind, Sequence[TensorSpec]] = {"frame": frame.INPUTS, "caption": caption.INPUTS}
 OUTPUTS: dict[Kind, Sequence[TensorSpec]] = {"frame": frame.OUTPUTS, "caption": caption.OUTPUTS}
 DATATYPES = {BYTES: config_pb.TYPE_STRING, UINT8: config_pb.TYPE_UINT8}
 FRAME_FACTS = (  # fields of the frame service's Pack that a client may want before it asks for a picture
@@ -40,6 +39,11 @@ def server_metadata() -> pb.ServerMetadataResponse:
     return pb.ServerMetadataResponse(name=SERVER, version=metadata.version(SERVER), extensions=EXTENSIONS)
 
 
+def inputs(model: Model) -> Sequence[TensorSpec]:
+    """What a model takes."""
+    return frame.inputs(model.pack) if model.name.kind == "frame" else caption.INPUTS
+
+
 def model_metadata(model: Model) -> pb.ModelMetadataResponse:
     """A model's tensors; sides of any length are -1."""
 
@@ -53,7 +57,7 @@ def model_metadata(model: Model) -> pb.ModelMetadataResponse:
         name=str(model.name),
         versions=[VERSION],
         platform=_platform(model),
-        inputs=tensors(INPUTS[model.name.kind]),
+        inputs=tensors(inputs(model)),
         outputs=tensors(OUTPUTS[model.name.kind]),
     )
 
@@ -70,7 +74,7 @@ def model_config(model: Model) -> pb.ModelConfigResponse:
             config_pb.ModelInput(
                 name=spec.name, data_type=DATATYPES[spec.datatype], dims=spec.shape, optional=spec.optional
             )
-            for spec in INPUTS[model.name.kind]
+            for spec in inputs(model)
         ],
         output=[
             config_pb.ModelOutput(name=spec.name, data_type=DATATYPES[spec.datatype], dims=spec.shape)
@@ -83,6 +87,8 @@ def model_config(model: Model) -> pb.ModelConfigResponse:
         config.dynamic_batching.priority_levels = len(frame.PRIORITIES)
         config.dynamic_batching.default_priority_level = frame.DEFAULT_PRIORITY
         facts |= {name: f"{getattr(model.pack, name):.12g}" for name in FRAME_FACTS}
+        if model.pack.base_digest:
+            facts["base_digest"] = model.pack.base_digest
     for name, value in facts.items():
         config.parameters[name].string_value = value
     return pb.ModelConfigResponse(config=config)

@@ -104,6 +104,7 @@ async def test_both_clients_say_what_there_is(process: StoryProcess, script: Scr
         found = await client.backends()
     toon, other, pen = found
     assert (toon.pack, toon.is_default, toon.digest) == ("toon", True, "toon-drawn")
+    assert toon.base_digest == "toon-network"
     assert toon.drawing is not None
     assert (toon.drawing.max_steps, toon.drawing.features) == (60, ("references", "characters", "edit", "insert"))
     assert [(each.quality, each.steps) for each in toon.drawing.qualities] == [

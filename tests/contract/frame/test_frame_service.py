@@ -423,6 +423,7 @@ async def test_packs_are_listed_with_what_they_take(service: Service) -> None:
     (pack,) = response.packs
     manifest = service.engine.models["tiny"].manifest
     assert (pack.name, pack.digest, pack.architecture) == ("tiny", manifest.digest, "storygen")
+    assert pack.base_digest == manifest.files["unet/diffusion_pytorch_model.safetensors"].sha256
     assert (pack.width_px, pack.height_px, pack.default_steps, pack.max_references) == (64, 64, 4, 3)
     assert (pack.default_text_guidance, pack.default_image_guidance) == (2.0, 1.5)
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fabula.frame.v1 import frame_service_pb2 as frame_pb
 from PIL import Image
 from tritonclient.grpc import InferenceServerClient, InferRequestedOutput, InferResult
 from tritonclient.grpc import aio as stock_aio
 
+from services.story.inference import frame
 from tests.contract.inference.edge import Edge
 from tests.contract.inference.requests import caption_inputs, file, frame_inputs, noise, pixels, strings
 
@@ -43,6 +45,8 @@ def test_it_says_what_it_is(client: InferenceServerClient) -> None:
         ("PROMPT", "BYTES", 1),
         ("REFERENCE_IMAGES", "BYTES", -1),
         ("REFERENCE_DESCRIPTIONS", "BYTES", -1),
+        ("REFERENCE_DISTANCES", "UINT8", -1),
+        ("EDIT_IMAGE", "BYTES", 1),
     }
     assert [(tensor.name, tensor.datatype, *tensor.shape) for tensor in metadata.outputs] == [
         ("IMAGE", "BYTES", 1),
@@ -60,10 +64,13 @@ def test_the_config_tells_of_previews_priorities_and_defaults(client: InferenceS
         "PROMPT": False,
         "REFERENCE_IMAGES": True,
         "REFERENCE_DESCRIPTIONS": True,
+        "REFERENCE_DISTANCES": True,
+        "EDIT_IMAGE": True,
     }
     manifest = edge.model.manifest
     facts = {name: value.string_value for name, value in config.parameters.items()}
     assert (facts["digest"], facts["width_px"]) == (manifest.digest, str(manifest.width_px))
+    assert facts["base_digest"] == edge.model.base_digest
     assert facts["default_steps"] == str(manifest.sampling.default_steps)
     assert (facts["min_side_px"], facts["side_multiple_px"], facts["max_steps"]) == ("32", "8", "200")
     assert facts["max_area_px"] == str(4 * manifest.width_px * manifest.height_px)
@@ -118,6 +125,45 @@ def test_references_come_as_files_or_as_pixels(client: InferenceServerClient, ed
     assert [reference.description for reference in seen[21]] == ["a fox", ""]
     assert np.array_equal(seen[21][0].pixels, seen[22][0].pixels)
     assert len(seen[22]) == 2
+
+
+def test_an_edit_comes_as_a_file_or_as_pixels(client: InferenceServerClient, edge: Edge) -> None:
+    array = noise(4)
+    for seed, given, chosen in (
+        (30, strings("EDIT_IMAGE", file(array[0])), {}),
+        (31, pixels("EDIT_IMAGE", array), {"strength": 0.75}),
+        (32, strings("EDIT_IMAGE", file(array[0], "WEBP")), {"strength": 1}),
+    ):
+        asked: dict[str, Any] = {"steps": 4, "seed": seed, **chosen}
+        result = client.infer("frame/tiny", [*frame_inputs(), given], parameters=asked)
+        edit: Any = edge.steps.jobs[seed].edit
+        assert edit.strength == parameters(result)["strength"] == chosen.get("strength", 0.5)
+        if seed < 32:
+            assert np.array_equal(edit.pixels, array[0])
+        assert edge.steps.count[seed] == 4 * edit.strength
+    plain = client.infer("frame/tiny", frame_inputs(), parameters={"steps": 1, "seed": 33})
+    assert "strength" not in parameters(plain)
+    assert edge.steps.jobs[33].edit is None
+
+
+def test_references_say_how_far_away_they_are(client: InferenceServerClient, edge: Edge) -> None:
+    arrays = noise(3, count=2)
+    asked: dict[str, Any] = {"steps": 1, "seed": 40}
+    far = [*frame_inputs(), pixels("REFERENCE_IMAGES", arrays), pixels("REFERENCE_DISTANCES", np.uint8([3, 0]))]
+    client.infer("frame/tiny", far, parameters=asked)
+    assert edge.steps.jobs[40].distances == (3, 1)
+
+
+def test_a_pack_offers_what_it_does() -> None:
+    """Metadata and requests of one that reads its history, of one that only draws, and of one that edits."""
+
+    def names(*features: Any) -> list[str]:
+        return [spec.name for spec in frame.inputs(frame_pb.Pack(features=features))][3:]
+
+    assert names() == []
+    assert names(frame_pb.FEATURE_EDIT) == ["EDIT_IMAGE"]
+    assert names(frame_pb.FEATURE_REFERENCES) == ["REFERENCE_DISTANCES"]
+    assert names(frame_pb.FEATURE_REFERENCES, frame_pb.FEATURE_HISTORY, frame_pb.FEATURE_EDIT) == ["EDIT_IMAGE"]
 
 
 @pytest.mark.parametrize(

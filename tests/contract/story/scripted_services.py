@@ -39,6 +39,7 @@ def frame_pack(name: str) -> frame_pb.Pack:
     return frame_pb.Pack(
         name=name,
         digest=f"{name}-drawn",
+        base_digest=f"{name}-network",
         architecture="storygen",
         width_px=32,
         height_px=40,

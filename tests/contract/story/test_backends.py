@@ -63,6 +63,7 @@ def test_everything_that_a_pack_can_do_is_told(story: StoryProcess) -> None:
         is_default=True,
         writes=True,
         tells_stories=True,
+        base_digest="toon-network",
         drawing=pb.Drawing(
             width_px=32,
             height_px=40,

@@ -30,17 +30,18 @@ from tests.contract.story.story_process import StoryProcess
 State = story_pb2.Story.State
 ROSA = "a pink pig with a teal top hat"
 OTTO = "a black penguin with orange earmuffs"
-LEARNED_ON = "toon-drawn"  # the digest of the scripted frame service's pack
+LEARNED_ON = "toon-network"  # the digest of the network of the scripted frame service's pack
 
 
 def version(name: str, phrase: str, mark: str, digest: str = LEARNED_ON, pack: str = "toon") -> Any:
-    """A published one; `mark` makes its ids."""
+    """A published one; `mark` makes its ids. Of its pack something besides the network is another one by now."""
     return job_pb2.CharacterVersion(
         version_id=mark * 64,
         weights_sha256=mark * 63 + "0",
         character=job_pb2.NewCharacter(name=name, phrase=phrase),
         pack=pack,
-        pack_digest=digest,
+        pack_digest="toon-before",
+        base_digest=digest,
     )
 
 
@@ -70,7 +71,7 @@ def published(customization: CustomizationServer) -> CustomizationScript:
         version("Rosa", ROSA, "a"),
         version("Otto", OTTO, "b"),
         version("Rosa", "a red pig with a blue hat", "c"),
-        version("Zed", "a green frog with a red bow", "d", digest="toon-before"),
+        version("Zed", "a green frog with a red bow", "d", digest="toon-network-before"),
     ]
     return customization.script
 
@@ -166,7 +167,7 @@ def test_a_version_can_be_named_itself_however_long_the_list(
 def test_of_a_name_the_newest_version_on_the_present_network_is_taken(
     story: StoryProcess, published: CustomizationScript
 ) -> None:
-    published.versions.insert(0, version("Rosa", ROSA, "e", digest="other-drawn", pack="other"))
+    published.versions.insert(0, version("Rosa", ROSA, "e", digest="other-network", pack="other"))
     assert finished(story, "Rosa", frame_count=1).characters[0].version_id == "a" * 64
     assert finished(story, "Rosa", frame_count=1, pack="other").characters[0].version_id == "e" * 64
 

@@ -19,6 +19,7 @@ def test_a_pack_keeps_every_field() -> None:
         is_default=True,
         writes=True,
         tells_stories=True,
+        base_digest="cd",
         drawing=pb.Drawing(
             width_px=1,
             height_px=2,
@@ -49,6 +50,7 @@ def test_a_pack_keeps_every_field() -> None:
                 is_default=True,
                 writes=True,
                 tells_stories=True,
+                base_digest="cd",
                 drawing=Drawing(
                     width_px=1,
                     height_px=2,

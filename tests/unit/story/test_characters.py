@@ -90,8 +90,9 @@ class Published:
 class Frames:
     """A frame service's packs."""
 
-    def __init__(self, drawing: Drawing | None = DRAWING) -> None:
-        self.packs = (LoadedPack(name="toon", digest="now", architecture="storygen", drawing=drawing),)
+    def __init__(self, drawing: Drawing | None = DRAWING, base_digest: str = "") -> None:
+        pack = LoadedPack(name="toon", digest="now", architecture="storygen", drawing=drawing, base_digest=base_digest)
+        self.packs = (pack,)
         self.asked = 0
 
     async def loaded(self, *, timeout_s: float) -> tuple[LoadedPack, ...]:
@@ -118,6 +119,20 @@ async def test_a_name_is_its_newest_version_that_the_network_can_wear() -> None:
     (found,) = await find(published, "Rosa")
     assert (found.version_id, found.weights_sha256) == ("b" * 64, "b")
     assert published.asked == ["Rosa"]
+
+
+async def test_a_new_captioner_makes_nobody_unusable() -> None:
+    learned_before = version("Rosa", "a", "before")
+    learned_before.base_digest = "network"
+    (found,) = await find(Published(learned_before), "Rosa", frames=Frames(base_digest="network"))
+    assert found.version_id == "a" * 64
+
+
+async def test_the_same_pack_with_another_network_wears_nobody() -> None:
+    of_another = version("Rosa", "a", "now")
+    of_another.base_digest = "network before"
+    with pytest.raises(CharacterOfAnotherPack):
+        await find(Published(of_another), "Rosa", frames=Frames(base_digest="network"))
 
 
 async def test_an_id_is_that_version_and_no_newer_one() -> None:
