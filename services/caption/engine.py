@@ -6,9 +6,10 @@ It checks what it is given, builds the prompt, asks vLLM through a `Driver` with
 text: never empty, one line, no special tokens. Requests that are in flight together are decoded together. Every request
 has a seed of its own, so the same request alone gives the same text. Knows no transport: it runs in a notebook.
 
-Guards look at what was written (`Guards`): the name lock at a description's names, the repetition guard at a caption's
-likeness to the ones before, the thread guard at how long a story goes without its hero and at who is there twice. A
-fault is answered by second choices, of which the best is taken, and by a repair where there is one.
+Guards look at what was written (`Guards`): the name lock at a description's names, also of learned characters, the
+repetition guard at a caption's likeness to the ones before, the thread guard at how long a story goes without its
+hero and at who is there twice. A fault is answered by second choices, of which the best is taken, and by a repair where
+there is one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from PIL import Image
 from services.caption.driver import Ask, Driver
 from services.caption.image import read_image
 from services.caption.job import TOKENS_MAX, DescribeJob, Finish, Sampling, StoryJob, Written
+from services.caption.learned import check_learned, completed, told
 from services.models import llava, prompts, repetition, thread
 from services.models import looks as look_lock
 from services.models.captioner import read_adapters, read_captioner
@@ -268,10 +270,11 @@ class CaptionEngine:
     async def describe(self, job: DescribeJob) -> Written:
         """The description of `job.caption`; of the pack's cast it names only whom the story's captions mention.
 
-        Somebody whom the pack does not know keeps the looks of the first earlier description that tells them; while
-        none does, those that the pack's eyes read off the picture.
+        Whoever of `job.learned` is in the caption is in its description. Somebody whom the pack does not know keeps
+        the looks of the first earlier description that tells them; while none does, those that the pack's eyes read off
+        the picture.
 
-        Raises the same errors as `write_caption`.
+        Raises the same errors as `write_caption`, and ValueOutOfRange for a learned character that is none.
         """
         self._check_pack(job.pack)
         check_caption(job.previous_caption, "previous_caption")
@@ -285,9 +288,12 @@ class CaptionEngine:
                 raise CaptionTooLong(f"{len(texts)} texts are more than {CAPTIONS_MAX}", field=name)
             for number, text in enumerate(texts):
                 check_caption(text, f"{name}[{number}]")
+        check_learned(job.learned)
         cast, wording = self.model.cast, self.model.wording
         captions = cast.context(job.earlier_captions, job.previous_caption, job.caption)
-        known = {**prompts.told_looks(job.earlier_descriptions), **self.model.world.characters}
+        # First those that were learned: of two looks of the same name the first one counts.
+        looks_told = prompts.told_looks((*told(job.learned), *job.earlier_descriptions))
+        known = {**looks_told, **self.model.world.characters}
         self._refuse_if_full()  # before the work of looking
         looks = {**await self._seen_looks(job, known), **known}
         lines = prompts.cast_lines(looks, (*job.earlier_captions, job.previous_caption, job.caption))
@@ -310,7 +316,11 @@ class CaptionEngine:
         rules: dict[str, Rule] = {"name_lock": lambda text: cast.faults(text, *captions)} if locked else {}
         if self._guards.look_lock:
             rules["look_lock"] = lambda text: look_lock.faults(text, looks)
-        return await self._guarded(rules, NAME_LOCK_TRIES, job.sampling, write, repair)
+        written = await self._guarded(rules, NAME_LOCK_TRIES, job.sampling, write, repair)
+        if not locked:
+            return written
+        earlier = (*job.earlier_captions, job.previous_caption)
+        return replace(written, text=completed(written.text, job.caption, earlier, job.learned, fits))
 
     async def _seen_looks(self, job: DescribeJob, known: Mapping[str, str]) -> dict[str, str]:
         """What the picture shows of somebody whom its caption names and of whom nobody has said what they look like.

@@ -52,6 +52,14 @@ class StoryJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Learned:
+    """Somebody whom the pack was taught: the name that stories use, and what descriptions say of their looks."""
+
+    name: str
+    phrase: str = ""  # begins with an article: "a pink pig with a teal hat"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DescribeJob:
     """Asks for the description of `caption`; `image` and `previous_caption` belong to the frame before."""
 
@@ -60,6 +68,7 @@ class DescribeJob:
     caption: str
     earlier_captions: tuple[str, ...] = ()  # of the story, oldest first; who is named there may be whom "she" means
     earlier_descriptions: tuple[str, ...] = ()  # of the story, oldest first; what they say somebody looks like, stays
+    learned: tuple[Learned, ...] = ()  # whom the story has besides the pack's cast; their looks count first
     pack: str = ""
     sampling: Sampling = field(default_factory=Sampling)
 

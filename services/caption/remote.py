@@ -4,7 +4,8 @@
 model of the Open Inference Protocol through tritonclient, and turns whatever comes back into our texts and errors.
 The model must take what our own `caption/<pack>` takes: IMAGE and CAPTIONS as BYTES, the parameters `adapter`,
 `temperature`, `top_p`, `seed` and `max_tokens`; and it must give TEXT. Guards against repetition and lost names are the
-server's business. A server that is away is no reason to end this process: calls say so, and the next may find it back.
+server's business, but for the names of characters that were learned here, of whom it has never heard. A server that is
+away is no reason to end this process: calls say so, and the next may find it back.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from services.caption.engine import (
     CAPTIONS_MAX,
     DESCRIPTIVE,
     STORY,
+    TEXT_CHARACTERS_MAX,
     Observer,
     check_caption,
     derived_seed,
@@ -27,6 +29,7 @@ from services.caption.engine import (
 )
 from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Sampling, StoryJob, Written
+from services.caption.learned import check_learned, completed, told
 from services.models.pack import Endpoint
 from services.models.world import World
 from services.runtime.errors import (
@@ -117,16 +120,23 @@ class RemoteEngine:
         return await self._write(job.image, STORY, job.captions, names, (), job.sampling)
 
     async def describe(self, job: DescribeJob) -> Written:
-        """The description of `job.caption`. Raises the same errors as `write_caption`."""
+        """The description of `job.caption`, which has those of `job.learned` who are in that.
+
+        Raises the same errors as `write_caption`, and ValueOutOfRange for a learned character that is none.
+        """
         self._check_pack(job.pack)
         check_caption(job.previous_caption, "previous_caption")
         check_caption(job.caption, "caption")
         _check_texts("earlier_captions", job.earlier_captions)
         _check_texts("earlier_descriptions", job.earlier_descriptions)
+        check_learned(job.learned)
         captions = (*job.earlier_captions, job.previous_caption, job.caption)
         names = [f"earlier_captions[{number}]" for number in range(len(job.earlier_captions))]
         names += ["previous_caption", "caption"]
-        return await self._write(job.image, DESCRIPTIVE, captions, names, job.earlier_descriptions, job.sampling)
+        descriptions = (*told(job.learned), *job.earlier_descriptions)
+        written = await self._write(job.image, DESCRIPTIVE, captions, names, descriptions, job.sampling)
+        text = completed(written.text, job.caption, captions[:-1], job.learned, _fits)
+        return replace(written, text=text)
 
     async def _write(
         self,
@@ -205,6 +215,10 @@ class RemoteEngine:
         self._running += change
         if self._observer is not None:
             self._observer.load_changed(running=self._running)
+
+
+def _fits(text: str) -> bool:
+    return len(text) <= TEXT_CHARACTERS_MAX
 
 
 def _check_texts(name: str, texts: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from fabula.caption.v1 import caption_service_pb2_grpc as pb_grpc
 from fabula.warning.v1 import warning_pb2
 
 from services.caption.config import CaptionSettings
-from services.caption.job import TEMPERATURE_DEFAULT, DescribeJob, Finish, Sampling, StoryJob, Written
+from services.caption.job import TEMPERATURE_DEFAULT, DescribeJob, Finish, Learned, Sampling, StoryJob, Written
 from services.caption.metrics import ServeObserver
 from services.models.world import Unfamiliar, World
 from services.runtime.config import Installation
@@ -85,6 +85,7 @@ def describe_job_from_pb(request: pb.DescribeRequest) -> DescribeJob:
         caption=request.caption,
         earlier_captions=tuple(request.earlier_captions),
         earlier_descriptions=tuple(request.earlier_descriptions),
+        learned=tuple(Learned(name=each.name, phrase=each.phrase) for each in request.characters),
         pack=request.pack,
         sampling=sampling_from_pb(request.sampling),
     )

@@ -26,13 +26,14 @@ from services.runtime.errors import (
     TooManyReferences,
     ValueOutOfRange,
 )
+from services.runtime.names import MOST_IN_FRAME
 from services.runtime.store import SHA256
 
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MIN_SIDE_PX = 32
 MAX_AREA_RATIO = 4  # of a frame against the pack's own size: cost grows at least with the area
-CHARACTERS_MAX = 2  # with weights of their own, in one frame
+CHARACTERS_MAX = MOST_IN_FRAME  # with weights of their own
 MAX_CHARACTER_SCALE = 2.0
 MAX_DISTANCE = 3  # of a reference: networks were trained with none further away
 DESCRIPTION_CHARACTERS = 10_000  # more than any window holds; keeps the tokenizer from reading megabytes

@@ -18,11 +18,11 @@ from typing import ClassVar, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-FILE_NAME = "world.json"
-WORDS_UNFAMILIAR = "WORDS_UNFAMILIAR"
-NAME_UNFAMILIAR = "NAME_UNFAMILIAR"
-PICTURE_UNFAMILIAR = "PICTURE_UNFAMILIAR"
+from services.runtime.reasons import NAME_UNFAMILIAR as NAME_UNFAMILIAR
+from services.runtime.reasons import PICTURE_UNFAMILIAR as PICTURE_UNFAMILIAR
+from services.runtime.reasons import WORDS_UNFAMILIAR as WORDS_UNFAMILIAR
 
+FILE_NAME = "world.json"
 _LISTED = 5  # unknown words a message lists; the metadata has them all
 _EXAMPLES = 3  # of each kind of thing that is known
 _ENDINGS = (  # what is taken off, the least letters that must be left, what is put in its place

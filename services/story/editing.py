@@ -232,17 +232,12 @@ class Editor:
             previous_caption=before[-1].caption,
             caption=new.caption,
             earlier_captions=tuple(frame.caption for frame in before[:-1]),
-            earlier_descriptions=(
-                *characters.told(story.options.characters),
-                *(frame.description for frame in before if frame.description),
-            ),
+            earlier_descriptions=tuple(frame.description for frame in before if frame.description),
+            characters=story.options.characters,
             seed=seed,
             temperature=story.options.temperature,
         )
-        description = characters.completed(
-            written.text, new.caption, (frame.caption for frame in before), story.options.characters
-        )
-        return replace(new, description=description, description_seed=seed, description_s=time.monotonic() - started)
+        return replace(new, description=written.text, description_seed=seed, description_s=time.monotonic() - started)
 
     async def _redrawn(
         self, story: Story, new: Frame, shown: Sequence[Shown], *, edit: tuple[bytes, float] | None = None

@@ -365,8 +365,8 @@ class StoryWorkflows:
             previous_caption=command.previous_caption,
             caption=command.caption,
             earlier_captions=command.earlier_captions,
-            # First, because of two looks of the same name the first one counts.
-            earlier_descriptions=(*characters.told(options.characters), *command.earlier_descriptions),
+            earlier_descriptions=command.earlier_descriptions,
+            characters=options.characters,
             seed=command.seed,
             temperature=options.temperature,
         )
@@ -375,12 +375,7 @@ class StoryWorkflows:
         kept = await self._repository.write_description(
             story_id,
             command.frame_index,
-            description=characters.completed(
-                written.text,
-                command.caption,
-                (*command.earlier_captions, command.previous_caption),
-                options.characters,
-            ),
+            description=written.text,
             seed=command.seed,
             duration_s=time.monotonic() - started,
         )

@@ -117,6 +117,23 @@ async def until(event: threading.Event) -> None:
     assert await asyncio.to_thread(event.wait, WAIT_S)
 
 
+async def test_learned_characters_are_told_of_and_their_names_put_back(service: Service, remote_edge: Edge) -> None:
+    """The server has never heard of them: their looks go as a description, and the lost name is mended here."""
+    rosa = pb.LearnedCharacter(name="Rosa", phrase="a pink pig with a teal hat")
+    described = await service.describe(
+        caption="Rosa let it fly.", characters=[rosa], earlier_descriptions=["Momo, a brown monkey."]
+    )
+    assert described.description.endswith(" Rosa, a pink pig with a teal hat, stands nearby.")
+    (_, asked, _) = remote_edge.script.calls[-1]
+    assert list(asked.earlier_descriptions) == [
+        "Rosa, a pink pig with a teal hat, stands there.",
+        "Momo, a brown monkey.",
+    ]
+    with pytest.raises(ValueOutOfRange) as raised:
+        await service.describe(characters=[pb.LearnedCharacter()])
+    assert raised.value.field_violations[0].field == "characters[0].name"
+
+
 async def test_both_questions_are_asked_with_everything_they_hold(service: Service, remote_edge: Edge) -> None:
     sampling = pb.Sampling(temperature=0.5, top_p=0.75, seed=11, max_tokens=20)
     story = await service.write(captions=["Momo slept.", "Momo found a kite."], sampling=sampling)

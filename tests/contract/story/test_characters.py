@@ -20,7 +20,6 @@ from fabula_client import AsyncClient, Client, FailedPrecondition, NotFound, Sto
 from google.rpc import error_details_pb2, status_pb2
 from typer.testing import CliRunner
 
-from services.models import prompts
 from services.runtime.errors import Unavailable
 from tests.contract.story.pictures import plain
 from tests.contract.story.scripted_customization import CustomizationScript, CustomizationServer
@@ -123,12 +122,11 @@ def test_the_weights_reach_the_frames_that_name_somebody_and_no_others(story: St
     assert story.get(made.story_id) == made
 
 
-def test_the_caption_service_is_told_of_their_looks_before_all_else(story: StoryProcess, script: Script) -> None:
+def test_the_caption_service_is_told_who_they_are(story: StoryProcess, script: Script) -> None:
     made = finished(story, "Rosa", "Otto")
     for number, described in enumerate(asked(script, "Describe"), 1):
-        told = list(described.earlier_descriptions)
-        assert told[2:] == [frame.description for frame in made.frames[:number]]
-        assert prompts.told_looks(told) == {"Rosa": ROSA, "Otto": OTTO}, "in words that the look lock reads"
+        assert [(one.name, one.phrase) for one in described.characters] == [("Rosa", ROSA), ("Otto", OTTO)]
+        assert list(described.earlier_descriptions) == [frame.description for frame in made.frames[:number]]
 
 
 def test_a_story_without_them_asks_nobody_and_is_told_as_before(
@@ -138,6 +136,7 @@ def test_a_story_without_them_asks_nobody_and_is_told_as_before(
     assert not published.calls
     assert weights(script) == [[], [], []]
     assert [len(one.earlier_descriptions) for one in asked(script, "Describe")] == [1, 2, 3]
+    assert not any(one.characters for one in asked(script, "Describe"))
     assert not made.characters
     with_rosa = finished(story, "Rosa")
     assert with_rosa.frames[1].description == made.frames[1].description
@@ -191,22 +190,8 @@ def test_edits_and_insertions_keep_the_characters(story: StoryProcess, script: S
     longer = story.stub.InsertFrame(insert, timeout=60).story
     assert weights(script) == [["b"], ["a"], ["b", "a"]]
     for described in asked(script, "Describe"):
-        assert prompts.told_looks(described.earlier_descriptions) == {"Rosa": ROSA, "Otto": OTTO}
+        assert [(one.name, one.phrase) for one in described.characters] == [("Rosa", ROSA), ("Otto", OTTO)]
     assert longer.characters == made.characters
-
-
-def test_a_description_that_loses_a_name_is_given_it_back(story: StoryProcess, script: Script) -> None:
-    made = finished(story, "Rosa", "Otto")
-    script.calls.clear()
-    script.named = {7: "Chaim, a blue elephant with a crown, jumps."}
-    insert = pb.InsertFrameRequest(story_id=made.story_id, after_frame_index=1, caption="Otto met Rosa in frame 7 .")
-    new = story.stub.InsertFrame(insert, timeout=60).story.frames[2]
-    assert new.description.endswith(f" Otto, {OTTO}, jumps. Rosa, {ROSA}, stands nearby.")
-    script.named, script.told = {}, {2: "Rosa ran."}
-    begun = finished(story, "Rosa", frame_count=2, caption="Rosa came.")
-    assert "Rosa" not in begun.frames[1].description, "its caption names nobody"
-    assert begun.frames[2].description.endswith(f". Rosa, {ROSA}, stands nearby.")
-    assert weights(script) == [["b", "a"], [], ["a"]]
 
 
 def test_a_process_that_dies_goes_on_with_the_same_characters(

@@ -24,14 +24,14 @@ from services.caption.engine import (
     whole_sentences,
 )
 from services.caption.image import read_image
-from services.caption.job import DescribeJob, Finish, Sampling, StoryJob
+from services.caption.job import DescribeJob, Finish, Learned, Sampling, StoryJob
 from services.models.cast import Cast
 from services.models.eyes import LOOK, Eyes, EyesShape, Figure
 from services.models.tokenizer import StoryTokenizer
 from services.models.wording import StoryWording
 from services.models.world import World
 from services.runtime.config import SHIPPED_PACKS
-from services.runtime.errors import CaptionEmpty, CaptionNotWritten, CaptionTooLong, QueueFull
+from services.runtime.errors import CaptionEmpty, CaptionNotWritten, CaptionTooLong, QueueFull, ValueOutOfRange
 
 MODEL = CaptionModel(
     pack_name="tiny",
@@ -307,6 +307,48 @@ async def test_guarded_texts_are_the_same_every_time() -> None:
         return written.text, (await CaptionEngine(CAST_MODEL, descriptions).describe(MEETING)).text
 
     assert {await told() for _ in range(5)} == {("A kite.", "Mina. Pip stands nearby.")}
+
+
+ROSA = Learned(name="Rosa", phrase="a pink pig with a teal hat")
+
+
+@pytest.mark.parametrize("locked", [True, False])
+async def test_a_learned_character_that_is_lost_comes_back(locked: bool) -> None:
+    """Its looks are in the prompt, its name in the description; nobody else is asked again for its sake."""
+    driver, plain = ScriptedDriver(["A park by day."] * 2), ScriptedDriver(["A park by day."])
+    job = DescribeJob(image=png(), previous_caption="Mina woke.", caption="Rosa ran.", earlier_captions=("A day.",))
+    engine = CaptionEngine(MODEL, driver, guards=Guards(name_lock=locked))
+    written = await engine.describe(replace(job, learned=(ROSA, Learned(name="Otto"))))
+    lost, found = "A park by day.", f"A park by day. Rosa, {ROSA.phrase}, stands nearby."
+    assert written.text == (found if locked else lost)
+    assert (await CaptionEngine(MODEL, plain).describe(job)).text == lost
+    assert len(driver.asks) == 1
+    assert MODEL.wording.decode(driver.asks[0].ids).count(ROSA.phrase) == 1
+    assert ROSA.phrase not in MODEL.wording.decode(plain.asks[0].ids)
+
+
+async def test_looks_that_were_learned_count_before_those_that_were_told() -> None:
+    driver = ScriptedDriver(["Rosa runs."])
+    job = DescribeJob(
+        image=png(),
+        previous_caption="Rosa woke.",
+        caption="Rosa ran.",
+        earlier_descriptions=("Rosa, a blue cat with a red hat, sleeps.",),
+        learned=(ROSA,),
+    )
+    await CaptionEngine(MODEL, driver).describe(job)
+    prompt = MODEL.wording.decode(driver.asks[0].ids)
+    assert ROSA.phrase in prompt
+    assert "a blue cat" not in prompt
+
+
+async def test_a_learned_character_that_is_none_is_refused_before_anything_is_asked() -> None:
+    driver = ScriptedDriver([])
+    job = DescribeJob(image=png(), previous_caption="a", caption="b", learned=(ROSA, Learned(name="")))
+    with pytest.raises(ValueOutOfRange) as raised:
+        await CaptionEngine(MODEL, driver).describe(job)
+    assert raised.value.field_violations[0].field == "characters[1].name"
+    assert not driver.asks
 
 
 async def test_an_empty_answer_is_tried_again_with_another_seed_and_some_heat() -> None:

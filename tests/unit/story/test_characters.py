@@ -14,7 +14,6 @@ from fabula.story.v1 import story_service_pb2 as pb
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.models import prompts
 from services.runtime.errors import (
     CharacterNotFound,
     CharacterOfAnotherPack,
@@ -25,9 +24,10 @@ from services.runtime.errors import (
     Unavailable,
     ValueOutOfRange,
 )
+from services.runtime.names import MOST_IN_FRAME
 from services.story.api_grpc import story_request_from_pb
 from services.story.backends import Drawing, LoadedPack
-from services.story.characters import MOST_IN_FRAME, CharacterLookup, completed, drawn_in, told, unfamiliar
+from services.story.characters import CharacterLookup, drawn_in, unfamiliar
 from services.story.customization import Customizations
 from services.story.documents import read_form, read_json_body
 from services.story.intake import MOST_CHARACTERS, StoryRequest, check_characters
@@ -277,66 +277,7 @@ def test_at_most_two_are_drawn_in_the_order_they_are_named(words: list[str]) -> 
     assert found == named[:MOST_IN_FRAME]
 
 
-PIG, OWL = "a pink pig with a teal hat", "a grey owl in a red coat"
-CAST = (character("Rosa", PIG), character("Otto", OWL), character("Zora", ""))
-
-
-@pytest.mark.parametrize(
-    ("caption", "description", "mended"),
-    [
-        ("Rosa ran.", "On the left Rosa, a pink pig with a teal hat, runs.", None),
-        ("Pip ran.", "On the left Waiga, a blue elephant with a crown, runs.", None),
-        ("Rosalind ran.", "A park.", None),
-        ("Rosa ran.", "A park by day.", f"A park by day. Rosa, {PIG}, stands nearby."),
-        ("Zora ran.", "A park by day.", "A park by day. Zora stands nearby."),
-        (
-            "Rosa ran.",
-            "On the left Waiga, a blue pig with a crown, runs. Waiga's ball is Waigaish.",
-            f"On the left Rosa, {PIG}, runs. Rosa's ball is Waigaish.",
-        ),
-        # Who is in a caption is nobody's double: neither the one of this frame nor the one of an earlier one.
-        (
-            "Rosa met Pip.",
-            "Pip, an orange cat with a scarf, waves to Mina, a white sheep.",
-            f"Pip, an orange cat with a scarf, waves to Mina, a white sheep. Rosa, {PIG}, stands nearby.",
-        ),
-        (
-            "Otto gave Rosa a kite.",
-            "Rosa, a pink pig with a teal hat, waves. Chaim, a blue elephant, jumps.",
-            f"Rosa, {PIG}, waves. Otto, {OWL}, jumps.",
-        ),
-        (
-            "Otto gave Rosa a kite.",
-            "Chaim, a blue elephant, jumps. A duck sits.",
-            f"Otto, {OWL}, jumps. A duck sits. Rosa, {PIG}, stands nearby.",
-        ),
-        # The same one made up twice is two; a third stays, because nobody is missing any more.
-        (
-            "Otto gave Rosa a kite.",
-            "Chaim, a blue cat, jumps. Chaim, a blue cat, sits by Chaim. Chaim, a red cat, eats.",
-            f"Otto, {OWL}, jumps. Rosa, {PIG}, sits by Otto. Chaim, a red cat, eats.",
-        ),
-        ("Rosa, Otto and Zora ran.", "A park.", f"A park. Rosa, {PIG}, stands nearby. Otto, {OWL}, stands nearby."),
-    ],
-)
-def test_whom_a_caption_names_is_in_its_description(caption: str, description: str, mended: str | None) -> None:
-    text = completed(description, caption, ["Mina woke."], CAST)
-    assert text == (description if mended is None else mended)
-    assert completed(text, caption, ["Mina woke."], CAST) == text, "once is enough"
-    assert completed(description, caption, ["Mina woke."], ()) == description
-
-
 # -- what is told ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "phrase", ["a pink pig with a teal top hat", "an old grey owl wearing round glasses", "a fox in a red coat"]
-)
-def test_looks_are_told_in_words_that_the_look_lock_reads(phrase: str) -> None:
-    sentences = told([character("Rosa", phrase), character("Otto")])
-    assert prompts.told_looks(sentences) == {"Rosa": phrase, "Otto": "a pink pig with a teal hat"}
-    assert sentences[0] == f"Rosa, {phrase}, stands there."
-    assert told([character("Rosa", "")]) == ()
 
 
 def test_a_warning_about_a_name_that_was_taught_is_none() -> None:
