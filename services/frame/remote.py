@@ -3,9 +3,10 @@
 `RemoteFrames` draws with one model of the Open Inference Protocol, through tritonclient, and speaks the frame service's
 own messages: the servicer passes a request for such a pack on to it, and the answers back. The model must take what our
 own `frame/<pack>` takes (PROMPT, REFERENCE_IMAGES and REFERENCE_DESCRIPTIONS as BYTES; the parameters `seed`, `steps`,
-`width`, `height`, guidance, `sampler`, `quality`, `preview_every`, `characters`) and give IMAGE as a PNG. What there
-is no word for, edits and distances of references, is refused here by name. A server that is away ends no process: its
-pack is not listed until it is back.
+`width`, `height`, guidance, `sampler`, `quality`, `preview_every`, `characters`) and give IMAGE as a PNG. Where its
+metadata has EDIT_IMAGE it is given edits, with the parameter `strength`; where it has REFERENCE_DISTANCES, those; where
+it has not, a request that needs them is refused here by name. A server that is away ends no process: its pack is not
+listed until it is back.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from PIL import Image
 
 from services.models.pack import Endpoint
 from services.runtime.errors import FabulaError, RenderFailed, ReplicaLost, ValueOutOfRange
-from services.runtime.inference import InferenceChannel, bytes_tensor, one_of_bytes
+from services.runtime.inference import InferenceChannel, bytes_tensor, one_of_bytes, small_numbers_tensor
 
 log = structlog.get_logger("fabula.frame")
 
@@ -34,10 +35,13 @@ PROMPT, REFERENCE_IMAGES, REFERENCE_DESCRIPTIONS, IMAGE = (
     "REFERENCE_DESCRIPTIONS",
     "IMAGE",
 )
+REFERENCE_DISTANCES, EDIT_IMAGE = "REFERENCE_DISTANCES", "EDIT_IMAGE"
+FARTHEST = 255  # what a tensor of distances can say
 SEEDS = 2**53  # our own servers take seeds below it
 LIST_WITHIN_S = 5.0
 PIXELS_MAX = 8192 * 8192
-_REFERENCE = re.compile(rf"({REFERENCE_IMAGES}|{REFERENCE_DESCRIPTIONS})\[(\d+)\]")
+_REFERENCE = re.compile(rf"({REFERENCE_IMAGES}|{REFERENCE_DESCRIPTIONS}|{REFERENCE_DISTANCES})\[(\d+)\]")
+_PARTS = {REFERENCE_IMAGES: "image", REFERENCE_DESCRIPTIONS: "description", REFERENCE_DISTANCES: "distance"}
 # Triton counts from 1, the highest.
 _PRIORITIES = {pb.PRIORITY_INTERACTIVE: 1, pb.PRIORITY_STANDARD: 2, pb.PRIORITY_BATCH: 3}
 _NUMBERS = (
@@ -66,27 +70,31 @@ class RemoteFrames:
         """The pack as the server tells of it; None while it does not answer, or where its model is none that draws."""
         if self._pack is None:
             try:
-                await self._server.check(inputs={PROMPT}, outputs={IMAGE}, limit_s=LIST_WITHIN_S)
+                inputs = await self._server.check(inputs={PROMPT}, outputs={IMAGE}, limit_s=LIST_WITHIN_S)
                 facts = await self._server.facts(LIST_WITHIN_S)
             except FabulaError as error:
                 log.warning("remote_pack_silent", pack=self._told.name, reason=error.reason, message=error.message)
                 return None
-            self._pack = _described(self._told, facts)
+            self._pack = _described(self._told, facts, inputs)
         return self._pack
 
     async def render(self, request: pb.RenderFrameRequest) -> AsyncIterator[pb.RenderFrameResponse]:
         """Previews, where they are asked for, and the picture. Closing it cancels the job on the server.
 
-        Raises ValueOutOfRange for what the protocol has no word for, the server's own refusals, and RenderFailed for an
-        answer that is no picture.
+        Raises ValueOutOfRange for what the server's model has no input for, the server's own refusals, and RenderFailed
+        for an answer that is no picture.
         """
-        _refuse_the_unsayable(request)
+        await self._refuse_the_unsayable(request)
         tensors = [bytes_tensor(PROMPT, [request.description.encode()])]
         if request.references:
             tensors += [
                 bytes_tensor(REFERENCE_IMAGES, [each.image for each in request.references]),
                 bytes_tensor(REFERENCE_DESCRIPTIONS, [each.description.encode() for each in request.references]),
             ]
+        if any(each.distance for each in request.references):
+            tensors.append(small_numbers_tensor(REFERENCE_DISTANCES, [each.distance for each in request.references]))
+        if request.HasField("edit"):
+            tensors.append(bytes_tensor(EDIT_IMAGE, [request.edit.image]))
         told: dict[str, Any] = {
             "limit_s": self._endpoint.timeout_s,
             "rename": _own_name,
@@ -116,6 +124,23 @@ class RemoteFrames:
         """Closes the connection; calls in flight end with ShuttingDown."""
         await self._server.close()
 
+    async def _refuse_the_unsayable(self, request: pb.RenderFrameRequest) -> None:
+        """Asks the server what it takes each time: few requests need it, and a server may have learned since."""
+        needed = {"edit": EDIT_IMAGE} if request.HasField("edit") else {}
+        for number, each in enumerate(request.references):
+            field = f"references[{number}].distance"
+            if each.distance > FARTHEST:
+                raise ValueOutOfRange(f"{field} is {each.distance}; it must be at most {FARTHEST}", field=field)
+            if each.distance:
+                needed[field] = REFERENCE_DISTANCES
+        if not needed:
+            return
+        limit_s = min(LIST_WITHIN_S, self._endpoint.timeout_s)
+        takes = await self._server.check(inputs={PROMPT}, outputs={IMAGE}, limit_s=limit_s)
+        for field, name in needed.items():
+            if name not in takes:
+                raise ValueOutOfRange(f"{field}: the server's model {self._endpoint.model} has no {name}", field=field)
+
     def _frame(self, result: Any, request: pb.RenderFrameRequest) -> pb.RenderFrameResponse:
         """Raises RenderFailed for what is no PNG, ReplicaLost for one that was damaged on its way."""
         image = one_of_bytes(result, IMAGE) or b""
@@ -143,6 +168,7 @@ class RemoteFrames:
                 sampler=values["sampler"].string_param if "sampler" in values else request.sampler,
                 pack_digest=self._told.digest,
                 fingerprint=values["fingerprint"].string_param if "fingerprint" in values else "",
+                edit_strength=number("strength", request.edit.strength),
                 queue_s=number("queue_s", 0.0),
                 render_s=number("render_s", 0.0),
             )
@@ -161,7 +187,7 @@ class RemoteFrames:
             raise RenderFailed(f"{self._endpoint.model} gave no PNG") from None
 
 
-def _described(told: pb.Pack, facts: dict[str, str]) -> pb.Pack:
+def _described(told: pb.Pack, facts: dict[str, str], inputs: frozenset[str]) -> pb.Pack:
     """What our own servers tell of their packs; a stranger's says less."""
     pack = pb.Pack()
     pack.CopyFrom(told)
@@ -173,6 +199,11 @@ def _described(told: pb.Pack, facts: dict[str, str]) -> pb.Pack:
             log.warning("remote_fact_unreadable", pack=told.name, fact=name)
     if pack.max_references:
         pack.features.append(pb.FEATURE_REFERENCES)
+    if EDIT_IMAGE in inputs:
+        pack.features.append(pb.FEATURE_EDIT)
+    # A frame between two is drawn from neighbours that are both one frame away.
+    if pack.max_references > 1 and REFERENCE_DISTANCES in inputs:
+        pack.features.append(pb.FEATURE_INSERT)
     return pack
 
 
@@ -193,6 +224,8 @@ def _parameters(request: pb.RenderFrameRequest) -> dict[str, Any]:
     for name in ("text_guidance", "image_guidance"):
         if request.HasField(name):
             parameters[name] = float(getattr(request, name))
+    if request.edit.HasField("strength"):
+        parameters["strength"] = request.edit.strength
     if request.quality in (pb.QUALITY_DRAFT, pb.QUALITY_BEST):
         parameters["quality"] = pb.Quality.Name(request.quality).removeprefix("QUALITY_").lower()
     if request.characters:
@@ -203,22 +236,16 @@ def _parameters(request: pb.RenderFrameRequest) -> dict[str, Any]:
     return parameters
 
 
-def _refuse_the_unsayable(request: pb.RenderFrameRequest) -> None:
-    if request.HasField("edit"):
-        raise ValueOutOfRange("edit: a pack on a server draws from noise only", field="edit")
-    for number, each in enumerate(request.references):
-        if each.distance:
-            field = f"references[{number}].distance"
-            raise ValueOutOfRange(f"{field}: a pack on a server takes references in their order only", field=field)
-
-
 def _own_name(name: str) -> str:
     """Our field of a server's tensor or parameter."""
     if found := _REFERENCE.fullmatch(name):
-        return f"references[{found[2]}].{'image' if found[1] == REFERENCE_IMAGES else 'description'}"
+        return f"references[{found[2]}].{_PARTS[found[1]]}"
     return {
         PROMPT: "description",
         REFERENCE_IMAGES: "references",
+        REFERENCE_DISTANCES: "references",
+        EDIT_IMAGE: "edit.image",
+        "strength": "edit.strength",
         "width": "width_px",
         "height": "height_px",
         "preview_every": "preview_every_steps",

@@ -67,8 +67,11 @@ class InferenceChannel:
             self._own = InferenceServerClient(self.address, ssl=self._tls)
         return self._own
 
-    async def check(self, *, inputs: Collection[str], outputs: Collection[str], limit_s: float) -> None:
-        """Whether the model is there and has these tensors. Raises FabulaError; FailedPrecondition where it has not."""
+    async def check(self, *, inputs: Collection[str], outputs: Collection[str], limit_s: float) -> frozenset[str]:
+        """All inputs of the model, if it is there and has these tensors.
+
+        Raises FabulaError; FailedPrecondition where it has not got them.
+        """
         try:
             is_ready = await self._client.is_model_ready(self.model, client_timeout=limit_s)
             metadata = await self._client.get_model_metadata(self.model, client_timeout=limit_s)
@@ -80,6 +83,7 @@ class InferenceChannel:
             raise FailedPrecondition(f"{self.model} on {self.address} has no {', '.join(missing)}")
         if not is_ready:
             raise Unavailable(f"{self.model} on {self.address} is not ready")
+        return frozenset(has[0])
 
     async def facts(self, limit_s: float) -> dict[str, str]:
         """The parameters of the model's configuration; empty where the server has none to tell. Raises FabulaError."""
@@ -224,6 +228,15 @@ def bytes_tensor(name: str, values: Sequence[bytes]) -> Any:
 
     tensor = InferInput(name, [len(values)], "BYTES")
     tensor.set_data_from_numpy(np.array(values, dtype=np.object_))
+    return tensor
+
+
+def small_numbers_tensor(name: str, values: Sequence[int]) -> Any:
+    """An input of whole numbers from 0 to 255."""
+    from tritonclient.grpc import InferInput
+
+    tensor = InferInput(name, [len(values)], "UINT8")
+    tensor.set_data_from_numpy(np.array(values, dtype=np.uint8))
     return tensor
 
 

@@ -4,11 +4,16 @@ Inputs   PROMPT                  BYTES [1]             what to draw, literally
          REFERENCE_IMAGES        BYTES [N]             up to three earlier frames, oldest first: picture files
                                  or UINT8 [N, H, W, 3] the same as RGB pixels
          REFERENCE_DESCRIPTIONS  BYTES [N]             what each of them shows; may be empty, may be left out
+         REFERENCE_DISTANCES     UINT8 [N]             how many frames each is from the one that is drawn; 0, and left
+                                                       out, is by its place
+         EDIT_IMAGE              BYTES [1]             what the frame is made of instead of noise alone: a picture file
+                                 or UINT8 [1, H, W, 3] the same as RGB pixels; the parameter `strength`, above 0 and at
+                                                       most 1, says how much of it is drawn anew
 Outputs  IMAGE                   BYTES [1]             a PNG file; of a preview a small WebP
          PIXELS                  UINT8 [H, W, 3]       the same as RGB pixels; only when asked for
 
 The protocol would send all outputs when none is named. Here that is IMAGE alone: the pixels say nothing more, and are
-ten times as large.
+ten times as large. The last two inputs are there where the model's pack does what they ask for; its metadata says so.
 
 Clients' pictures are decoded in the sandbox only, pixels too (there they meet the same limits). What is decoded here,
 for PIXELS, was made by our own frame service.
@@ -37,6 +42,7 @@ from services.story.records import DEFAULT_QUALITY, QUALITIES
 
 MOST_REFERENCES = 3
 IMAGE, PIXELS = "IMAGE", "PIXELS"
+REFERENCE_DISTANCES, EDIT_IMAGE = "REFERENCE_DISTANCES", "EDIT_IMAGE"
 INPUTS = (
     TensorSpec(name="PROMPT", datatype=BYTES, shape=(1,)),
     TensorSpec(
@@ -49,6 +55,8 @@ INPUTS = (
     ),
     TensorSpec(name="REFERENCE_DESCRIPTIONS", datatype=BYTES, shape=(ANY,), optional=True, most=MOST_REFERENCES),
 )
+DISTANCES = TensorSpec(name=REFERENCE_DISTANCES, datatype=UINT8, shape=(ANY,), optional=True, most=MOST_REFERENCES)
+EDIT = TensorSpec(name=EDIT_IMAGE, datatype=BYTES, shape=(1,), optional=True, others={UINT8: (1, ANY, ANY, 3)})
 OUTPUTS = (
     TensorSpec(name=IMAGE, datatype=BYTES, shape=(1,)),
     TensorSpec(name=PIXELS, datatype=UINT8, shape=(ANY, ANY, 3)),
@@ -58,6 +66,9 @@ NAMES = {  # the frame service's fields
     r"references": "REFERENCE_IMAGES",
     r"references\[(\d+)\]\.image": r"REFERENCE_IMAGES[\1]",
     r"references\[(\d+)\]\.description": r"REFERENCE_DESCRIPTIONS[\1]",
+    r"references\[(\d+)\]\.distance": r"REFERENCE_DISTANCES[\1]",
+    r"edit(\.image)?": "EDIT_IMAGE",
+    r"edit\.strength": "strength",
     r"(width|height)_px": r"\1",
     r"preview_every_steps": "preview_every",
     r"characters\[(\d+)\]\..*": r"characters[\1]",
@@ -74,6 +85,13 @@ Clean = Callable[[bytes], Awaitable[bytes]]
 """Decodes an untrusted picture in the sandbox and gives a clean PNG. Raises FabulaError about the field `image`."""
 
 
+def inputs(pack: frame_pb.Pack) -> tuple[TensorSpec, ...]:
+    """What a pack's model takes. A history is read in its order, so distances say nothing to a pack that reads one."""
+    looks = frame_pb.FEATURE_REFERENCES in pack.features and frame_pb.FEATURE_HISTORY not in pack.features
+    offered = ((DISTANCES, looks), (EDIT, frame_pb.FEATURE_EDIT in pack.features))
+    return (*INPUTS, *(spec for spec, is_offered in offered if is_offered))
+
+
 async def frame_request(
     model: Model, tensors: dict[str, Tensor], parameters: Parameters, *, priority: int, streaming: bool, clean: Clean
 ) -> frame_pb.RenderFrameRequest:
@@ -81,6 +99,7 @@ async def frame_request(
     seed = parameters.integer("seed", 0, SEED_LIMIT - 1)
     preview_every = parameters.integer("preview_every", 0, MOST_STEPS)
     worn = parameters.text("characters", MOST_CHARACTERS_TEXT)
+    strength = parameters.number("strength", 0.0, 1.0)
     request = frame_pb.RenderFrameRequest(
         pack=model.name.pack,
         seed=secrets.randbelow(SEED_LIMIT) if seed is None else seed,
@@ -97,15 +116,25 @@ async def frame_request(
     parameters.finish()
     if preview_every and not streaming:
         raise ValueOutOfRange("preview_every: previews are sent on ModelStreamInfer only", field="preview_every")
+    edited = tensors.get(EDIT_IMAGE)
+    if strength is not None and edited is None:
+        raise ValueOutOfRange(f"strength: it is of an edit, and there is no {EDIT_IMAGE}", field="strength")
+    if strength == 0.0:
+        raise ValueOutOfRange("strength: it is 0; it must be above 0 and at most 1", field="strength")
     if model.name.character:
         request.characters.add(digest=model.name.character)
     request.characters.extend(read_characters(worn or ""))
     request.description = checked_description("PROMPT", tensors["PROMPT"].texts()[0])
     pictures = _pictures(tensors.get("REFERENCE_IMAGES"))
     descriptions = _descriptions(tensors.get("REFERENCE_DESCRIPTIONS"), len(pictures))
-    for number, (picture, description) in enumerate(zip(pictures, descriptions, strict=True)):
+    distances = _distances(tensors.get(REFERENCE_DISTANCES), len(pictures))
+    before = _pictures(edited)
+    for number, (picture, description, distance) in enumerate(zip(pictures, descriptions, distances, strict=True)):
         with naming({"image": f"REFERENCE_IMAGES[{number}]"}):
-            request.references.add(image=await clean(picture), description=description)
+            request.references.add(image=await clean(picture), description=description, distance=distance)
+    for picture in before:
+        with naming({"image": EDIT_IMAGE}):
+            request.edit.CopyFrom(frame_pb.EditedImage(image=await clean(picture), strength=strength))
     return request
 
 
@@ -147,6 +176,8 @@ def frame_response(frame: frame_pb.RenderedFrame, outputs: tuple[str, ...]) -> p
             "render_s": frame.render_s,
         },
     )
+    if frame.edit_strength:
+        put_parameters(response.parameters, {"strength": frame.edit_strength})
     if frame.warnings:
         put_parameters(response.parameters, {"warnings": warnings_text(frame.warnings, NAMES)})
     return response
@@ -171,12 +202,12 @@ def _add_picture(response: pb.ModelInferResponse, image: bytes, outputs: tuple[s
 
 
 def _pictures(tensor: Tensor | None) -> list[bytes]:
-    """Reference pictures as files that the sandbox reads; their number and size are checked, their content is not."""
+    """Pictures as files that the sandbox reads; their number and size are checked, their content is not."""
     if tensor is None:
         return []
     if tensor.datatype == BYTES:
         for number, picture in enumerate(tensor.rows()):
-            with naming({"image": f"{tensor.name}[{number}]"}):
+            with naming({"image": tensor.name if tensor.name == EDIT_IMAGE else f"{tensor.name}[{number}]"}):
                 check_image(picture)
         return list(tensor.rows())
     _, height_px, width_px, _ = tensor.shape
@@ -200,3 +231,12 @@ def _descriptions(tensor: Tensor | None, count: int) -> list[str]:
         raise TensorInvalid(f"{tensor.name}: {len(texts)} descriptions of {count} pictures", field=tensor.name)
     # Often a story's captions: people write them, and no frame should fail for an empty one.
     return [checked_caption(f"{tensor.name}[{n}]", text) if text.strip() else "" for n, text in enumerate(texts)]
+
+
+def _distances(tensor: Tensor | None, count: int) -> list[int]:
+    if tensor is None:
+        return [0] * count
+    distances = list(tensor.elements[0])
+    if len(distances) != count:
+        raise TensorInvalid(f"{tensor.name}: {len(distances)} distances of {count} pictures", field=tensor.name)
+    return distances

@@ -224,7 +224,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     ) -> AsyncGenerator[tuple[bool, pb.ModelInferResponse], None]:
         """Each answer, and whether it is the last."""
         model = await self._catalog.find(request.model_name, request.model_version)
-        tensors = read_inputs(request, description.INPUTS[model.name.kind])
+        tensors = read_inputs(request, description.inputs(model))
         if model.name.kind == "caption":
             read_outputs(request, caption.OUTPUTS, caption.TEXT)
             asked = await caption.caption_request(model, tensors, parameters, clean=self._clean)

@@ -141,6 +141,90 @@ async def test_everything_that_is_asked_for_arrives(service: Service, remote_edg
     assert (frame.steps, frame.sampler, frame.text_guidance, frame.image_guidance) == (4, "euler", 3.0, 0.0)
 
 
+@pytest.mark.parametrize("preview_every", [0, 1])
+@pytest.mark.parametrize("strength", [0.25, None])
+async def test_a_frame_is_made_of_a_picture_there(
+    service: Service, remote_edge: Edge, strength: float | None, preview_every: int
+) -> None:
+    edit = pb.EditedImage(image=file(noise(3)[0]), strength=strength)
+    frame = await service.frame(steps=4, edit=edit, preview_every_steps=preview_every)
+    asked = remote_edge.steps.jobs[5]
+    assert asked.edit is not None
+    assert np.array_equal(asked.edit.pixels, noise(3)[0])
+    assert asked.edit.strength == frame.edit_strength == (strength or 0.5)
+    assert asked.steps_taken == (1 if strength else 2)
+    assert frame.image == await asyncio.to_thread(far_frame, remote_edge, steps=4, edit=edit)
+    assert frame.image != (await service.frame(steps=4)).image
+
+
+async def test_references_are_as_far_away_there_as_they_are_said_to_be(service: Service, remote_edge: Edge) -> None:
+    def references(*distances: int) -> list[Any]:
+        return [
+            pb.Reference(image=file(noise(number)[0]), description=f"{number}", distance=distance)
+            for number, distance in enumerate(distances)
+        ]
+
+    pictures = []
+    for distances in ((0, 0), (1, 1), (3, 0)):
+        frame = await service.frame(references=references(*distances))
+        assert tuple(seen.distance for seen in remote_edge.steps.jobs[5].references) == distances
+        assert frame.image == await asyncio.to_thread(far_frame, remote_edge, references=references(*distances))
+        pictures.append(frame.image)
+    assert len(set(pictures)) == 3
+
+
+class OfAStranger:
+    """A server whose model draws, and knows neither edits nor distances."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[str], dict[str, Any]]] = []
+
+    async def check(self, *, inputs: Any, outputs: Any, limit_s: float) -> frozenset[str]:
+        return frozenset({"PROMPT", "REFERENCE_IMAGES", "REFERENCE_DESCRIPTIONS"})
+
+    async def facts(self, limit_s: float) -> dict[str, str]:
+        return {"max_references": "3"}
+
+    async def infer(self, tensors: Any, outputs: Any, parameters: Any, **told: Any) -> Any:
+        self.asked.append(([tensor.name() for tensor in tensors], parameters))
+        picture = np.array([file(noise(1)[0])], dtype=np.object_)
+        return SimpleNamespace(as_numpy=lambda name: picture, get_response=lambda: SimpleNamespace(parameters={}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"edit": pb.EditedImage(image=b"x")}, "edit"),
+        ({"references": [pb.Reference(image=b"x"), pb.Reference(image=b"x", distance=1)]}, "references[1].distance"),
+    ],
+)
+async def test_a_stranger_is_asked_for_nothing_that_its_model_has_no_input_for(
+    fields: dict[str, Any], field: str
+) -> None:
+    remote = RemoteFrames("far", "d", "remote-frames", Endpoint(address="127.0.0.1:9", model="pictures"))
+    stranger: Any = OfAStranger()
+    remote._server = stranger
+    pack = await remote.pack()
+    assert pack is not None
+    assert list(pack.features) == [pb.FEATURE_REFERENCES]
+    with pytest.raises(ValueOutOfRange, match="the server's model pictures has no") as raised:
+        [message async for message in remote.render(pb.RenderFrameRequest(description="a fox", **fields))]
+    assert raised.value.field_violations[0].field == field
+    assert not stranger.asked
+    plain = pb.RenderFrameRequest(description="a fox", references=[pb.Reference(image=b"x", description="y")])
+    messages = [message async for message in remote.render(plain)]
+    assert messages[-1].frame.image
+    assert stranger.asked == [(["PROMPT", "REFERENCE_IMAGES", "REFERENCE_DESCRIPTIONS"], {"seed": 0})]
+
+
+async def test_a_server_that_is_away_is_not_asked_what_it_takes_for_ever() -> None:
+    remote = RemoteFrames("far", "d", "remote-frames", Endpoint(address="127.0.0.1:9", model="frame/tiny"))
+    request = pb.RenderFrameRequest(description="a fox", edit=pb.EditedImage(image=b"x"))
+    with pytest.raises(Unavailable):
+        [message async for message in remote.render(request)]
+    await remote.close()
+
+
 async def test_qualities_are_the_servers(service: Service) -> None:
     steps = [
         (await service.frame(steps=0, quality=quality)).steps for quality in (pb.QUALITY_DRAFT, 0, pb.QUALITY_BEST)
@@ -170,7 +254,7 @@ async def test_the_pack_is_listed_as_its_server_tells_it(service: Service, remot
     for name in ("width_px", "height_px", "default_steps", "max_references", "max_steps", "max_area_px", "min_side_px"):
         assert getattr(far, name) == getattr(own, name)
     assert (far.default_text_guidance, far.default_image_guidance) == (2.0, 1.5)
-    assert list(far.features) == [pb.FEATURE_REFERENCES]
+    assert set(far.features) == set(own.features)
     assert far.digest not in ("", own.digest)
 
 
@@ -191,8 +275,14 @@ async def test_a_server_that_is_away_is_unavailable_and_its_pack_is_not_listed(
         ({"description": "x" * 5000}, DescriptionTooLong, "description"),
         ({"references": [pb.Reference(image=b"x")]}, ImageUnreadable, "references[0].image"),
         ({"width_px": 7}, ValueOutOfRange, "width_px"),
-        ({"edit": pb.EditedImage(image=b"x")}, ValueOutOfRange, "edit"),
-        ({"references": [pb.Reference(image=b"x", distance=1)]}, ValueOutOfRange, "references[0].distance"),
+        ({"edit": pb.EditedImage(image=b"x")}, ImageUnreadable, "edit.image"),
+        ({"edit": pb.EditedImage(image=file(noise(1)[0]), strength=1.5)}, ValueOutOfRange, "edit.strength"),
+        (
+            {"references": [pb.Reference(image=file(noise(1)[0]), distance=4)]},
+            ValueOutOfRange,
+            "references[0].distance",
+        ),
+        ({"references": [pb.Reference(image=b"x", distance=256)]}, ValueOutOfRange, "references[0].distance"),
     ],
 )
 async def test_bad_input_is_refused_in_our_own_words(
