@@ -1,8 +1,8 @@
-"""Teaches a pack somebody new from one five-frame story, in one process, and writes what was learned.
+"""Teaches a pack somebody new from one five-frame story, in one process or several, and writes what was learned.
 
     python -m training.customize --pack services/models/packs/toon --world-character otto --method epicevo \\
         --out otto.safetensors --minutes 5
-    python -m training.customize --pack DIR --story FOLDER --method lora --out FILE --steps 200
+    python -m training.customize --pack DIR --story FOLDER --method lora --out FILE --steps 200 --workers 2
 
 1. The story is checked (`new_story`), and what the frozen encoders say of it is computed once (`lessons`).
 2. A method (`methods`) trains on it and on stories of those whom the pack knows; the loop keeps checkpoints that are
@@ -13,6 +13,10 @@ Whoever starts a run may follow and stop it (`customize_progress`): `--progress 
 SIGTERM, or a file at `--stop-file`, ends a run after the step in progress and its save. `--snapshots N` writes what was
 learned after each N-th part of the steps, as weights and card like the last ones. `--probes` draws the same pictures
 before the first step, at every snapshot and at the end, and puts what is recognised in them into the cards (`probes`).
+
+`--workers N` trains in N processes under Ray Train (`customize_ray`), without it this process trains alone. A step's
+batches are numbered, and every process takes its share of them: what is learned depends on how many there are, and but
+for rounding not on how many processes take them. `--accumulate K` is how many each process takes.
 
 `--minutes` becomes a number of steps before the first one is taken, by timing a few, and stays that number: what a run
 learns does not depend on the clock, however often it is interrupted. On a machine that gets busier it takes longer.
@@ -53,10 +57,11 @@ from training.customize_errors import (
     RecipeInvalid,
     RunMismatch,
     RunStopped,
+    WorkerUnable,
 )
 from training.customize_progress import NO_ROOM, STOPPED, Progress, Stop
 from training.lessons import LessonRecipe, Lessons
-from training.loop import STARTED_FROM, LoopRecipe, step_generator, train
+from training.loop import STARTED_FROM, LoopRecipe, PeersApart, step_generator, train
 from training.methods.adam import GroupedAdam
 from training.methods.custom_diffusion import CustomDiffusionRecipe
 from training.methods.dreambooth import DreamBoothRecipe
@@ -67,6 +72,7 @@ from training.methods.registry import METHODS, MethodRecipe, method_of, name_of
 from training.methods.textual_inversion import TextualInversionRecipe
 from training.new_story import KnownStory, NewStory, check_wall, known_stories, read_story, together, world_story
 from training.optimizer import OptimizerRecipe, Pace
+from training.peers import PeerEnded, Peers, joined
 from training.precision import autocast, default_device
 from training.probes import Drawn, Prober
 from training.storage import Checkpoint, load_checkpoint, save_checkpoint, with_prefix
@@ -86,6 +92,7 @@ Watch = Callable[[int, Mapping[str, float]], None]
 """Is told each step's number and losses, before it moves anything."""
 Keep = Callable[[int, "Artefact"], None]
 """Is given what was learned in so many steps."""
+TOLD = ("character", "steps", "elapsed_s", "losses", "figures")  # of the card, when a run has ended
 _STATUSES = {RunStopped.reason: STOPPED, DiskFull.reason: NO_ROOM}  # of the process; 1 for every other reason
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -99,7 +106,7 @@ class CustomizationRecipe:
     steps: int = 100
     warmup_steps: int = 1
     decay_share: float = 0.0  # the last part of a run, in which the rate falls to zero
-    accumulate: int = 1  # batches of a step: their mean gradient is taken, in the memory of one
+    accumulate: int = 1  # batches of a step, of all processes together: their mean gradient, in the memory of one each
     clip_norm: float = 1.0  # for each group of parameters alone
     seed: int = 0
     save_every_s: float = 60.0
@@ -159,10 +166,20 @@ class Customization:
     """Somebody new in training."""
 
     def __init__(
-        self, method: Method, lessons: Lessons, device: torch.device, watch: Watch, accumulate: int = 1
+        self,
+        method: Method,
+        lessons: Lessons,
+        device: torch.device,
+        watch: Watch,
+        *,
+        seed: int = 0,
+        accumulate: int = 1,
+        peers: Peers | None = None,
     ) -> None:
+        """Raises ValueError when `peers` (none, if None) cannot share `accumulate` batches of a step out evenly."""
         self.method, self.lessons, self.device, self.watch = method, lessons, device, watch
-        self.accumulate = accumulate
+        self.seed, self.accumulate, self.peers = seed, accumulate, peers or Peers()
+        self.own_batches = self.peers.batches(accumulate)
         self.tally = Tally()
         self.networks = nn.ModuleDict({**dict(method.networks.items()), "tally": self.tally})
 
@@ -172,31 +189,45 @@ class Customization:
             return self.method.loss(self.lessons.batch(generator, self.method.words, varied=varied))
 
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
-        """Raises FloatingPointError when a part of the loss is not finite."""
-        parts = self.parts(generator) if self.accumulate == 1 else self._accumulated(generator)
-        values = {name: float(value.detach()) for name, value in parts.items()}
+        """The mean loss of this process's batches. Raises FloatingPointError when a part of anyone's is not finite."""
+        parts = self.parts(generator) if self.accumulate == 1 else self._accumulated(step)
+        values = self._means({name: float(value.detach()) for name, value in parts.items()})
         if broken := sorted(name for name, value in values.items() if not math.isfinite(value)):
             raise FloatingPointError(f"{', '.join(broken)} is not finite at step {step}")
         self.tally.add(progress, values)
         self.watch(step, values)
         return parts[TOTAL]
 
-    def _accumulated(self, generator: torch.Generator) -> Parts:
-        """The mean losses of several batches. `TOTAL` has their mean gradient, and holds on to none of their graphs."""
+    def _accumulated(self, step: int) -> Parts:
+        """The mean losses of this process's batches of a step. Each batch has a generator of its own, so that it is the
+        same whoever takes it. `TOTAL` has their mean gradient, and holds on to none of their graphs.
+        """
         learned = [one for one in self.networks.parameters() if one.requires_grad]
         gradients = [torch.zeros_like(one) for one in learned]
         means: dict[str, Tensor] = {}
-        for _ in range(self.accumulate):
-            parts = self.parts(generator)
-            own = torch.autograd.grad(parts[TOTAL] / self.accumulate, learned, allow_unused=True)
+        for number in self.own_batches:
+            parts = self.parts(step_generator(self.seed, step, number))
+            own = torch.autograd.grad(parts[TOTAL] / len(self.own_batches), learned, allow_unused=True)
             for sum_, gradient in zip(gradients, own, strict=True):
                 if gradient is not None:
                     sum_ += gradient
             for name, value in parts.items():
-                means[name] = means.get(name, torch.zeros_like(value)) + value.detach() / self.accumulate
+                means[name] = means.get(name, torch.zeros_like(value)) + value.detach() / len(self.own_batches)
         # Each p − p is zero and has the gradient one, so the loop's own backward pass finds the sums.
         carried = [((one - one.detach()) * sum_).sum() for one, sum_ in zip(learned, gradients, strict=True)]
         return {**means, TOTAL: means[TOTAL] + torch.stack(carried).sum()}
+
+    def _means(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Losses over the batches of all processes. One that has none of a kind counts as zero, as a batch does."""
+        if self.peers.count == 1:
+            return dict(values)
+        told = [values.get(name, 0.0) for name in _PARTS] + [float(name in values) for name in _PARTS]
+        means = self.peers.means(told)
+        return {
+            name: mean
+            for name, mean, known in zip(_PARTS, means[: len(_PARTS)], means[len(_PARTS) :], strict=True)
+            if known > 0.0
+        }
 
     def measure(self) -> dict[str, float]:
         """The squared error on the story itself and on one that the pack knows, with the same noise at every call."""
@@ -210,10 +241,11 @@ def customization(
     existing: Sequence[KnownStory],
     recipe: CustomizationRecipe,
     watch: Watch = lambda step, parts: None,
+    peers: Peers | None = None,
 ) -> Customization:
     """Everything ready to train, on the model's device; the model itself stays as it is.
 
-    Raises FramesSeen, StoryInvalid or RecipeInvalid.
+    Trains alone when `peers` is None. Raises FramesSeen, StoryInvalid or RecipeInvalid.
     """
     check_wall(story, existing)
     stories = together(story)
@@ -231,7 +263,12 @@ def customization(
         words=method.words,
         with_prior=isinstance(recipe.method, DreamBoothRecipe) and recipe.method.prior_weight > 0.0,
     )
-    return Customization(method, lessons, model.device, watch, recipe.accumulate)
+    try:
+        return Customization(
+            method, lessons, model.device, watch, seed=recipe.seed, accumulate=recipe.accumulate, peers=peers
+        )
+    except ValueError as error:
+        raise RecipeInvalid(str(error)) from None
 
 
 def customize(
@@ -247,36 +284,55 @@ def customize(
     stop: Callable[[], bool] = lambda: False,
     snapshot_steps: Collection[int] = (),
     keep: Keep = lambda step, artefact: None,
+    peers: Peers | None = None,
 ) -> Artefact:
     """Run `recipe` to its end, or to `until_step`, from the checkpoint in `folder` where there is one.
+
+    With `peers` (those this process was started with, if None) this process takes its share of every step's batches,
+    and all see the same `folder`. The first one alone writes, measures and keeps.
 
     Several new characters, a story each, are taught jointly: a step shows one of them, and all are in one artefact.
 
     `keep` is given what was learned after each of `snapshot_steps`; a run that goes on may give it one again.
 
     Raises what `customization` raises, RunMismatch when the checkpoint is of another run, RunStopped when `stop` said
-    so, and LossNotFinite when training went wrong; the checkpoint in `folder` is then the last good one.
+    so, and LossNotFinite when training went wrong; the checkpoint in `folder` is then the last good one. WorkerUnable
+    when another process cannot do the same, and PeerEnded when the first one ends for a reason of its own.
     """
+    peers = joined() if peers is None else peers
     stories = together(story)
-    model = load_frame_model(pack, device=default_device())
 
     def seen(step: int, parts: Mapping[str, float]) -> None:
         if step in snapshot_steps:
-            keep(step, artefact(step))
+            peers.alone(lambda: keep(step, artefact(step)))
         watch(step, parts)
 
     def artefact(steps: int) -> Artefact:
         return _artefact(trainee, model, pack, stories, existing, recipe, run=identity, steps=steps)
 
-    trainee = customization(model, stories, existing, recipe, seen)
+    def prepared() -> tuple[FrameModel, Customization]:
+        model = load_frame_model(pack, device=default_device())
+        return model, customization(model, stories, existing, recipe, seen, peers)
+
     path, identity = folder / CHECKPOINT, _identity(pack, stories, existing, recipe)
-    found = load_checkpoint(path)
-    if found is None:
-        # Step 0 is a checkpoint as any other, so that there always is a last good one.
-        facts = {"step": 0, "elapsed_s": 0.0, "figures": {}, "done": False, STARTED_FROM: identity}
-        save_checkpoint(path, Checkpoint(with_prefix("networks", trainee.networks.state_dict()), facts))
-    elif found.facts.get(STARTED_FROM) != identity:
-        raise RunMismatch(f"{path} is of another pack, story or recipe: choose another folder")
+    with _all_able(peers):
+        model, trainee = peers.together(prepared)
+
+        def begun() -> None:
+            if load_checkpoint(path) is None:
+                # Step 0 is a checkpoint as any other, so that there always is a last good one.
+                facts = {"step": 0, "elapsed_s": 0.0, "figures": {}, "done": False, STARTED_FROM: identity}
+                save_checkpoint(path, Checkpoint(with_prefix("networks", trainee.networks.state_dict()), facts))
+
+        def of_this_run() -> None:
+            found = load_checkpoint(path)
+            if found is None:
+                raise WorkerUnable(f"worker {peers.rank} does not see {path}: all workers need one folder")
+            if found.facts.get(STARTED_FROM) != identity:
+                raise RunMismatch(f"{path} is of another pack, story or recipe: choose another folder")
+
+        peers.alone(begun)
+        peers.together(of_this_run)
     try:
         result = train(
             trainee,
@@ -287,7 +343,10 @@ def customize(
             until_step=until_step,
             stop=stop,
             device=str(model.device),
+            peers=peers,
         )
+    except PeersApart as error:
+        raise WorkerUnable(f"{error}: all workers need one folder") from error
     except FloatingPointError as error:
         kept = load_checkpoint(path)
         step = kept.facts["step"] if kept is not None else 0
@@ -297,6 +356,17 @@ def customize(
     learned = artefact(result.steps)
     figures = {name: round(value, 6) for name, value in result.figures.items()}
     return Artefact(learned.payload, {**learned.card, "elapsed_s": round(result.elapsed_s, 1), "figures": figures})
+
+
+@contextmanager
+def _all_able(peers: Peers) -> Iterator[None]:
+    """What only other processes failed at while they prepared. Raises WorkerUnable in the first one."""
+    try:
+        yield
+    except PeerEnded:
+        if not peers.is_first:
+            raise
+        raise WorkerUnable(str(WorkerUnable.__doc__)) from None
 
 
 def _artefact(
@@ -374,14 +444,14 @@ def _identity(
 
 
 def seconds_a_step(trainee: Customization, seed: int) -> float:
-    """How long a step takes now. Takes none: nothing moves and nothing is counted."""
+    """How long this process's batches of a step take now. Takes none: nothing moves and nothing is counted."""
     seconds = []
     for number in range(_TIMED_STEPS + 1):  # the first one warms up
         start = time.monotonic()
         trainee.parts(step_generator(seed, number))[TOTAL].backward()  # type: ignore[no-untyped-call]
         trainee.networks.zero_grad(set_to_none=True)
         seconds.append(time.monotonic() - start)
-    return min(seconds[1:])
+    return min(seconds[1:]) * len(trainee.own_batches)
 
 
 def write_artefact(artefact: Artefact, path: Path) -> None:
@@ -440,24 +510,36 @@ def toon_customization(method: str, *, learns: str = "lora") -> CustomizationRec
     )
 
 
-def _planned(pack: Pack, arguments: argparse.Namespace, folder: Path, recipe: CustomizationRecipe) -> int:
+def _planned(pack: Pack, arguments: argparse.Namespace, folder: Path, recipe: CustomizationRecipe, peers: Peers) -> int:
     """How many steps a run takes: as asked for, as planned when it began, or as many as fit the minutes."""
     if arguments.steps is not None:
         return int(arguments.steps)
     if arguments.minutes is None:
         return recipe.steps
     plan = folder / PLAN
-    if plan.is_file():
-        planned: int = json.loads(plan.read_text(encoding="utf-8"))["steps"]
+
+    def told() -> int:
+        return int(json.loads(plan.read_text(encoding="utf-8"))["steps"]) if plan.is_file() else 0
+
+    def timed() -> float:
+        story, existing = _stories(pack, arguments, recipe)
+        model = load_frame_model(pack, device=default_device())
+        trainee = customization(model, story, existing, recipe, peers=peers)
+        trainee.networks.to(default_device())
+        return seconds_a_step(trainee, recipe.seed)
+
+    if planned := int(peers.agreed(float(peers.alone(told) or 0))):
         return planned
-    story, existing = _stories(pack, arguments, recipe)
-    trainee = customization(load_frame_model(pack, device=default_device()), story, existing, recipe)
-    trainee.networks.to(default_device())
-    seconds = seconds_a_step(trainee, recipe.seed)
+    with _all_able(peers):
+        seconds = peers.most(peers.together(timed))  # all at once, as they will train
     steps: int = max(1, round(arguments.minutes * 60.0 / seconds))
-    print(f"{seconds:.2f} s a step: {steps} steps", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(plan, json.dumps({"steps": steps, "seconds_a_step": round(seconds, 3)}).encode())
+
+    def write() -> None:
+        print(f"{seconds:.2f} s a step: {steps} steps", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(plan, json.dumps({"steps": steps, "seconds_a_step": round(seconds, 3)}).encode())
+
+    peers.alone(write)
     return steps
 
 
@@ -480,23 +562,41 @@ def snapshot_steps(steps: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({round(steps * part / count) for part in range(1, count)} - {0, steps}))
 
 
-def run(arguments: argparse.Namespace, progress: Progress, stop: Stop) -> dict[str, Any]:
-    """What the command line asks for. Returns the card."""
-    pack = load_pack(arguments.pack)
-    recipe = replace(toon_customization(arguments.method, learns=arguments.learns), seed=arguments.seed)
-    if arguments.rate is not None:
-        recipe = replace(recipe, method=replace(recipe.method, rate=arguments.rate))
-    if arguments.save_every_s is not None:
-        recipe = replace(recipe, save_every_s=arguments.save_every_s)
-    folder = arguments.folder or Path.home() / ".cache" / "fabula" / "customize" / arguments.out.stem
-    recipe = replace(recipe, steps=_planned(pack, arguments, folder, recipe))
-    story, existing = _stories(pack, arguments, recipe)
-    progress.tell("began", pid=os.getpid(), steps=recipe.steps)
+def run_folder(arguments: argparse.Namespace) -> Path:
+    """Where a run keeps what it goes on from."""
+    chosen: Path | None = arguments.folder
+    return chosen or Path.home() / ".cache" / "fabula" / "customize" / arguments.out.stem
+
+
+def run(arguments: argparse.Namespace, progress: Progress, stop: Stop, peers: Peers) -> dict[str, Any]:
+    """What the command line asks for; the train function of every worker. Returns the card.
+
+    The first of `peers` alone tells `progress` and writes; the others' cards are of no use.
+    """
+
+    def asked() -> tuple[Pack, CustomizationRecipe]:
+        pack = load_pack(arguments.pack)
+        recipe = replace(toon_customization(arguments.method, learns=arguments.learns), seed=arguments.seed)
+        recipe = replace(recipe, accumulate=recipe.accumulate * arguments.accumulate * peers.count)
+        if arguments.rate is not None:
+            recipe = replace(recipe, method=replace(recipe.method, rate=arguments.rate))
+        if arguments.save_every_s is not None:
+            recipe = replace(recipe, save_every_s=arguments.save_every_s)
+        return pack, recipe
+
+    folder = run_folder(arguments)
+    with _all_able(peers):
+        pack, recipe = peers.together(asked)
+    recipe = replace(recipe, steps=_planned(pack, arguments, folder, recipe, peers))
+    with _all_able(peers):
+        story, existing = peers.together(lambda: _stories(pack, arguments, recipe))
+    if peers.is_first:
+        progress.tell("began", pid=os.getpid(), steps=recipe.steps)
+    prober = peers.alone(lambda: Prober(pack, story) if arguments.probes else None)
 
     def seen(step: int, parts: Mapping[str, float]) -> None:
-        progress.step(step + 1, parts, is_last=step + 1 == recipe.steps)
-
-    prober = Prober(pack, story) if arguments.probes else None
+        if peers.is_first:
+            progress.step(step + 1, parts, is_last=step + 1 == recipe.steps)
 
     def probed(step: int, payload: bytes | None) -> dict[str, float]:
         def told(one: Drawn) -> None:
@@ -515,7 +615,13 @@ def run(arguments: argparse.Namespace, progress: Progress, stop: Stop) -> dict[s
             write_artefact(with_probes(step, artefact), path)
         progress.tell("snapshot", step=step, file=str(path))
 
-    probed(0, None)
+    def finish(artefact: Artefact) -> dict[str, Any]:
+        artefact = with_probes(recipe.steps, artefact)
+        write_artefact(artefact, arguments.out)
+        progress.tell("snapshot", step=recipe.steps, file=str(arguments.out))
+        return artefact.card
+
+    peers.alone(lambda: probed(0, None))
     artefact = customize(
         pack,
         story,
@@ -526,11 +632,9 @@ def run(arguments: argparse.Namespace, progress: Progress, stop: Stop) -> dict[s
         stop=stop,
         snapshot_steps=snapshot_steps(recipe.steps, arguments.snapshots),
         keep=keep,
+        peers=peers,
     )
-    artefact = with_probes(recipe.steps, artefact)
-    write_artefact(artefact, arguments.out)
-    progress.tell("snapshot", step=recipe.steps, file=str(arguments.out))
-    return artefact.card
+    return peers.alone(lambda: finish(artefact)) or {}
 
 
 @contextmanager
@@ -548,8 +652,18 @@ def _room_named() -> Iterator[None]:
         raise
 
 
-def main() -> None:
-    """Teach somebody new. Ends with status 1 and a line of JSON that names the reason when that cannot be done."""
+@contextmanager
+def reasons_named() -> Iterator[None]:
+    """Whatever ends a run that is no fault of the code, as a CustomizationError or ModelError."""
+    try:
+        with _room_named():
+            yield
+    except ValueError as error:
+        raise RecipeInvalid(str(error)) from None
+
+
+def command() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, required=True)
     who = parser.add_mutually_exclusive_group(required=True)
@@ -570,26 +684,57 @@ def main() -> None:
     parser.add_argument("--snapshots", type=int, default=1, help="parts of a run after each of which weights are kept")
     parser.add_argument("--probes", action="store_true", help="draw probes before, at every snapshot, and at the end")
     parser.add_argument("--save-every-s", type=float, help="between checkpoints; instead of the recipe's")
-    arguments = run_arguments(parser)
+    several = parser.add_argument_group("several workers")
+    several.add_argument("--workers", type=_at_least_one, help="processes under Ray Train; without it, this one alone")
+    several.add_argument("--accumulate", type=_at_least_one, default=1, help="batches of a step, for each worker")
+    several.add_argument("--worker-cpus", type=_share, default=1.0, help="CPUs that each worker asks Ray for")
+    several.add_argument("--worker-gpus", type=_share, default=0.0, help="GPUs that each worker asks Ray for")
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not math.isfinite(share) or share < 0.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return share
+
+
+def main() -> None:
+    """Teach somebody new. Ends with status 1 and a line of JSON that names the reason when that cannot be done."""
+    arguments = run_arguments(command())
     stop = Stop(arguments.stop_file)
     stop.listen()
     progress: Progress | None = None
     try:
-        try:
-            with _room_named():
-                progress = Progress(arguments.progress)
-                card = run(arguments, progress, stop)
-                progress.tell("ended", outcome="succeeded", step=card["steps"])
-        except ValueError as error:
-            raise RecipeInvalid(str(error)) from None
+        with reasons_named():
+            progress = Progress(arguments.progress)
+            card = _run_as_asked(arguments, progress, stop)
+            progress.tell("ended", outcome="succeeded", step=card["steps"])
     except (CustomizationError, ModelError) as error:
-        outcome = "stopped" if isinstance(error, RunStopped) else "failed"
+        outcome = "stopped" if error.reason == RunStopped.reason else "failed"
         with suppress(OSError):  # there may be no room for it; the exit status says so, too
             if progress is not None:
                 progress.tell("ended", outcome=outcome, reason=error.reason, message=str(error))
             print(json.dumps({"error": error.reason, "message": str(error)}, ensure_ascii=False), file=sys.stderr)
         sys.exit(_STATUSES.get(error.reason, 1))
-    print(json.dumps({key: card[key] for key in ("character", "steps", "elapsed_s", "losses", "figures")}))
+    print(json.dumps({key: card[key] for key in TOLD}))
+
+
+def _run_as_asked(arguments: argparse.Namespace, progress: Progress, stop: Stop) -> dict[str, Any]:
+    if arguments.workers is None:
+        return run(arguments, progress, stop, Peers())
+    from training.customize_ray import run_with_workers  # a run alone needs no Ray
+
+    return run_with_workers(arguments, stop)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ CustomizationError
 ├── RunMismatch       the folder holds another run's checkpoint
 ├── RunStopped        somebody asked for an end; a later run goes on from the checkpoint
 ├── DiskFull          there is no room for what is to be kept; the last good checkpoint is
+├── WorkerUnable      a worker of several cannot do what the first one does
+├── WorkersUnfit      there never is room for as many workers as were asked for
+├── WorkerEnded       what ended a run elsewhere, under the reason that it has there
 └── LossNotFinite     training went wrong; the last good checkpoint is kept
 """
 
@@ -57,6 +60,26 @@ class DiskFull(CustomizationError):
     """There is no room for what a run keeps. The last good checkpoint is there; make room and go on."""
 
     reason = "DISK_FULL"
+
+
+class WorkerUnable(CustomizationError):
+    """A worker cannot take part: it does not see the run's folder, or finds another pack or story. Its log says why."""
+
+    reason = "WORKER_UNABLE"
+
+
+class WorkersUnfit(CustomizationError):
+    """This machine will never have room for all workers. Ask for fewer, or give them less."""
+
+    reason = "WORKERS_UNFIT"
+
+
+class WorkerEnded(CustomizationError):
+    """What ended a run in another process, with the reason that it has there."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class LossNotFinite(CustomizationError):

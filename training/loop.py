@@ -66,6 +66,10 @@ class RunResult:
     figures: dict[str, float]
 
 
+class PeersApart(Exception):
+    """The processes of a run do not see the same checkpoint. They need one folder that all of them see."""
+
+
 class Average:
     """Exponential moving average of the weights. Young averages follow faster, so early checkpoints are usable."""
 
@@ -88,7 +92,10 @@ class Average:
 
 
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """The generator of one step: depends on the run's seed, the step and the process, not on what ran before."""
+    """The generator of one step: depends on the run's seed, the step and the process, not on what ran before.
+
+    A trainee that divides a step into batches may draw batch `rank` from it instead, whichever process that falls to.
+    """
     return torch.Generator().manual_seed(seed * 1_000_003 + step + rank * 1_000_000_007)
 
 
@@ -111,7 +118,9 @@ def train(
     `stop` is asked before each step and ends the run where it is; the first process decides for its peers.
 
     With `peers` (those this process was started with, if None) every process draws batches of its own. A trainee may
-    then draw from `generator` alone, or all of them would draw the same.
+    then draw from `generator` alone, or all of them would draw the same. What the first process fails at while the
+    others wait (a save, a measurement) ends these with PeerEnded. Raises PeersApart when not all of them find the same
+    checkpoint.
 
     `optimizer_of` makes another optimizer than the recipe's, one that has `scale_rates`, of the parameters by name.
     Computes on `device` (the default one if None) and leaves the networks on the CPU.
@@ -138,6 +147,8 @@ def train(
             dict(found.facts["figures"]),
         )
         say(f"continuing at step {step}, {before_s / 60:.1f} min")
+    if peers.most(float(step != int(peers.agreed(float(step))))):
+        raise PeersApart(f"the processes find different checkpoints at {path}")
     start = clock()
     saved = measured = start
 
@@ -145,8 +156,9 @@ def train(
         return before_s + clock() - start
 
     def keep(done: bool) -> None:
-        if not peers.is_first:
-            return
+        peers.alone(lambda: save(done))
+
+    def save(done: bool) -> None:
         tensors = with_prefix("networks", networks.state_dict()) | with_prefix(
             "optimizer", optimizer_tensors(optimizer)
         )
@@ -180,7 +192,7 @@ def train(
             break
         loss = trainee.loss(step, progress, step_generator(recipe.seed, step, peers.rank))
         value = float(loss.detach())
-        if value != value:
+        if peers.most(float(value != value)):
             raise FloatingPointError(f"the loss is not a number at step {step}")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -198,15 +210,15 @@ def train(
             mean = sum(recent) / len(recent)
             say(f"step {step} {elapsed_s() / 60:.1f} min loss {mean:.5f} {rate:.2f} steps/s lr x{factor:.2f}")
             recent, last_report, last_step = [], now, step
-        if clock() - measured > recipe.measure_every_s and peers.is_first:
-            figures = look()
+        if peers.agreed(float(clock() - measured > recipe.measure_every_s)):
+            figures = peers.alone(look) or figures
             measured = clock()
-        if clock() - saved > recipe.save_every_s:
+        if peers.agreed(float(clock() - saved > recipe.save_every_s)):
             keep(done=False)
             saved = clock()
-    done = (until_step is None and not stopped) or recipe.pace.progress(step, elapsed_s()) >= 1.0
-    if done and peers.is_first:
-        figures = look()
+    done = (until_step is None and not stopped) or recipe.pace.progress(step, peers.agreed(elapsed_s())) >= 1.0
+    if done:
+        figures = peers.alone(look) or figures
     keep(done=done)
     if average is not None and done:
         average.swapped_into(networks)

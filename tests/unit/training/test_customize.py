@@ -281,8 +281,7 @@ def test_accumulated_batches_give_their_mean_gradient(
 ) -> None:
     recipe = replace(recipe_of("lora"), lessons=LessonRecipe(existing_stories=2, frames_per_story=1))
     one = customization(model, otto, known, recipe)
-    generator = step_generator(0, 0)
-    totals = [one.parts(generator)[TOTAL] for _ in range(3)]
+    totals = [one.parts(step_generator(0, 0, number))[TOTAL] for number in range(3)]
     (sum(totals[1:], totals[0]) / 3).backward()  # type: ignore[no-untyped-call]
     several = customization(model, otto, known, replace(recipe, accumulate=3))
     loss = several.loss(0, 0.0, step_generator(0, 0))
