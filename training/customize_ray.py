@@ -121,9 +121,8 @@ def _followed(trainer: Any, folder: Path, stop: Stop) -> dict[str, Any]:
     def fit() -> None:
         try:
             results.append(trainer.fit())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where somebody waits for it
             failures.append(error)
-            raise
 
     # Ray Train would take SIGINT for itself in the main thread, and abort where we save.
     fitting = threading.Thread(target=fit, name="fit", daemon=True)

@@ -37,6 +37,7 @@ class Run:
     folder: Path
     arguments: tuple[str, ...]  # of `python -m training.customize`
     threads: int
+    workers: int = 0  # under Ray Train, which asks for their resources itself; 0: the process trains
 
     @property
     def name(self) -> str:
@@ -90,9 +91,18 @@ class Backend(Protocol):
 
 
 def arguments_of(
-    settings: TrainingSettings, *, pack_folder: Path, folder: Path, stop_file: bool = False
+    settings: TrainingSettings,
+    *,
+    pack_folder: Path,
+    folder: Path,
+    stop_file: bool = False,
+    worker_cpus: float = 1.0,
+    worker_gpus: float = 0.0,
 ) -> tuple[str, ...]:
-    """The command line of `training.customize` for a job. The same in every attempt, so that attempts agree."""
+    """The command line of `training.customize` for a job. The same in every attempt, so that attempts agree.
+
+    `worker_cpus` and `worker_gpus` are what each worker of a job of several asks Ray for.
+    """
     given: dict[str, Any] = {
         "pack": pack_folder,
         "story": folder / STORY_FOLDER,
@@ -115,6 +125,8 @@ def arguments_of(
         given["steps"] = settings.steps
     if stop_file:
         given["stop-file"] = folder / STOP_FILE
+    if settings.workers:
+        given |= {"workers": settings.workers, "worker-cpus": f"{worker_cpus:g}", "worker-gpus": f"{worker_gpus:g}"}
     words = tuple(word for name, value in given.items() for word in (f"--{name}", str(value)))
     return (*words, "--probes") if settings.probes else words
 

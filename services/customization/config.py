@@ -24,11 +24,16 @@ class CustomizationSettings(Settings):
     # service and every place where training runs see under the same path.
     folder: Path | None = None
     characters_url: str = ""  # object store that frame replicas read, their FABULA_FRAME_CHARACTERS_URL; empty: as they
+    import_rank_max: int = Field(default=16, ge=1, le=256)  # as the frame replicas' FABULA_FRAME_ADAPTER_RANK_MAX
     max_running: int = Field(default=1, ge=1, le=64)  # jobs trained at once; the others wait for their turn
     max_queued: int = Field(default=20, ge=1, le=10_000)  # jobs that wait; one more is refused at once
     default_budget_s: float = Field(default=600.0, gt=0)  # training time of a job that names neither steps nor budget
     most_budget_s: float = Field(default=24 * 3600.0, gt=0)  # training time that a job may ask for
-    threads: int = Field(default=0, ge=0, le=256)  # CPU threads of a training process; 0: every core
+    # Workers that train a job together under Ray Train, from when it is made to its end; 0: one process, without Ray.
+    # Each takes batches of its own, so more of them learn from more at a step, and no step is taken sooner.
+    workers: int = Field(default=0, ge=0, le=64)
+    worker_cpus: float = Field(default=0.0, ge=0)  # that each worker asks Ray for; 0: as many as it has threads
+    threads: int = Field(default=0, ge=0, le=256)  # CPU threads of a process or worker; 0: every core, shared out
     niceness: int = Field(default=10, ge=0, le=19)  # of a local training process: it gets what serving leaves
     save_every_s: float = Field(default=30.0, gt=0)  # between complete checkpoints: what a crash costs at most
     snapshots: int = Field(default=5, ge=1, le=100)  # times that a job leaves weights that can be published
@@ -40,14 +45,14 @@ class CustomizationSettings(Settings):
     # Let the pack's eyes look whether the character is to be seen. Costs the memory of torch, once.
     eyes: bool = True
 
-    gpus: float = Field(default=0.0, ge=0)  # GPUs that a job asks Ray for; 0: it trains on CPUs
+    gpus: float = Field(default=0.0, ge=0)  # GPUs that a job or each worker asks Ray for; 0: it trains on CPUs
     ray_address: str = "http://127.0.0.1:8265"  # backend ray: the dashboard of the cluster that takes jobs
     kuberay_api: str = "https://kubernetes.default.svc"  # backend kuberay: the cluster's API
     kuberay_namespace: str = "fabula"  # of the jobs
     kuberay_image: str = ""  # with training and its packages; the backend needs it
     kuberay_claim: str = "fabula-customization"  # PersistentVolumeClaim that holds `folder`, ReadWriteMany
-    kuberay_cpus: int = Field(default=4, ge=1)  # that a job asks for
-    kuberay_memory_gib: int = Field(default=16, ge=1)  # that a job asks for
+    kuberay_cpus: int = Field(default=4, ge=1)  # that a job, or each of its workers, asks for
+    kuberay_memory_gib: int = Field(default=16, ge=1)  # that a job, or each of its workers, asks for
 
     def jobs_folder(self, installation: Installation) -> Path:
         """Where jobs are kept."""
@@ -55,5 +60,12 @@ class CustomizationSettings(Settings):
 
     @property
     def thread_count(self) -> int:
-        """CPU threads of a training process."""
-        return self.threads or len(os.sched_getaffinity(0))
+        """CPU threads of a training process. A worker on another machine than this one shares it with nobody."""
+        own = max(1, self.workers) if self.backend == "local" else 1
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // own)
+
+    def cpus_of_a_worker(self, threads: int) -> float:
+        """CPUs that each worker of so many threads asks Ray for."""
+        if self.backend == "kuberay":
+            return float(self.kuberay_cpus)  # all of its pod's, so that each has a pod of its own
+        return self.worker_cpus or float(threads)

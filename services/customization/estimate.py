@@ -37,7 +37,7 @@ def estimate(
     else:
         training_s, (low, high) = settings.steps * step_s, _MEASURED_RANGE if measured else _GUESSED_RANGE
     waits = [left_s(job) for job in ahead]
-    units = gpus if gpus > 0 else float(settings.threads)
+    units = (gpus if gpus > 0 else float(settings.threads)) * max(1, settings.workers)
     return Estimate(
         compute_s=(training_s + START_S) * units,
         is_gpu=gpus > 0,
@@ -54,5 +54,6 @@ def left_s(job: Job) -> tuple[float, float]:
     if job.progress is not None and job.progress.eta_s > 0:
         return job.progress.eta_s * _MEASURED_RANGE[0], job.progress.eta_s * _MEASURED_RANGE[1]
     # What was told when it was made holds the jobs that were before it then; its price does not.
-    own_s = job.estimate.compute_s / max(1.0, float(job.settings.threads) if not job.estimate.is_gpu else 1.0)
+    threads = 1.0 if job.estimate.is_gpu else float(job.settings.threads)
+    own_s = job.estimate.compute_s / max(1.0, threads * max(1, job.settings.workers))
     return own_s * _BUDGET_RANGE[0], own_s * _BUDGET_RANGE[1]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shlex
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,12 +25,13 @@ from services.runtime.errors import Unavailable
 GROUP = "ray.io/v1"
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TIMEOUT_S = 15.0
+_DRIVER: Mapping[str, str] = {"cpu": "1", "memory": "4Gi"}  # Ray's own processes and a driver with torch in it
 _ENDED = frozenset({"Complete", "Failed", "ValidationFailed"})  # of jobDeploymentStatus
 
 
 @dataclass(frozen=True, kw_only=True)
 class KubeRaySettings:
-    """What a RayJob asks its cluster for."""
+    """What a RayJob asks its cluster for: `cpus`, `memory_gib` and `gpus` for the pod that trains, or for each."""
 
     namespace: str
     image: str
@@ -56,28 +59,36 @@ class ClusterApi(Protocol):
 
 
 def ray_job(run: Run, settings: KubeRaySettings) -> dict[str, Any]:
-    """The manifest of an attempt: one node, which is the head and trains."""
-    resources: dict[str, Any] = {"cpu": str(settings.cpus), "memory": f"{settings.memory_gib}Gi"}
+    """The manifest of an attempt: one node, which is the head and trains; or a head with the driver, and a group of as
+    many nodes as there are workers.
+    """
+    asked: dict[str, Any] = {"cpu": str(settings.cpus), "memory": f"{settings.memory_gib}Gi"}
     if settings.gpus:
-        resources["nvidia.com/gpu"] = str(max(1, round(settings.gpus)))
-    container = {
-        "name": "ray-head",
-        "image": settings.image,
-        "env": [{"name": name, "value": value} for name, value in sorted(run.environment.items())],
-        "resources": {"requests": resources, "limits": resources},
-        "volumeMounts": [{"name": "jobs", "mountPath": str(settings.mount)}],
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "runAsNonRoot": True,
-        },
-    }
+        asked["nvidia.com/gpu"] = str(max(1, math.ceil(settings.gpus)))
     labels = {
         "app.kubernetes.io/part-of": "fabula",
         "app.kubernetes.io/component": "customization",
         "fabula/job": run.job_id,
         "fabula/attempt": str(run.attempt),
     }
+    cluster: dict[str, Any] = {
+        "headGroupSpec": {
+            # A driver computes nothing: no worker is to be placed beside it, where its pod has no room for one.
+            "rayStartParams": {"dashboard-host": "0.0.0.0"} | ({"num-cpus": "0"} if run.workers else {}),
+            "template": _pod(run, settings, "ray-head", _DRIVER if run.workers else asked, labels),
+        },
+    }
+    if run.workers:
+        cluster["workerGroupSpecs"] = [
+            {
+                "groupName": "workers",
+                "replicas": run.workers,
+                "minReplicas": run.workers,
+                "maxReplicas": run.workers,
+                "rayStartParams": {},
+                "template": _pod(run, settings, "ray-worker", asked, labels),
+            }
+        ]
     return {
         "apiVersion": GROUP,
         "kind": "RayJob",
@@ -89,19 +100,33 @@ def ray_job(run: Run, settings: KubeRaySettings) -> dict[str, Any]:
             "backoffLimit": 0,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 300,
-            "rayClusterSpec": {
-                "headGroupSpec": {
-                    "rayStartParams": {"dashboard-host": "0.0.0.0"},
-                    "template": {
-                        "metadata": {"labels": labels},
-                        "spec": {
-                            "automountServiceAccountToken": False,
-                            "containers": [container],
-                            "volumes": [{"name": "jobs", "persistentVolumeClaim": {"claimName": settings.claim}}],
-                        },
-                    },
-                },
-            },
+            "rayClusterSpec": cluster,
+        },
+    }
+
+
+def _pod(
+    run: Run, settings: KubeRaySettings, name: str, asked: Mapping[str, str], labels: Mapping[str, str]
+) -> dict[str, Any]:
+    """A pod that sees the folder of all jobs, where the service sees it."""
+    container = {
+        "name": name,
+        "image": settings.image,
+        "env": [{"name": key, "value": value} for key, value in sorted(run.environment.items())],
+        "resources": {"requests": dict(asked), "limits": dict(asked)},
+        "volumeMounts": [{"name": "jobs", "mountPath": str(settings.mount)}],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "runAsNonRoot": True,
+        },
+    }
+    return {
+        "metadata": {"labels": dict(labels)},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "containers": [container],
+            "volumes": [{"name": "jobs", "persistentVolumeClaim": {"claimName": settings.claim}}],
         },
     }
 

@@ -1,5 +1,8 @@
 """Training processes of this machine: each a session of its own, at low priority, and found again after a restart.
 
+A process with workers is their driver, and has a Ray of its own in its session: a stop is for the driver alone, which
+has the workers save, and a kill is for all.
+
 A process holds the lock of its job's folder for as long as it lives, and the file says its id. So whether an attempt
 runs needs no memory of having started it: a service that was killed finds the process of the one before, a job never
 has two, and an id that the kernel has given to somebody else is never signalled.
@@ -38,9 +41,13 @@ class LocalBackend:
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] = (sys.executable, "-m", "training.customize"),
     ) -> None:
-        """`environment` is what processes find beside what a run gives them; None: this process's own."""
+        """`environment` is what processes find beside what a run gives them; None: this process's own.
+
+        Ray's settings in it are dropped: this process may be part of the Ray that serves, and training is not.
+        """
         self._niceness, self._program = niceness, tuple(program)
-        self._environment = dict(os.environ if environment is None else environment)
+        found = os.environ if environment is None else environment
+        self._environment = {name: value for name, value in found.items() if not name.startswith("RAY_")}
         self._processes: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}  # by job, with the attempt
         self._folders: dict[str, Path] = {}
 
@@ -97,15 +104,17 @@ class LocalBackend:
         return Ended(status=status, detail=f"exit status {status}" + (f": {detail}" if detail else ""))
 
     async def stop(self, run: Run) -> None:
-        _signal(run.folder, signal.SIGTERM)
+        _ask_to_stop(run.folder)
 
     async def kill(self, run: Run) -> None:
-        _signal(run.folder, signal.SIGKILL)
+        if process_id := _holder(run.folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process_id, signal.SIGKILL)
 
     async def close(self) -> None:
         """Asks every process to stop: they save, and the next service goes on with them."""
         for folder in self._folders.values():
-            _signal(folder, signal.SIGTERM)
+            _ask_to_stop(folder)
 
 
 def _holder(folder: Path) -> int | None:
@@ -124,8 +133,8 @@ def _holder(folder: Path) -> int | None:
         os.close(handle)
 
 
-def _signal(folder: Path, number: signal.Signals) -> None:
-    """To the whole session of the process that trains in a folder, if there is one."""
+def _ask_to_stop(folder: Path) -> None:
+    """To the process that trains in a folder, if there is one."""
     if process_id := _holder(folder):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process_id, number)
+            os.kill(process_id, signal.SIGTERM)

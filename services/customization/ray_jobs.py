@@ -2,7 +2,8 @@
 
 An attempt is a submission of its own name, so a service that was killed finds it again, and submitting twice is refused
 by Ray. A stop is SIGTERM to the driver, with time enough for a step and its save: Ray's own default kills it after 3 s.
-Ray is not imported before a job needs it.
+A job of several workers asks for nothing itself: its driver computes nothing, and Ray Train asks for each worker. Both
+wait in one queue of the cluster until there is room. Ray is not imported before a job needs it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class RayJobsBackend:
     """Jobs of a Ray cluster. The Ray client is blocking, so it is only ever called in threads."""
 
     def __init__(self, client: Callable[[], JobClient], *, cpus: float, gpus: float, stop_grace_s: float) -> None:
-        """`client` connects; it is called at the first need and again after a failure."""
+        """`client` connects; it is called at the first need and again after a failure. `cpus` and `gpus` are for a job
+        that trains in its own process.
+        """
         self._connect = client
         self._client: JobClient | None = None
         self._cpus, self._gpus, self._stop_grace_s = cpus, gpus, stop_grace_s
@@ -66,8 +69,8 @@ class RayJobsBackend:
                         }
                     },
                     metadata={"fabula_job": run.job_id, "fabula_attempt": str(run.attempt)},
-                    entrypoint_num_cpus=self._cpus,
-                    entrypoint_num_gpus=self._gpus,
+                    entrypoint_num_cpus=0.0 if run.workers else self._cpus,
+                    entrypoint_num_gpus=0.0 if run.workers else self._gpus,
                 )
             except RuntimeError as error:
                 if "already exists" not in str(error):  # else an earlier try of ours has come through

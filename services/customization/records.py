@@ -48,6 +48,7 @@ class TrainingSettings:
     snapshots: int
     save_every_s: float
     probes: bool = False
+    workers: int = 0  # that train together under Ray Train; 0: one process, without Ray
 
 
 @dataclass(frozen=True, kw_only=True)

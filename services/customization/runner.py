@@ -44,6 +44,7 @@ from services.customization.records import (
     ProbeDrawn,
     Progress,
 )
+from services.customization.reporting import Reporter
 from services.customization.repository import Repository, now_us
 from services.customization.states import OCCUPYING, State, after, before
 from services.runtime.errors import FabulaError, StorageFull, Unavailable
@@ -85,6 +86,7 @@ class Runner:
         self._repository, self._objects, self._backend = repository, objects, backend
         self._broadcaster, self._settings = broadcaster, settings
         self._folder, self._pack_folders = folder, pack_folders
+        self._reporter = Reporter(repository, objects)
         self._asked: dict[tuple[str, int], int] = {}  # when an attempt was told to stop, by this process
         self._lock: int | None = None
         self._stopping = asyncio.Event()
@@ -138,6 +140,8 @@ class Runner:
             JOBS.labels(state="running").set(len(occupying))
             for job_id in queued[: max(0, self._settings.max_running - len(occupying))]:
                 await self._guarded(self._begin, job_id)
+            for job_id in await self._repository.unreported():
+                await self._guarded(self._reporter.keep, job_id)
             for job_id in await self._repository.purgeable(at_us=now_us()):
                 await self._guarded(self._purge, job_id)
 
@@ -215,8 +219,11 @@ class Runner:
                 pack_folder=pack_folder,
                 folder=folder,
                 stop_file=self._settings.backend == "kuberay",
+                worker_cpus=self._settings.cpus_of_a_worker(job.settings.threads),
+                worker_gpus=self._settings.gpus,
             ),
             threads=job.settings.threads,
+            workers=job.settings.workers,
         )
 
     async def _follow(self, job_id: str) -> None:
