@@ -47,6 +47,8 @@ def plan_arldm(source: Source, files: Mapping[str, SourceFile], told: Told) -> P
             f"{source.name} has no pack.json: say under which licence its weights are published, "
             "for example --licence MIT or --licence LicenseRef-name"
         )
+    if told.family not in ("", ARCHITECTURE):
+        raise PackSourceInvalid(f"{source.name} is an AR-LDM, and {told.family} is not")
     if missing := [path for path in arldm_files() if path not in files]:
         raise PackSourceInvalid(f"{source.name} has no {missing[0]}: convert the checkpoint again")
     wanted = tuple(WantedFile(path=path, source_path=path, file=files[path]) for path in arldm_files())

@@ -58,7 +58,7 @@ class Told:
     licence: str
     name: str = ""  # empty: made from the source's name
     base: str = ""  # empty: the source's name
-    family: str = ""  # a name of `FAMILIES`; empty: guessed
+    family: str = ""  # a name of `FAMILIES`, or an architecture that is a family by itself; empty: guessed
     reference_range: ReferenceRange | None = None  # None: "unit" for StoryGen, "signed" for the rest
     steps: int | None = None
     text_guidance: float | None = None
@@ -136,6 +136,8 @@ def _settings(
             f"this version cannot sample as {source.name} says: {error}. Nothing was copied"
         ) from None
     if architecture == STORYGEN:
+        if told.family not in ("", STORYGEN):
+            raise PackSourceInvalid(f"{source.name} is a StoryGen, and {told.family} is not")
         steps, text, image = STORYGEN_STEPS, STORYGEN_TEXT_GUIDANCE, STORYGEN_IMAGE_GUIDANCE
         references, side_px = STORYGEN_REFERENCES, 512
     else:

@@ -114,7 +114,12 @@ def add(
         str, typer.Option(help="The checkpoint that training started from.", show_default="the source's name")
     ] = "",
     family: Annotated[
-        str, typer.Option(help="sd15, sd2, sd-turbo, sdxl or sdxl-turbo.", show_default="as the files look")
+        str,
+        typer.Option(
+            help="sd15, sd2, sd-turbo, sdxl, sdxl-turbo, storygen, arldm, flux2-klein or flux2-klein-kv; "
+            "of a model on a server remote-frames or remote-captioner.",
+            show_default="as the files look",
+        ),
     ] = "",
     reference_range: Annotated[
         Literal["unit", "signed"] | None,

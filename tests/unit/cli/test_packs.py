@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from fabula_cli import exits, packs
 from fabula_cli.main import app
 from typer.testing import CliRunner, Result
@@ -231,3 +232,16 @@ def _child_of(pid: int) -> int:
 def test_the_command_starts_without_torch() -> None:
     code = "import sys, fabula_cli.main; sys.exit(any(name in sys.modules for name in ('torch', 'services')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_help_names_every_family_that_can_be_told() -> None:
+    """Those of Stable Diffusion, and architectures that are families by themselves."""
+    from services.models.registry import ARCHITECTURES
+    from services.models.remote import ARCHITECTURES as REMOTE
+    from services.models.stable_diffusion_pack import FAMILIES
+
+    command: Any = typer.main.get_command(app)
+    parameters = command.commands["pack"].commands["add"].params
+    (told,) = (each.help for each in parameters if each.name == "family")
+    known = {*FAMILIES, *ARCHITECTURES, *REMOTE} - {"stable-diffusion", "stable-diffusion-xl"}
+    assert {word.strip(",;.") for word in told.split()} & {*known, *FAMILIES, *ARCHITECTURES} == known

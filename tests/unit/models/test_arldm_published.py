@@ -94,6 +94,13 @@ def test_what_cannot_be_added_is_said(folder: Path, licence: str, spoiled: str, 
         plan_arldm(source, source.files(), Told(licence=licence))
 
 
+def test_a_family_that_it_is_not_is_refused(folder: Path) -> None:
+    source = FolderSource(folder)
+    with pytest.raises(PackSourceInvalid, match="is an AR-LDM, and sdxl is not"):
+        plan_arldm(source, source.files(), Told(licence=LICENCE, family="sdxl"))
+    plan_arldm(source, source.files(), Told(licence=LICENCE, family="arldm"))
+
+
 def test_the_command_adds_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FABULA_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FABULA_PACKS", raising=False)

@@ -249,6 +249,14 @@ def test_what_cannot_be_drawn_with_is_refused_before_copying(
     assert source.bytes_read < size, "only configurations and a header were looked at"
 
 
+def test_a_family_that_it_is_not_is_refused(checkpoints: Path) -> None:
+    with pytest.raises(PackSourceInvalid, match="StoryGen_Test is a StoryGen, and sd15 is not"):
+        plan(checkpoints / "StoryGen_Test", family="sd15")
+    assert plan(checkpoints / "StoryGen_Test", family="storygen") == plan(checkpoints / "StoryGen_Test")
+    with pytest.raises(PackSourceInvalid, match="no family 'storygen'"):
+        plan(checkpoints / "sd15", family="storygen")
+
+
 def test_an_architecture_without_a_loader_is_refused(checkpoints: Path) -> None:
     source = FolderSource(checkpoints / "sdxl")
     with pytest.raises(PackUnsupported, match="'stable-diffusion-xl'; it knows storygen"):
