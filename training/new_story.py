@@ -1,11 +1,11 @@
 """The one example story of somebody new, and stories of those whom the pack knows: what a customization learns from.
 
-A new story is a folder with `story.json` and five PNG files, or is taken from the procedural world. Everything in a
-folder is checked here, at the edge. Knows no network.
+A new story is a folder with `story.json` and a PNG file for each of its 3 to 20 frames, or is taken from the procedural
+world. Everything in a folder is checked here, at the edge. Knows no network.
 
     {"name": "Otto", "phrase": "a black penguin with orange earmuffs", "noun": "penguin",
      "frames": [{"image": "1.png", "caption": "…", "description": "Otto, a black penguin with orange earmuffs, runs …"},
-                … five]}
+                …]}
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from training.toon.render import render
 from training.toon.world import Story, StoryFrame, sample_story
 
 Pixels = npt.NDArray[np.uint8]
-STORY_FRAMES = 5
+STORY_FRAMES = 5  # of the world's stories, and of those that the methods were made for
+FEWEST_FRAMES, MOST_FRAMES = 3, 20  # of an example story: `services.customization.checks` takes as many
 STORY_FILE = "story.json"
 _PIXELS_MAX = 4096 * 4096
 _FILE_BYTES_MAX = 32 << 20
@@ -110,14 +111,17 @@ class SeenFrame:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownStory:
-    """Five frames of somebody whom the pack knows."""
+    """Frames of somebody whom the pack knows, in their order."""
 
     frames: tuple[SeenFrame, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewStory:
-    """Five frames of somebody new, and how they are called. Raises StoryInvalid for what cannot be learned from."""
+    """Frames of somebody new, in their order, and how they are called.
+
+    Raises StoryInvalid for what cannot be learned from.
+    """
 
     id: str  # of the character
     name: str
@@ -132,8 +136,8 @@ class NewStory:
             raise StoryInvalid(f"a phrase has 1 to {_PHRASE_LETTERS_MAX} letters", field="phrase")
         if not self.noun.strip() or len(self.noun) > _NAME_LETTERS_MAX:
             raise StoryInvalid(f"a noun has 1 to {_NAME_LETTERS_MAX} letters", field="noun")
-        if len(self.frames) != STORY_FRAMES:
-            raise StoryInvalid(f"an example story has {STORY_FRAMES} frames and not {len(self.frames)}", field="frames")
+        if not FEWEST_FRAMES <= len(self.frames) <= MOST_FRAMES:
+            raise StoryInvalid(_counted(len(self.frames)), field="frames")
         digests = [frame.digest for frame in self.frames]
         for number, frame in enumerate(self.frames):
             field = f"frames[{number}]"
@@ -157,6 +161,10 @@ class NewStory:
         return Called(name=self.name, phrase=self.phrase, noun=self.noun)
 
 
+def _counted(count: int) -> str:
+    return f"an example story has {FEWEST_FRAMES} to {MOST_FRAMES} frames and not {count}"
+
+
 def _word(text: str) -> re.Pattern[str]:
     """A text as a whole word."""
     return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
@@ -178,8 +186,10 @@ def read_story(folder: Path, width_px: int, height_px: int, taken: Iterable[str]
     name, look = _text(told, "name", "name"), _text(told, "phrase", "phrase")
     if name in set(taken):
         raise StoryInvalid(f"{name} is somebody whom the pack knows; choose another name", field="name")
-    if not isinstance(told["frames"], list) or len(told["frames"]) != STORY_FRAMES:
-        raise StoryInvalid(f"an example story has {STORY_FRAMES} frames", field="frames")
+    if not isinstance(told["frames"], list):
+        raise StoryInvalid("frames is not a list", field="frames")
+    if not FEWEST_FRAMES <= len(told["frames"]) <= MOST_FRAMES:  # before any picture is decoded
+        raise StoryInvalid(_counted(len(told["frames"])), field="frames")
     new_id = f"new:{name}"
     frames = []
     for number, entry in enumerate(told["frames"]):

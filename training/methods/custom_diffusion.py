@@ -47,7 +47,7 @@ class CustomDiffusion:
         self.ground, self.recipe = ground, recipe
         generator = torch.Generator().manual_seed(ground.seed)
         self.change = WholeChanges(ground.unet, TEXT_KEYS_AND_VALUES)
-        self.word = LearnedWords.of_noise(ground.text, ground.names, recipe.vectors, generator)
+        self.word = LearnedWords.of_noise(ground.tables, ground.names, recipe.vectors, generator)
         self.networks = nn.ModuleDict({"change": self.change, "word": self.word})
 
     @property

@@ -83,7 +83,7 @@ class EpicEvo:
         if recipe.word_rate > 0.0:
             if recipe.learns != "lora":
                 raise ValueError("a file of a whole UNet has no place for a word: word_rate is for a LoRA")
-            self.word = self.networks["word"] = LearnedWords.of_phrases(ground.text, ground.called)
+            self.word = self.networks["word"] = LearnedWords.of_phrases(ground.tables, ground.called)
         self.discriminator: Discriminator | None = None
         if recipe.weights.adversarial > 0.0:
             with torch.random.fork_rng(devices=[]):

@@ -48,7 +48,7 @@ class Lora:
         self.ground, self.recipe = ground, recipe
         generator = torch.Generator().manual_seed(ground.seed)
         self.change = LowRankChanges(ground.unet, recipe.layers, recipe.rank, generator)
-        self.word = LearnedWords.of_phrases(ground.text, ground.called) if recipe.word_rate > 0.0 else None
+        self.word = LearnedWords.of_phrases(ground.tables, ground.called) if recipe.word_rate > 0.0 else None
         self.networks = nn.ModuleDict({"change": self.change, **({} if self.word is None else {"word": self.word})})
 
     @property

@@ -1,7 +1,8 @@
 """What the methods have in common: the ground they stand on, one step's batch, and the interface.
 
 A method owns what trains (`networks`, and nothing else moves), says what a step's loss is made of, and lays out what it
-learned as the bytes that `services.models.lora.read_adapter` reads. Knows no data set, loop or file.
+learned as the bytes that `services.models.lora.read_adapter` reads. Knows no data set, loop or file, and not whether
+rows see earlier frames as references or in their texts (`backbones`).
 
 Shapes: B rows, a story's frames one behind the other; P pairs of a row and somebody in it; latents `[.., C, h, w]`.
 """
@@ -19,11 +20,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.models.denoiser import Example, StoryDenoiser
+from services.models.denoiser import Example, Network, StoryDenoiser
 from services.models.lora import BASE_DIGEST
 from services.models.registry import FrameModel
-from services.models.storygen import StoryGenUNet
-from services.models.text_encoder import TextEncoder, Words
+from services.models.text_encoder import Words
+from training.backbones.backbone import Table
+from training.backbones.registry import backbone_of
 from training.new_story import Called
 
 NEW, EXISTING, PRIOR = 0, 1, 2
@@ -54,7 +56,7 @@ class Ground:
     """What a method changes, or adds to. The networks are frozen; the UNet is this run's own copy."""
 
     denoiser: StoryDenoiser
-    text: TextEncoder
+    tables: tuple[Table, ...]  # of the text encoders, beside which learned words stand
     latent_shape: tuple[int, int, int]
     called: tuple[Called, ...]  # the new characters; a method that learns words learns their names
     base_digest: str
@@ -66,12 +68,9 @@ class Ground:
         return tuple(one.name for one in self.called)
 
     @property
-    def unet(self) -> StoryGenUNet:
+    def unet(self) -> Network:
         """The copy."""
-        unet: Any = self.denoiser.unet
-        assert isinstance(unet, StoryGenUNet)
-        own: StoryGenUNet = unet
-        return own
+        return self.denoiser.unet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +109,14 @@ def ground_of(model: FrameModel, called: Sequence[Called], seed: int) -> Ground:
 
     Raises ValueError for a pack whose frames do not see earlier ones: the methods here are for those.
     """
-    if not isinstance(model.denoiser.unet, StoryGenUNet) or not isinstance(model.text, TextEncoder):
-        raise ValueError(f"a character is taught to storygen packs, and {model.manifest.name!r} is none")
-    unet = copy.deepcopy(model.denoiser.unet).requires_grad_(False)
+    backbone = backbone_of(model)
+    unet: Any = copy.deepcopy(model.denoiser.unet).requires_grad_(False)
     # torch's fused attention is slow backwards on a CPU; the plain one computes the same.
-    unet.set_attn_processor(AttnProcessor())  # type: ignore[operator]
-    model.text.model.requires_grad_(False)
+    unet.set_attn_processor(AttnProcessor())
     height, width = (size // model.codec.factor for size in (model.manifest.height_px, model.manifest.width_px))
     return Ground(
         denoiser=StoryDenoiser(unet, model.denoiser.schedule),
-        text=model.text,
+        tables=backbone.tables,
         latent_shape=(model.codec.channels, height, width),
         called=tuple(called),
         base_digest=model.base_digest,

@@ -42,7 +42,7 @@ class TextualInversion:
     def __init__(self, ground: Ground, recipe: TextualInversionRecipe) -> None:
         self.ground, self.recipe = ground, recipe
         generator = torch.Generator().manual_seed(ground.seed)
-        self.word = LearnedWords.of_noise(ground.text, ground.names, recipe.vectors, generator)
+        self.word = LearnedWords.of_noise(ground.tables, ground.names, recipe.vectors, generator)
         self.networks = nn.ModuleDict({"word": self.word})
 
     @property

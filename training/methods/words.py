@@ -4,7 +4,9 @@ A word starts as noise, which is textual inversion, or as the phrase that its ch
 means from the first step on what the network makes of the look, and what is left to learn is what no words say. Knows
 no method and no UNet.
 
-Shapes: n vectors of a word, D the text encoder's width, V its vocabulary.
+Where a family has two encoders, a word's vectors are as wide as both: first the one's part, then the other's.
+
+Shapes: n vectors of a word, D the text encoders' widths together, V an encoder's vocabulary.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from services.models.lora import WORDS
-from services.models.text_encoder import TextEncoder, Words
+from services.models.text_encoder import Words
+from training.backbones.backbone import Table
 from training.new_story import Called
 
 _KEY = "vectors of "  # before each word, so that none is taken for something that the dictionary itself has
@@ -32,18 +36,28 @@ class LearnedWords(nn.Module):
         self.vectors = nn.ParameterDict({_KEY + word: nn.Parameter(start[word].clone()) for word in start})
 
     @classmethod
-    def of_noise(cls, text: TextEncoder, words: Sequence[str], count: int, generator: torch.Generator) -> LearnedWords:
+    def of_noise(
+        cls, tables: Sequence[Table], words: Sequence[str], count: int, generator: torch.Generator
+    ) -> LearnedWords:
         """`count` vectors each, with the mean and the spread that each of the embedding's numbers has over words."""
-        known_VD = _known(text)
-        mean_D, spread_D = known_VD.mean(dim=0), known_VD.std(dim=0)
-        noise = {word: torch.randn(count, known_VD.shape[1], generator=generator) for word in words}
-        return cls({word: mean_D + spread_D * noise_nD.to(known_VD.device) for word, noise_nD in noise.items()})
+        mean_D = torch.cat([table.known_VD.mean(dim=0) for table in tables])
+        spread_D = torch.cat([table.known_VD.std(dim=0) for table in tables])
+        noise = {word: torch.randn(count, len(mean_D), generator=generator) for word in words}
+        return cls({word: mean_D + spread_D * noise_nD.to(mean_D.device) for word, noise_nD in noise.items()})
 
     @classmethod
-    def of_phrases(cls, text: TextEncoder, called: Sequence[Called]) -> LearnedWords:
-        """As many vectors as the character's phrase has tokens, and the same."""
-        known_VD = _known(text)
-        return cls({one.name: known_VD[text.tokenizer.encode(f" {one.phrase}")] for one in called})
+    def of_phrases(cls, tables: Sequence[Table], called: Sequence[Called]) -> LearnedWords:
+        """As many vectors as the character's phrase has tokens, and the same.
+
+        Of an encoder in which it has fewer than in the other the rest is zero, which is no token and stays none.
+        """
+
+        def told(phrase: str) -> Tensor:
+            parts = [table.known_VD[table.encode(f" {phrase}")] for table in tables]
+            most = max(map(len, parts))
+            return torch.cat([F.pad(part_nD, (0, 0, 0, most - len(part_nD))) for part_nD in parts], dim=1)
+
+        return cls({one.name: told(one.phrase) for one in called})
 
     @property
     def words(self) -> Words:
@@ -53,9 +67,3 @@ class LearnedWords(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """What is learned, as an adapter's file names it."""
         return {f"{WORDS}{word}": vectors_nD for word, vectors_nD in self.words.items()}
-
-
-def _known(text: TextEncoder) -> Tensor:
-    """The embedding of every token, `[V, D]`."""
-    known_VD: Tensor = text.model.get_input_embeddings().weight.detach().float()
-    return known_VD

@@ -94,10 +94,10 @@ def _unnamed(frame: SeenFrame) -> SeenFrame:
     return replace(frame, id="other", characters=frozenset())
 
 
-def _folder(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+def _folder(tmp_path: Path, count: int = STORY_FRAMES) -> tuple[Path, dict[str, Any]]:
     noise = np.random.default_rng(0)
     frames = []
-    for number in range(STORY_FRAMES):
+    for number in range(count):
         pixels = noise.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
         told = "Otto, a black penguin with orange earmuffs, runs."
@@ -117,6 +117,16 @@ def test_a_folder_is_read_and_its_noun_guessed_from_the_phrase(tmp_path: Path) -
     assert story.frames[0].pixels.shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize("count", [3, 8, 20])
+def test_a_story_has_3_to_20_frames(tmp_path: Path, count: int) -> None:
+    folder, document = _folder(tmp_path, count)
+    story = read_story(_written(folder, document), 32, 32)
+    assert [frame.id for frame in story.frames] == [f"new:Otto:{number}" for number in range(count)]
+    for wrong in (story.frames[:2], story.frames * 7):
+        with pytest.raises(StoryInvalid, match="3 to 20 frames and not"):
+            replace(story, frames=wrong)
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -125,7 +135,9 @@ def test_a_folder_is_read_and_its_noun_guessed_from_the_phrase(tmp_path: Path) -
         (lambda d: d.update(name="Pip"), "name"),
         (lambda d: d.update(name="<image>"), "name"),
         (lambda d: d.update(phrase=" "), "phrase"),
-        (lambda d: d["frames"].pop(), "frames"),
+        (lambda d: d.update(frames=d["frames"][:2]), "frames"),
+        (lambda d: d.update(frames=d["frames"] * 4 + d["frames"][:1]), "frames"),
+        (lambda d: d.update(frames={"1": d["frames"][0]}), "frames"),
         (lambda d: d["frames"][1].update(image="../story.json"), "frames[1].image"),
         (lambda d: d["frames"][1].update(image="0.png"), "frames[1].image"),
         (lambda d: d["frames"][2].update(image="missing.png"), "frames[2].image"),
