@@ -34,7 +34,6 @@ from services.customization.intake import (
     check_request_id,
     check_upload,
     clean_pictures,
-    count_findings,
     given_story,
     new_character,
     taught_pack,
@@ -180,8 +179,7 @@ class CustomizationApi:
         return Created(job=job, findings=job.findings, estimate=job.estimate, is_acceptable=True)
 
     def _look_over(self, story: GivenStory, cast: Sequence[KnownCharacter], pack: TaughtPack) -> list[Finding]:
-        findings = check_story(story, cast, self._eyes(pack.folder))
-        return [*count_findings(story, findings), *findings]
+        return check_story(story, cast, self._eyes(pack.folder))
 
     async def _known(self, pack: TaughtPack, story: GivenStory) -> list[KnownCharacter]:
         """The pack's cast, and who else was published for it: the same one may be taught again."""

@@ -38,12 +38,10 @@ from services.runtime.errors import (
 
 METHODS = ("epicevo", "dreambooth", "custom-diffusion", "textual-inversion", "lora")
 DEFAULT_METHOD = "epicevo"
-TRAINED_ARCHITECTURES = ("storygen",)  # whose packs the methods of `training` can teach
-TRAINED_FRAMES = 5  # of an example story, as `training.new_story` takes it
+TRAINED_ARCHITECTURES = ("arldm", "storygen")  # whose packs the methods of `training` can teach
 MOST_UPLOAD_BYTES = 48 << 20  # of all pictures of a request; a message has room for them and their texts
 MOST_STEPS = 100_000
 SEED_LIMIT = 2**31  # training multiplies it, and torch takes 64 bits
-FRAMES_COUNT_UNSUPPORTED = "FRAMES_COUNT_UNSUPPORTED"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,255}")
 _STORY_FILE = "story.json"
 
@@ -166,20 +164,6 @@ def given_story(request: JobRequest, pack: TaughtPack) -> GivenStory:
         width_px=pack.manifest.width_px,
         height_px=pack.manifest.height_px,
     )
-
-
-def count_findings(story: GivenStory, findings: Sequence[Finding]) -> list[Finding]:
-    """Of stories that the checks take and training does not yet."""
-    if len(story.frames) == TRAINED_FRAMES or any(one.code.startswith("FRAMES_TOO_") for one in findings):
-        return []
-    return [
-        Finding(
-            code=FRAMES_COUNT_UNSUPPORTED,
-            severity="error",
-            message=f"There are {len(story.frames)} frames; training takes stories of {TRAINED_FRAMES}.",
-            mend=f"Choose {TRAINED_FRAMES} frames, or add some.",
-        )
-    ]
 
 
 def violations(findings: Sequence[Finding]) -> list[FieldViolation]:
