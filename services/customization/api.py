@@ -28,30 +28,44 @@ from services.customization.checks import (
 from services.customization.config import CustomizationSettings
 from services.customization.estimate import estimate
 from services.customization.events import Broadcaster, watch
+from services.customization.importing import Importer
 from services.customization.intake import (
+    ImportRequest,
     JobRequest,
     TaughtPack,
+    check_import,
     check_request_id,
     check_upload,
     clean_pictures,
     given_story,
+    known_pack,
     new_character,
     taught_pack,
     training_settings,
     violations,
 )
 from services.customization.metrics import CHECK_SECONDS, CREATED, PUBLISHED, REFUSED
-from services.customization.publishing import manifest_of, put_weights, version_of
+from services.customization.publishing import (
+    imported_manifest,
+    imported_version,
+    manifest_of,
+    put_weights,
+    version_of,
+)
 from services.customization.records import CharacterVersion, Checkpoint, Estimate, Event, Job, StoredFrame
+from services.customization.reporting import Reporter
 from services.customization.repository import Repository, now_us, unsuitable
 from services.customization.states import State, Wish, wished
 from services.customization.suggestion import Measured, suggestion
 from services.runtime.errors import (
     CharacterVersionNotFound,
+    CharacterWeightsUnknown,
     CheckpointNotFound,
     CustomizationJobNotFound,
     ExampleStoryRefused,
     ImageNotFound,
+    InvalidArgument,
+    ObjectNotFound,
     PageTokenInvalid,
     ShuttingDown,
 )
@@ -122,6 +136,8 @@ class CustomizationApi:
         self._repository, self._objects, self._characters = repository, objects, characters
         self._broadcaster, self._settings, self._folder = broadcaster, settings, folder
         self._pack_folders, self._eyes = tuple(pack_folders), eyes
+        self._reporter = Reporter(repository, objects)
+        self._importer = Importer(folder, rank_max=settings.import_rank_max)
         self.accepting = True  # false once the process is stopping
 
     async def create(self, request: JobRequest) -> Created:
@@ -153,7 +169,7 @@ class CustomizationApi:
             REFUSED.inc()
             raise _refusal(findings, request.accepted_findings)
         await self._repository.check_room(max_queued=self._settings.max_queued)
-        pictures = await asyncio.to_thread(clean_pictures, request.frames)
+        pictures = await asyncio.to_thread(clean_pictures, [frame.image for frame in request.frames], "frames")
         frames = [
             StoredFrame(
                 image_sha256=await self._objects.put(picture),
@@ -268,6 +284,39 @@ class CustomizationApi:
             self._broadcaster.note(job_id)
         return published
 
+    async def import_version(self, request: ImportRequest) -> tuple[CharacterVersion, bool]:
+        """Makes weights from elsewhere a version; says whether it is new.
+
+        Raises CharacterWeightsUnusable with the cause in its metadata, CharacterWeightsUnknown for a SHA-256 that the
+        store has not got, PackUnknown, InvalidArgument, QueueFull.
+        """
+        if not self.accepting:
+            raise ShuttingDown()
+        name = request.pack or self._settings.default_pack
+        pack = await asyncio.to_thread(known_pack, name, self._pack_folders)
+        character = check_import(request, pack)
+        pictures = await asyncio.to_thread(clean_pictures, request.references, "references")
+        weights = request.weights or await self._stored(request.weights_sha256)
+        fitted = await self._importer.fit(weights, request.adapter_config, pack.folder)
+        references = [await self._objects.put(picture) for picture in pictures]
+        manifest = imported_manifest(character, fitted, pack.manifest.name, references)
+        version = imported_version(character, fitted, pack.manifest, references, manifest, now_us())
+        await self._characters.put(fitted.payload)
+        await self._characters.put(manifest.encode())
+        published, is_new = await self._repository.publish(version, manifest)
+        if is_new:
+            PUBLISHED.inc()
+            log.info("version_imported", version_id=published.version_id, pack=pack.manifest.name)
+        return published, is_new
+
+    async def _stored(self, sha256: str) -> bytes:
+        try:
+            return await self._characters.get(sha256)
+        except ObjectNotFound:
+            raise CharacterWeightsUnknown(
+                f"the characters' store has no {sha256}", metadata={"digest": sha256}
+            ) from None
+
     async def delete(self, job_id: str) -> Job:
         """Deletes a job, after cancelling it; it can be undeleted for a while. Published versions stay."""
         await self.wish(job_id, "cancel")
@@ -295,12 +344,28 @@ class CustomizationApi:
 
     async def read_weights(self, version_id: str) -> bytes:
         """The safetensors file of a version."""
+        return await self._characters.get((await self._version(version_id)).weights_sha256)
+
+    async def _version(self, version_id: str) -> CharacterVersion:
         if not SHA256.fullmatch(version_id):
             raise CharacterVersionNotFound(metadata={"version_id": version_id[:64]})
-        return await self._characters.get((await self._repository.version(version_id)).weights_sha256)
+        return await self._repository.version(version_id)
 
-    async def read_image(self, job_id: str, sha256: str) -> bytes:
-        """A picture of a job, as PNG."""
+    async def read_report(self, job_id: str) -> bytes:
+        """The page on a job: HTML that stands alone."""
+        return await self._reporter.read(_checked(job_id))
+
+    async def read_image(self, job_id: str, sha256: str, version_id: str = "") -> bytes:
+        """A picture of a job, or a reference picture of a version, as PNG."""
+        if job_id and version_id:
+            raise InvalidArgument("name the job of the picture, or its version", field="version_id")
+        if version_id:
+            if sha256 not in (await self._version(version_id)).reference_sha256s:
+                raise ImageNotFound(
+                    "this version has no picture with this SHA-256",
+                    metadata={"version_id": version_id, "sha256": sha256[:64]},
+                )
+            return await self._objects.get(sha256)
         if not await self._repository.has_image(_checked(job_id), sha256):
             raise ImageNotFound(
                 "this job has no picture with this SHA-256", metadata={"job_id": job_id, "sha256": sha256[:64]}

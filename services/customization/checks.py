@@ -148,6 +148,11 @@ def check_story(story: GivenStory, cast: Sequence[KnownCharacter], look: Looks |
     return whole + by_frame
 
 
+def check_character(story: GivenStory, cast: Sequence[KnownCharacter]) -> list[Finding]:
+    """What is wrong with a name and a look alone: of somebody who comes without an example story."""
+    return [*_name(story, cast), *_phrase(story)]
+
+
 def is_acceptable(findings: Sequence[Finding], accepted: Sequence[str] = ()) -> bool:
     """Whether a job may be made: no errors, and every warning among the `accepted` codes; `*` accepts all of them."""
     return all(finding.severity == "warning" and (finding.code in accepted or "*" in accepted) for finding in findings)

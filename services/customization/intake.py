@@ -19,22 +19,33 @@ from pathlib import Path
 
 from PIL import Image
 
-from services.customization.checks import Finding, GivenFrame, GivenStory, KnownCharacter, noun_of, read_picture
+from services.customization.checks import (
+    Finding,
+    GivenFrame,
+    GivenStory,
+    KnownCharacter,
+    check_character,
+    noun_of,
+    read_picture,
+)
 from services.customization.config import CustomizationSettings
 from services.customization.records import NewCharacter, StoredFrame, TrainingSettings
 from services.models.cast import Cast
-from services.models.errors import ModelError, PackNotFound
+from services.models.errors import AdapterDamaged, ModelError, PackNotFound
 from services.models.pack import Manifest, find_pack, read_manifest
 from services.models.world import World
 from services.runtime.errors import (
+    CharacterWeightsUnusable,
     FailedPrecondition,
     FieldViolation,
+    ImageUnreadable,
     InvalidArgument,
     MethodUnknown,
     PackUnknown,
     RequestIdInvalid,
     ValueOutOfRange,
 )
+from services.runtime.store import SHA256
 
 METHODS = ("epicevo", "dreambooth", "custom-diffusion", "textual-inversion", "lora")
 DEFAULT_METHOD = "epicevo"
@@ -42,6 +53,15 @@ TRAINED_ARCHITECTURES = ("arldm", "storygen")  # whose packs the methods of `tra
 MOST_UPLOAD_BYTES = 48 << 20  # of all pictures of a request; a message has room for them and their texts
 MOST_STEPS = 100_000
 SEED_LIMIT = 2**31  # training multiplies it, and torch takes 64 bits
+MOST_WEIGHTS_BYTES = 40 << 20  # of an import; larger files go into the characters' store first
+MOST_REFERENCES = 8  # pictures of an import
+MOST_CONFIG_LETTERS = 64 << 10  # of an adapter_config.json
+_IMPORT_FIELDS = {
+    "NAME_INVALID": "character.name",
+    "NAME_TAKEN": "character.name",
+    "PHRASE_INVALID": "character.phrase",
+    "NOUN_INVALID": "character.noun",
+}
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,255}")
 _STORY_FILE = "story.json"
 
@@ -68,8 +88,22 @@ class JobRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportRequest:
+    """Weights from elsewhere that somebody wants to have as a character."""
+
+    name: str = ""
+    phrase: str = ""
+    noun: str = ""
+    pack: str = ""
+    weights: bytes = b""
+    weights_sha256: str = ""  # instead of the bytes: of what the characters' store has already
+    adapter_config: str = ""
+    references: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaughtPack:
-    """A pack that can be taught: what a job needs to know of it."""
+    """A pack that characters are of: what this service needs to know of it."""
 
     folder: Path
     manifest: Manifest
@@ -87,6 +121,17 @@ def taught_pack(name: str, folders: Sequence[Path]) -> TaughtPack:
 
     Raises PackUnknown, also for one that the methods cannot teach, and FailedPrecondition for one that is damaged.
     """
+    pack = known_pack(name, folders)
+    if pack.manifest.architecture not in TRAINED_ARCHITECTURES:
+        raise PackUnknown(
+            f"{name} is a {pack.manifest.architecture} pack; {', '.join(TRAINED_ARCHITECTURES)} packs can be taught",
+            field="pack",
+        )
+    return pack
+
+
+def known_pack(name: str, folders: Sequence[Path]) -> TaughtPack:
+    """Any pack of that name. Raises PackUnknown, and FailedPrecondition for one that is damaged or on a server."""
     try:
         folder = find_pack(name, folders)
         manifest = read_manifest(folder)
@@ -94,11 +139,6 @@ def taught_pack(name: str, folders: Sequence[Path]) -> TaughtPack:
         raise PackUnknown(f"there is no pack {name[:80]!r} here", field="pack") from None
     except (ModelError, OSError) as error:
         raise FailedPrecondition(f"the pack {name[:80]!r} cannot be read: {error}") from error
-    if manifest.architecture not in TRAINED_ARCHITECTURES:
-        raise PackUnknown(
-            f"{name} is a {manifest.architecture} pack; {', '.join(TRAINED_ARCHITECTURES)} packs can be taught",
-            field="pack",
-        )
     return TaughtPack(folder=folder, manifest=manifest, cast=_cast(folder))
 
 
@@ -145,6 +185,7 @@ def training_settings(request: JobRequest, pack: TaughtPack, settings: Customiza
         snapshots=settings.snapshots,
         save_every_s=settings.save_every_s,
         probes=settings.probes,
+        workers=settings.workers,
     )
 
 
@@ -152,6 +193,57 @@ def check_upload(frames: Sequence[GivenFrame]) -> None:
     """Raises ValueOutOfRange for more bytes than a request may bring."""
     if sum(len(frame.image) for frame in frames) > MOST_UPLOAD_BYTES:
         raise ValueOutOfRange(f"the pictures have more than {MOST_UPLOAD_BYTES >> 20} MiB in all", field="frames")
+
+
+def check_import(request: ImportRequest, pack: TaughtPack) -> NewCharacter:
+    """Who it is that an import brings.
+
+    Raises InvalidArgument, CharacterWeightsUnusable for what is no safetensors file, ValueOutOfRange for too much of
+    anything, for a name or look that cannot be and for a name that is taken.
+    """
+    if bool(request.weights) == bool(request.weights_sha256):
+        raise InvalidArgument("give the weights, or the SHA-256 of what the store has already", field="weights")
+    if request.weights_sha256 and not SHA256.fullmatch(request.weights_sha256):
+        raise ValueOutOfRange("a SHA-256 is 64 lower-case hex digits", field="weights_sha256")
+    if len(request.weights) > MOST_WEIGHTS_BYTES:
+        raise ValueOutOfRange(f"the weights have more than {MOST_WEIGHTS_BYTES >> 20} MiB", field="weights")
+    if len(request.adapter_config) > MOST_CONFIG_LETTERS:
+        raise ValueOutOfRange(f"the configuration has more than {MOST_CONFIG_LETTERS} letters", field="adapter_config")
+    if len(request.references) > MOST_REFERENCES:
+        raise ValueOutOfRange(f"there are more than {MOST_REFERENCES} pictures", field="references")
+    if len(request.weights) + sum(map(len, request.references)) > MOST_UPLOAD_BYTES:
+        raise ValueOutOfRange(f"weights and pictures have more than {MOST_UPLOAD_BYTES >> 20} MiB", field="references")
+    if request.weights:
+        check_header(request.weights)
+    story = GivenStory(
+        name=request.name.strip(),
+        phrase=request.phrase.strip(),
+        noun=request.noun.strip(),
+        frames=(),
+        width_px=pack.manifest.width_px,
+        height_px=pack.manifest.height_px,
+    )
+    faults = [one for one in check_character(story, pack.cast) if one.severity == "error"]
+    if faults:
+        raise ValueOutOfRange(
+            f"{faults[0].message} {faults[0].mend}",
+            metadata={"codes": ",".join(one.code for one in faults)},
+            field_violations=[
+                FieldViolation(_IMPORT_FIELDS[one.code], f"{one.code}: {one.message} {one.mend}") for one in faults
+            ],
+        )
+    return new_character(story)
+
+
+def check_header(payload: bytes) -> None:
+    """Raises CharacterWeightsUnusable for what does not even begin as a safetensors file: a pickle, an archive."""
+    length = int.from_bytes(payload[:8], "little")
+    if len(payload) < 10 or not 2 <= length <= len(payload) - 8 or payload[8:9] != b"{":
+        raise CharacterWeightsUnusable(
+            "the weights are no safetensors file; other formats can run code when they are read, so none is read",
+            metadata={"cause": AdapterDamaged.reason},
+            field="weights",
+        )
 
 
 def given_story(request: JobRequest, pack: TaughtPack) -> GivenStory:
@@ -182,12 +274,15 @@ def new_character(story: GivenStory) -> NewCharacter:
     return NewCharacter(name=story.name, phrase=story.phrase, noun=noun_of(story))
 
 
-def clean_pictures(frames: Sequence[GivenFrame]) -> list[bytes]:
-    """Each picture as a plain RGB PNG. Raises ValueError for one that cannot be read."""
+def clean_pictures(pictures: Sequence[bytes], field: str) -> list[bytes]:
+    """Each picture of a field as a plain RGB PNG. Raises ImageUnreadable."""
     made = []
-    for frame in frames:
+    for number, picture in enumerate(pictures):
         out = io.BytesIO()
-        Image.fromarray(read_picture(frame.image)).save(out, "PNG")
+        try:
+            Image.fromarray(read_picture(picture)).save(out, "PNG")
+        except ValueError as error:
+            raise ImageUnreadable(f"{field}[{number}]: {error}", field=f"{field}[{number}]") from None
         made.append(out.getvalue())
     return made
 

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.customization.checks import Finding, GivenFrame
-from services.customization.intake import JobRequest
+from services.customization.intake import ImportRequest, JobRequest
 from services.customization.records import (
     CharacterVersion,
     Checkpoint,
@@ -57,6 +57,20 @@ def request_from_pb(request: Any) -> JobRequest:
         rate=request.rate if request.HasField("rate") else None,
         seed=request.seed if request.HasField("seed") else None,
         body_sha256=hashlib.sha256(body.SerializeToString(deterministic=True)).hexdigest(),
+    )
+
+
+def import_from_pb(request: Any) -> ImportRequest:
+    """The weights that somebody brings."""
+    return ImportRequest(
+        name=request.character.name,
+        phrase=request.character.phrase,
+        noun=request.character.noun,
+        pack=request.pack,
+        weights=request.weights,
+        weights_sha256=request.weights_sha256,
+        adapter_config=request.adapter_config,
+        references=list(request.references),
     )
 
 

@@ -1,4 +1,6 @@
-"""Makes a checkpoint a character version: a manifest under its own SHA-256, and weights where frame replicas read.
+"""Makes a checkpoint, or weights from elsewhere, a character version.
+
+A manifest lies under its own SHA-256, and the weights where frame replicas read.
 
 The manifest says all that decides what was learned and nothing of when or how fast, so equal training gives equal
 versions. Knows no database and no wire.
@@ -13,11 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from services.customization.importing import Fitted
 from services.customization.records import CharacterVersion, Checkpoint, Job, NewCharacter
+from services.models.pack import Manifest
 from services.runtime.errors import DataLoss
 from services.runtime.store import ObjectStore
 
 MANIFEST_FORMAT = 1
+IMPORTED = "import"  # in the place of a method
 _CLOCK = ("save_every_s", "measure_every_s")  # how often a run was saved and looked at changes nothing of it
 
 
@@ -37,6 +42,49 @@ def manifest_of(job: Job, card: Mapping[str, Any], references: Sequence[str]) ->
         "losses": card["losses"],
         "figures": card.get("figures", {}),
     }
+    return _canonical(document)
+
+
+def imported_manifest(character: NewCharacter, fitted: Fitted, pack: str, references: Sequence[str]) -> str:
+    """The manifest of weights from elsewhere, as canonical JSON: of their pack it names the network alone."""
+    document = {
+        "format": MANIFEST_FORMAT,
+        "origin": IMPORTED,
+        "character": {"name": character.name, "phrase": character.phrase, "noun": character.noun},
+        "weights": {"sha256": fitted.sha256, "size_bytes": len(fitted.payload), "rank": fitted.rank},
+        "base": {"name": pack, "base_digest": fitted.base_digest},
+        "references": list(references),
+    }
+    return _canonical(document)
+
+
+def imported_version(
+    character: NewCharacter,
+    fitted: Fitted,
+    pack: Manifest,
+    references: Sequence[str],
+    manifest: str,
+    at_us: int,
+) -> CharacterVersion:
+    """The version that a manifest of `imported_manifest` names."""
+    return CharacterVersion(
+        version_id=hashlib.sha256(manifest.encode()).hexdigest(),
+        weights_sha256=fitted.sha256,
+        character=character,
+        pack=pack.name,
+        pack_digest=pack.digest,
+        base_digest=fitted.base_digest,
+        method=IMPORTED,
+        step=0,
+        rank=fitted.rank,
+        size_bytes=len(fitted.payload),
+        reference_sha256s=tuple(references),
+        job_id="",
+        publish_us=at_us,
+    )
+
+
+def _canonical(document: Mapping[str, Any]) -> str:
     return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -316,7 +316,7 @@ class Repository:
         return Checkpoint(**row.payload), row.file, row.card
 
     async def publish(self, version: CharacterVersion, manifest: str) -> tuple[CharacterVersion, bool]:
-        """Adds a version with its event; says whether it is new. One that is there already stays as it is."""
+        """Adds a version, with its job's event; says whether it is new. One that is there already stays as it is."""
         at = now_us()
         async with writing(self._engine) as connection:
             found = (
@@ -334,7 +334,8 @@ class Repository:
                     manifest=manifest,
                 )
             )
-            await _append(connection, version.job_id, VersionPublished(version=version), at)
+            if version.job_id:
+                await _append(connection, version.job_id, VersionPublished(version=version), at)
             return version, True
 
     async def version(self, version_id: str) -> CharacterVersion:
@@ -358,6 +359,39 @@ class Repository:
             statement = statement.where(or_(versions.c.publish_us < at, same_time))
         async with reading(self._engine) as connection:
             return [version_from_json(row.payload) for row in await connection.execute(statement)]
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+
+    async def kept_report(self, job_id: str) -> str:
+        """SHA-256 of the page of a job that has ended; empty without one. Raises CustomizationJobNotFound."""
+        async with reading(self._engine) as connection:
+            row = await _row(connection, job_id)
+        is_kept = State(row.state).ended and row.report_us is not None and row.report_us >= row.end_us
+        return str(row.report_sha256) if is_kept else ""
+
+    async def unreported(self) -> list[str]:
+        """Jobs that have ended and whose page is not kept, or is of an earlier end."""
+        async with reading(self._engine) as connection:
+            rows = await connection.execute(
+                select(jobs.c.job_id)
+                .where(
+                    jobs.c.state.in_([state.value for state in State if state.ended]),
+                    or_(jobs.c.report_us.is_(None), jobs.c.report_us < jobs.c.end_us),
+                )
+                .order_by(jobs.c.end_us)
+            )
+            return [row.job_id for row in rows]
+
+    async def keep_report(self, job_id: str, sha256: str, *, at_us: int) -> list[str]:
+        """Keeps a page. Returns the pages that nobody has any more: the one before, or this one of a purged job."""
+        async with writing(self._engine) as connection:
+            row = (await connection.execute(select(jobs).where(jobs.c.job_id == job_id))).one_or_none()
+            if row is None:
+                return [sha256]
+            await connection.execute(
+                update(jobs).where(jobs.c.job_id == job_id).values(report_sha256=sha256, report_us=at_us)
+            )
+            return [row.report_sha256] if row.report_sha256 not in (None, sha256) else []
 
     # -- deleting ----------------------------------------------------------------------------------------------------
 
@@ -390,8 +424,12 @@ class Repository:
             return [row.job_id for row in rows]
 
     async def purge(self, job_id: str) -> list[str]:
-        """Removes a job for good. Returns its pictures that nobody has any more; published versions keep theirs."""
+        """Removes a job for good.
+
+        Returns its objects that nobody has any more: its page and its pictures; published versions keep theirs.
+        """
         async with writing(self._engine) as connection:
+            page = await connection.scalar(select(jobs.c.report_sha256).where(jobs.c.job_id == job_id))
             own = list(await connection.scalars(select(images.c.sha256).where(images.c.job_id == job_id)))
             for table in (events, checkpoints, images, request_keys):
                 await connection.execute(delete(table).where(table.c.job_id == job_id))
@@ -399,7 +437,7 @@ class Repository:
             shared = set(await connection.scalars(select(images.c.sha256).where(images.c.sha256.in_(own))))
             for row in await connection.execute(select(versions.c.payload)):
                 shared.update(row.payload["reference_sha256s"])
-            return [sha256 for sha256 in own if sha256 not in shared]
+            return [sha256 for sha256 in (*own, *([page] if page else ())) if sha256 not in shared]
 
     # -- what the runner asks ----------------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ jobs = Table(
     Column("end_us", BigInteger),
     Column("delete_us", BigInteger),
     Column("purge_us", BigInteger),
+    Column("report_sha256", String(64)),  # the page on the job, in the object store
+    Column("report_us", BigInteger),  # when it was made; of before the job's end: it is an old one
     Index(None, "state"),
 )
 

@@ -23,6 +23,7 @@ from services.customization.protobuf import (
     estimate_to_pb,
     event_to_pb,
     finding_to_pb,
+    import_from_pb,
     job_to_pb,
     request_from_pb,
     version_to_pb,
@@ -131,6 +132,11 @@ class CustomizationServicer(pb_grpc.CustomizationServiceServicer):  # type: igno
             versions=[version_to_pb(version) for version in page.versions], next_page_token=page.next_page_token
         )
 
+    @unary_method(pb.ImportCharacterVersionResponse)
+    async def ImportCharacterVersion(self, request: Any, context: Any) -> Any:
+        version, is_new = await (await self._api()).import_version(import_from_pb(request))
+        return pb.ImportCharacterVersionResponse(version=version_to_pb(version), is_new=is_new)
+
     @stream_method(pb.ReadWeightsResponse)
     async def ReadWeights(self, request: Any, context: Any) -> AsyncIterator[Any]:
         weights = await (await self._api()).read_weights(request.version_id)
@@ -139,9 +145,15 @@ class CustomizationServicer(pb_grpc.CustomizationServiceServicer):  # type: igno
 
     @stream_method(pb.ReadImageResponse)
     async def ReadImage(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        image = await (await self._api()).read_image(request.job_id, request.sha256)
+        image = await (await self._api()).read_image(request.job_id, request.sha256, request.version_id)
         for start in range(0, len(image), CHUNK_BYTES):
             yield pb.ReadImageResponse(chunk=image[start : start + CHUNK_BYTES])
+
+    @stream_method(pb.ReadReportResponse)
+    async def ReadReport(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        page = await (await self._api()).read_report(request.job_id)
+        for start in range(0, len(page), CHUNK_BYTES):
+            yield pb.ReadReportResponse(chunk=page[start : start + CHUNK_BYTES])
 
 
 class CustomizationDeployment(CustomizationServicer):

@@ -42,8 +42,8 @@ from services.runtime.telemetry import metrics_page
 from services.story.api import MOST_CALLS, StoryApi
 from services.story.config import StorySettings
 from services.story.customization import Customizations
-from services.story.customization_http import BODIES, JOBS, add_customization
-from services.story.customization_http import MOST_BODY_BYTES as MOST_JOB_BYTES
+from services.story.customization_http import BODIES, UPLOADS, add_customization
+from services.story.customization_http import MOST_BODY_BYTES as MOST_UPLOAD_BYTES
 from services.story.documents import (
     BackendListDocument,
     CreateStoryBody,
@@ -471,7 +471,7 @@ def _host_name(host: str) -> str:
 
 def _bounded(receive: Receive, headers: Headers, path: str) -> Receive:
     """Reads no more of a body than the largest that can be right."""
-    most_bytes = MOST_JOB_BYTES if path == JOBS else MOST_BODY_BYTES
+    most_bytes = MOST_UPLOAD_BYTES if path in UPLOADS else MOST_BODY_BYTES
     too_large = ImageTooLarge(
         f"the request is larger than {most_bytes} bytes; a picture has at most {MOST_IMAGE_BYTES}",
         field="image",

@@ -22,7 +22,10 @@ from services.story.sandbox import Sandbox
 MOST_UPLOAD_BYTES = 48 * 1024 * 1024  # of one story's pictures together
 MOST_MESSAGE_BYTES = MOST_UPLOAD_BYTES + 4 * 1024 * 1024  # the pictures, and room for the rest
 MOST_EXAMPLE_FRAMES = 20
+MOST_WEIGHTS_BYTES = 40 * 1024 * 1024  # of an import
+MOST_REFERENCES = 8  # pictures of an import
 CALL_TIMEOUT_S = 60.0  # a story is looked over and laid out within it
+IMPORT_TIMEOUT_S = 320.0  # the service reads a whole pack for it, after those who came before
 VERSIONS_PAGE = 200
 WATCH_S = 3600.0  # of one stream; whoever follows a job takes it up again
 
@@ -59,24 +62,57 @@ class Customizations:
         return created
 
     async def _cleaned(self, image: bytes, field: str) -> bytes:
+        try:
+            return await self._decoded(image, field) if image else b""
+        except ImageUnreadable:
+            return b""  # one finding among others, which name the frame and say how to mend it
+
+    async def _decoded(self, image: bytes, field: str) -> bytes:
+        """The picture as a plain PNG. Raises ImageTooLarge, ImageTooSmall, ImageUnreadable with its field."""
         if len(image) > MOST_IMAGE_BYTES:
             raise ImageTooLarge(
                 f"{field} has {len(image)} bytes; at most {MOST_IMAGE_BYTES} are taken",
                 field=field,
                 metadata={"limit_bytes": str(MOST_IMAGE_BYTES)},
             )
-        if not image:
-            return b""
         try:
             return (await self._sandbox.decode(image)).png
-        except ImageUnreadable:
-            return b""  # one finding among others, which name the frame and say how to mend it
         except InvalidArgument as error:
             raise type(error)(f"{field}: {error.message}", field=field) from None
 
-    async def ask(self, method: str, request: Any) -> Any:
+    async def import_version(self, request: pb.ImportCharacterVersionRequest) -> pb.ImportCharacterVersionResponse:
+        """Has weights from elsewhere become a version. What is in them the service reads, and not the edge."""
+        if len(request.weights) > MOST_WEIGHTS_BYTES:
+            raise ValueOutOfRange(
+                f"the weights have {len(request.weights)} bytes; at most {MOST_WEIGHTS_BYTES} are taken",
+                field="weights",
+                metadata={"limit_bytes": str(MOST_WEIGHTS_BYTES)},
+            )
+        if len(request.references) > MOST_REFERENCES:
+            raise ValueOutOfRange(
+                f"there are {len(request.references)} pictures; at most {MOST_REFERENCES} are taken",
+                field="references",
+                metadata={"most": str(MOST_REFERENCES)},
+            )
+        if len(request.weights) + sum(map(len, request.references)) > MOST_UPLOAD_BYTES:
+            raise ImageTooLarge(
+                f"weights and pictures have more than {MOST_UPLOAD_BYTES >> 20} MiB together",
+                field="references",
+                metadata={"limit_bytes": str(MOST_UPLOAD_BYTES)},
+            )
+        clean = pb.ImportCharacterVersionRequest()
+        clean.CopyFrom(request)
+        for number, image in enumerate(request.references):
+            clean.references[number] = await self._decoded(image, f"references[{number}]")
+        imported: pb.ImportCharacterVersionResponse = await self.ask(
+            "ImportCharacterVersion", clean, timeout_s=IMPORT_TIMEOUT_S
+        )
+        return imported
+
+    async def ask(self, method: str, request: Any, *, timeout_s: float | None = None) -> Any:
         """The service's answer to any other unary method, by its name in the proto."""
-        return await self._channel.call(getattr(self._stub, method), request, timeout_s=self._timeout_s)
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return await self._channel.call(getattr(self._stub, method), request, timeout_s=limit_s)
 
     async def versions(self, *, name: str = "") -> AsyncGenerator[job_pb2.CharacterVersion, None]:
         """Published characters, newest first; only those of a name where one is given."""
@@ -105,7 +141,7 @@ class Customizations:
                 return
 
     async def read(self, method: str, request: Any) -> AsyncGenerator[bytes, None]:
-        """The chunks of ReadImage or ReadWeights."""
+        """The chunks of ReadImage, ReadReport or ReadWeights."""
         stream = self._channel.stream(getattr(self._stub, method), request, timeout_s=self._timeout_s)
         async with aclosing(stream) as messages:  # type: ignore[type-var]  # as above
             async for message in messages:

@@ -16,7 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.runtime.errors import ImageUnreadable
+from services.runtime.errors import ImageUnreadable, InvalidArgument
 from services.story.documents import refusal
 
 JobStateName = Literal[
@@ -89,6 +89,25 @@ class PublishBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     step: int = Field(default=0, ge=0, lt=1 << 32, description="The checkpoint's step; 0 means the suggested one.")
+
+
+class ImportCharacterVersionBody(BaseModel):
+    """Asks that weights from elsewhere become a character version."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    character: NewCharacterBody
+    pack: str = Field(default="", description="The pack that the weights are for. Empty means the default pack.")
+    weights: str = Field(
+        default="",
+        description="Base64 of a safetensors file: a LoRA in diffusers', PEFT's or kohya's layout. At most 40 MiB.",
+        json_schema_extra={"contentEncoding": "base64"},
+    )
+    weights_sha256: str = Field(default="", description="Instead: of a file that the characters' store has already.")
+    adapter_config: str = Field(default="", description="Text of the adapter_config.json beside PEFT's file.")
+    references: list[str] = Field(
+        default=[], description="Pictures of the character, base64, at most 8. With the weights at most 48 MiB."
+    )
 
 
 class FindingDocument(BaseModel):
@@ -266,7 +285,9 @@ def read_create_body(data: bytes, request_id: str) -> pb.CreateCustomizationJobR
         character=job_pb2.NewCharacter(**body.character.model_dump()),
         frames=[
             job_pb2.ExampleFrame(
-                image=_image(frame.image, number), caption=frame.caption, description=frame.description
+                image=_decoded(frame.image, f"frames[{number}].image"),
+                caption=frame.caption,
+                description=frame.description,
             )
             for number, frame in enumerate(body.frames)
         ],
@@ -291,12 +312,32 @@ def read_publish_body(data: bytes) -> int:
         raise refusal(error) from None
 
 
-def _image(text: str, number: int) -> bytes:
+def read_import_body(data: bytes) -> pb.ImportCharacterVersionRequest:
+    """A request from JSON. Raises UnknownField, InvalidArgument, ImageUnreadable."""
+    try:
+        body = ImportCharacterVersionBody.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        raise refusal(error) from None
+    if body.weights and body.weights_sha256:
+        raise InvalidArgument("give weights or weights_sha256, and not both", field="weights")
+    request = pb.ImportCharacterVersionRequest(
+        character=job_pb2.NewCharacter(**body.character.model_dump()),
+        pack=body.pack,
+        adapter_config=body.adapter_config,
+        references=[_decoded(image, f"references[{number}]") for number, image in enumerate(body.references)],
+    )
+    if body.weights_sha256:
+        request.weights_sha256 = body.weights_sha256
+    else:
+        request.weights = _decoded(body.weights, "weights", InvalidArgument)
+    return request
+
+
+def _decoded(text: str, field: str, refused: type[InvalidArgument] = ImageUnreadable) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        field = f"frames[{number}].image"
-        raise ImageUnreadable(f"{field} is not base64", field=field) from None
+        raise refused(f"{field} is not base64", field=field) from None
 
 
 def created_document(message: pb.CreateCustomizationJobResponse) -> CreatedJobDocument:

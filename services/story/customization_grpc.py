@@ -74,6 +74,10 @@ class CustomizationForward(pb_grpc.CustomizationServiceServicer):  # type: ignor
     async def ListCharacterVersions(self, request: Any, context: Any) -> Any:
         return await self._customizations.ask("ListCharacterVersions", request)
 
+    @unary_method(pb.ImportCharacterVersionResponse)
+    async def ImportCharacterVersion(self, request: Any, context: Any) -> Any:
+        return await self._customizations.import_version(request)
+
     @stream_method(pb.ReadWeightsResponse)
     async def ReadWeights(self, request: Any, context: Any) -> AsyncIterator[Any]:
         async with aclosing(self._customizations.read("ReadWeights", request)) as chunks:
@@ -85,6 +89,12 @@ class CustomizationForward(pb_grpc.CustomizationServiceServicer):  # type: ignor
         async with aclosing(self._customizations.read("ReadImage", request)) as chunks:
             async for chunk in chunks:
                 yield pb.ReadImageResponse(chunk=chunk)
+
+    @stream_method(pb.ReadReportResponse)
+    async def ReadReport(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async with aclosing(self._customizations.read("ReadReport", request)) as chunks:
+            async for chunk in chunks:
+                yield pb.ReadReportResponse(chunk=chunk)
 
 
 def add_to_server(customizations: Customizations, server: grpc.aio.Server) -> None:

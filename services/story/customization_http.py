@@ -24,12 +24,14 @@ from services.story.customization_documents import (
     CustomizationEventDocument,
     CustomizationJobDocument,
     CustomizationJobListDocument,
+    ImportCharacterVersionBody,
     PublishBody,
     checkpoint_document,
     created_document,
     event_document,
     job_document,
     read_create_body,
+    read_import_body,
     read_publish_body,
     version_document,
 )
@@ -37,8 +39,15 @@ from services.story.documents import problem
 
 JOBS = "/v1/customization-jobs"
 VERSIONS = "/v1/character-versions"
-BODIES = (CreateCustomizationJobBody, CustomizationEventDocument, PublishBody)  # that no route's signature mentions
-MOST_BODY_BYTES = MOST_UPLOAD_BYTES * 4 // 3 + 1024 * 1024  # the pictures in base64, and room for the rest
+IMPORT = f"{VERSIONS}:import"
+UPLOADS = (JOBS, IMPORT)  # whose bodies may be so large:
+MOST_BODY_BYTES = MOST_UPLOAD_BYTES * 4 // 3 + 1024 * 1024  # what was uploaded in base64, and room for the rest
+BODIES = (  # that no route's signature mentions
+    CreateCustomizationJobBody,
+    CustomizationEventDocument,
+    ImportCharacterVersionBody,
+    PublishBody,
+)
 RETRY_MS = 1000  # how long a browser's EventSource waits before it connects again
 _ENDED = (
     job_pb2.CustomizationJob.STATE_CANCELLED,
@@ -60,6 +69,12 @@ def _body(model: str, *, required: bool = True) -> dict[str, Any]:
     return {"requestBody": {"required": required, "content": content}}
 
 
+def _check_json(request: Request) -> None:
+    """Raises InvalidArgument: a form that some web page sends is no request of ours."""
+    if request.headers.get("content-type", "").split(";", 1)[0].strip().lower() != "application/json":
+        raise InvalidArgument("send application/json", field="content-type")
+
+
 def _add_jobs(app: FastAPI, customizations: Customizations) -> None:
     @app.post(
         JOBS,
@@ -76,8 +91,7 @@ def _add_jobs(app: FastAPI, customizations: Customizations) -> None:
         ] = "",
     ) -> CreatedJobDocument:
         """Checks an example story and accepts a job. Once this returns, the job is never lost."""
-        if request.headers.get("content-type", "").split(";", 1)[0].strip().lower() != "application/json":
-            raise InvalidArgument("send application/json", field="content-type")
+        _check_json(request)
         created = await customizations.create(read_create_body(await request.body(), idempotency_key))
         if created.HasField("job"):
             response.headers["location"] = f"{JOBS}/{created.job.job_id}"
@@ -137,16 +151,36 @@ def _add_jobs(app: FastAPI, customizations: Customizations) -> None:
     )
     async def read_customization_image(job_id: str, sha256: str) -> Response:
         """Reads a picture of a job: of its example story, or of a probe. It never changes."""
-        request = pb.ReadImageRequest(job_id=job_id, sha256=sha256)
-        image = b"".join([chunk async for chunk in customizations.read("ReadImage", request)])
-        if not image:
-            raise ImageNotFound(metadata={"sha256": sha256[:100]})
+        return await _image(customizations, pb.ReadImageRequest(job_id=job_id, sha256=sha256))
+
+    @app.get(
+        f"{JOBS}/{{job_id}}/report",
+        response_class=Response,
+        responses={200: {"description": "An HTML document that stands alone.", "content": {"text/html": {}}}},
+    )
+    async def read_customization_report(job_id: str) -> Response:
+        """Reads the page on a job. Of a job that has ended it is the page that was kept then."""
+        request = pb.ReadReportRequest(job_id=job_id)
+        page = b"".join([chunk async for chunk in customizations.read("ReadReport", request)])
         headers = {
-            "etag": f'"{sha256}"',
-            "cache-control": "private, max-age=31536000, immutable",
+            # As the page says of itself: it loads nothing and runs nothing.
+            "content-security-policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox",
+            "cache-control": "no-store",
             "x-content-type-options": "nosniff",
         }
-        return Response(image, media_type="image/png", headers=headers)
+        return Response(page, media_type="text/html; charset=utf-8", headers=headers)
+
+
+async def _image(customizations: Customizations, request: pb.ReadImageRequest) -> Response:
+    image = b"".join([chunk async for chunk in customizations.read("ReadImage", request)])
+    if not image:
+        raise ImageNotFound(metadata={"sha256": request.sha256[:100]})
+    headers = {
+        "etag": f'"{request.sha256}"',
+        "cache-control": "private, max-age=31536000, immutable",
+        "x-content-type-options": "nosniff",
+    }
+    return Response(image, media_type="image/png", headers=headers)
 
 
 def _add_wishes(app: FastAPI, customizations: Customizations) -> None:
@@ -275,6 +309,30 @@ def _add_versions(app: FastAPI, customizations: Customizations) -> None:
         return CharacterVersionListDocument(
             versions=[version_document(each) for each in found.versions], next_page_token=found.next_page_token
         )
+
+    @app.post(
+        IMPORT,
+        status_code=201,
+        response_model=CharacterVersionDocument,
+        responses={200: {"model": CharacterVersionDocument, "description": "It was there before."}},
+        openapi_extra=_body("ImportCharacterVersionBody"),
+    )
+    async def import_character_version(request: Request, response: Response) -> CharacterVersionDocument:
+        """Makes weights from elsewhere a character version. Equal content gives the same version."""
+        _check_json(request)
+        imported = await customizations.import_version(read_import_body(await request.body()))
+        if not imported.is_new:
+            response.status_code = 200
+        return version_document(imported.version)
+
+    @app.get(
+        f"{VERSIONS}/{{version_id}}/images/{{sha256}}",
+        response_class=Response,
+        responses={200: {"description": "The picture.", "content": {"image/png": {}}}},
+    )
+    async def read_character_image(version_id: str, sha256: str) -> Response:
+        """Reads a reference picture of a version. It never changes."""
+        return await _image(customizations, pb.ReadImageRequest(version_id=version_id, sha256=sha256))
 
     @app.get(
         f"{VERSIONS}/{{version_id}}/weights",

@@ -82,6 +82,7 @@ class CustomizationScript:
         self.blurred = False  # the checks find a warning
         self.watches_break_after = 0  # events, of every stream; 0: never
         self.versions: list[Any] = []  # published besides those of jobs, newest first
+        self.pictures: dict[str, bytes] = {}  # of imported versions, by SHA-256
         self.held = False  # a job does not go on to its end by itself
 
     def requests(self, method: str) -> list[Any]:
@@ -314,6 +315,27 @@ class ScriptedCustomization(pb_grpc.CustomizationServiceServicer):
             versions=named[first:last], next_page_token=str(last) if last < len(named) else ""
         )
 
+    @unary_method(pb.ImportCharacterVersionResponse)
+    async def ImportCharacterVersion(self, request: Any, context: Any) -> Any:
+        self._enter("ImportCharacterVersion", request)
+        body = request.SerializeToString(deterministic=True)
+        version = job_pb2.CharacterVersion(
+            version_id=hashlib.sha256(body).hexdigest(),
+            weights_sha256=request.weights_sha256 or hashlib.sha256(request.weights).hexdigest(),
+            character=request.character,
+            pack=request.pack or "toon",
+            method="import",
+            rank=4,
+            size_bytes=len(request.weights),
+            reference_sha256s=[hashlib.sha256(picture).hexdigest() for picture in request.references],
+            publish_time=AT,
+        )
+        is_new = all(one.version_id != version.version_id for one in self.script.versions)
+        if is_new:
+            self.script.versions.insert(0, version)
+            self.script.pictures.update((hashlib.sha256(one).hexdigest(), one) for one in request.references)
+        return pb.ImportCharacterVersionResponse(version=version, is_new=is_new)
+
     @stream_method(pb.ReadWeightsResponse)
     async def ReadWeights(self, request: Any, context: Any) -> AsyncIterator[Any]:
         self._enter("ReadWeights", request)
@@ -325,10 +347,20 @@ class ScriptedCustomization(pb_grpc.CustomizationServiceServicer):
     @stream_method(pb.ReadImageResponse)
     async def ReadImage(self, request: Any, context: Any) -> AsyncIterator[Any]:
         self._enter("ReadImage", request)
+        if request.version_id and request.sha256 in self.script.pictures:
+            yield pb.ReadImageResponse(chunk=self.script.pictures[request.sha256])
+            return
         if request.sha256 != PROBE_SHA256:
             raise ImageNotFound(metadata={"sha256": request.sha256[:100]})
         yield pb.ReadImageResponse(chunk=PROBE[:4])
         yield pb.ReadImageResponse(chunk=PROBE[4:])
+
+    @stream_method(pb.ReadReportResponse)
+    async def ReadReport(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self._enter("ReadReport", request)
+        page = f"<!doctype html>\n{self._job(request.job_id).character.name}".encode()
+        yield pb.ReadReportResponse(chunk=page[:4])
+        yield pb.ReadReportResponse(chunk=page[4:])
 
 
 class CustomizationServer:

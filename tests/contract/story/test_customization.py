@@ -18,7 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
 
-from services.runtime.errors import JobStateUnsuitable, QueueFull
+from services.runtime.errors import CharacterWeightsUnusable, JobStateUnsuitable, QueueFull
 from tests.contract.story.pictures import encoded, plain, two_colours
 from tests.contract.story.scripted_customization import (
     PROBE,
@@ -33,6 +33,8 @@ from tests.contract.story.scripted_customization import (
 from tests.contract.story.story_process import StoryProcess
 
 JOBS = "/v1/customization-jobs"
+VERSIONS = "/v1/character-versions"
+IMPORT = f"{VERSIONS}:import"
 OTTO = {"name": "Otto", "phrase": "a black penguin with orange earmuffs"}
 
 
@@ -384,6 +386,101 @@ def test_pictures_of_a_job_can_be_read(story: StoryProcess, script: Customizatio
 # -- watching ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_page_on_a_job_can_be_read_and_runs_nothing(story: StoryProcess, script: CustomizationScript) -> None:
+    job = created(story)
+    answer = story.http.get(f"{JOBS}/{job['job_id']}/report")
+    assert (answer.status_code, answer.text) == (200, "<!doctype html>\nOtto")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "script-src" not in answer.headers["content-security-policy"]
+    pages = stub(story).ReadReport(pb.ReadReportRequest(job_id=job["job_id"]), timeout=20)
+    assert b"".join(part.chunk for part in pages).decode() == answer.text
+    problem_of(story.http.get(f"{JOBS}/nobody/report"), 404, "CUSTOMIZATION_JOB_NOT_FOUND")
+
+
+# -- importing ---------------------------------------------------------------------------------------------------------
+
+
+def importing(**changed: Any) -> dict[str, Any]:
+    return {"character": OTTO, "weights": base64.b64encode(b"weights").decode(), **changed}
+
+
+def test_weights_reach_the_service_with_their_pictures_cleaned(
+    story: StoryProcess, script: CustomizationScript
+) -> None:
+    picture = base64.b64encode(encoded(two_colours(), "JPEG")).decode()
+    asked = importing(pack="toon", adapter_config='{"r": 4}', references=[picture])
+    answer = story.http.post(IMPORT, json=asked)
+    assert answer.status_code == 201, answer.text
+    (received,) = script.requests("ImportCharacterVersion")
+    assert (received.weights, received.pack, received.adapter_config) == (b"weights", "toon", '{"r": 4}')
+    assert (received.character.name, received.character.phrase) == tuple(OTTO.values())
+    with Image.open(io.BytesIO(received.references[0])) as cleaned:
+        assert cleaned.format == "PNG"
+    version = answer.json()
+    assert (version["method"], version["job_id"], version["step"]) == ("import", "", 0)
+    again = story.http.post(IMPORT, json=asked)
+    assert (again.status_code, again.json()) == (200, version)
+    listed = story.http.get(VERSIONS, params={"name": "Otto"}).json()["versions"]
+    assert listed == [version]
+    url = f"{VERSIONS}/{version['version_id']}/images/{version['reference_sha256s'][0]}"
+    read = story.http.get(url)
+    assert (read.headers["content-type"], read.content) == ("image/png", received.references[0])
+    problem_of(story.http.get(f"{VERSIONS}/{version['version_id']}/images/{'0' * 64}"), 404, "IMAGE_NOT_FOUND")
+
+
+def test_an_import_over_grpc_is_the_one_over_http(story: StoryProcess, script: CustomizationScript) -> None:
+    over_http = story.http.post(IMPORT, json=importing()).json()
+    request = pb.ImportCharacterVersionRequest(character=job_pb2.NewCharacter(**OTTO), weights=b"weights")
+    over_grpc = stub(story).ImportCharacterVersion(request, timeout=20)
+    assert not over_grpc.is_new
+    assert over_grpc.version.version_id == over_http["version_id"]
+    stored = story.http.post(IMPORT, json=importing(weights="", weights_sha256=SHA256))
+    assert stored.status_code == 201
+    last = script.requests("ImportCharacterVersion")[-1]
+    assert (last.WhichOneof("source"), last.weights_sha256) == ("weights_sha256", SHA256)
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "reason", "field"),
+    [
+        ({"weights": "no base64!"}, 400, "INVALID_ARGUMENT", "weights"),
+        ({"weights_sha256": SHA256}, 400, "INVALID_ARGUMENT", "weights"),
+        ({"references": ["no base64!"]}, 400, "IMAGE_UNREADABLE", "references[0]"),
+        ({"references": [base64.b64encode(b"no picture").decode()]}, 400, "IMAGE_UNREADABLE", "references[0]"),
+        ({"references": [base64.b64encode(plain()).decode()] * 9}, 400, "VALUE_OUT_OF_RANGE", "references"),
+        ({"surprise": 1}, 400, "UNKNOWN_FIELD", "surprise"),
+    ],
+)
+def test_an_import_that_is_wrong_is_refused_by_name(
+    story: StoryProcess, script: CustomizationScript, changed: dict[str, Any], status: int, reason: str, field: str
+) -> None:
+    document = problem_of(story.http.post(IMPORT, json=importing(**changed)), status, reason)
+    assert document["errors"][0]["field"] == field
+    assert not script.requests("ImportCharacterVersion")
+
+
+def test_an_import_may_be_as_large_as_is_said_and_no_larger(story: StoryProcess, script: CustomizationScript) -> None:
+    character = job_pb2.NewCharacter(**OTTO)
+    most = pb.ImportCharacterVersionRequest(character=character, weights=bytes(40 << 20))
+    assert stub(story).ImportCharacterVersion(most, timeout=60).version.size_bytes == 40 << 20
+    over = pb.ImportCharacterVersionRequest(character=character, weights=bytes((40 << 20) + 1))
+    with pytest.raises(grpc.RpcError) as refused:
+        stub(story).ImportCharacterVersion(over, timeout=60)
+    assert reason_of(refused.value) == "VALUE_OUT_OF_RANGE"
+    large = base64.b64encode(bytes((40 << 20) + 3)).decode()
+    problem_of(story.http.post(IMPORT, json=importing(weights=large)), 400, "VALUE_OUT_OF_RANGE")
+    assert len(script.requests("ImportCharacterVersion")) == 1
+
+
+def test_what_does_not_fit_keeps_its_reason_and_its_cause(story: StoryProcess, script: CustomizationScript) -> None:
+    script.failures["ImportCharacterVersion"].append(
+        CharacterWeightsUnusable("trained elsewhere", metadata={"cause": "ADAPTER_WRONG_BASE"}, field="weights")
+    )
+    document = problem_of(story.http.post(IMPORT, json=importing()), 400, "CHARACTER_WEIGHTS_UNUSABLE")
+    assert document["metadata"]["cause"] == "ADAPTER_WRONG_BASE"
+
+
 def test_all_that_happens_to_a_job_is_told_in_order(story: StoryProcess, script: CustomizationScript) -> None:
     job_id = created(story)["job_id"]
     answer = story.http.get(f"{JOBS}/{job_id}/events")
@@ -482,8 +579,11 @@ def test_the_contract_is_written_down(story: StoryProcess) -> None:
         f"{JOBS}/{{job_id}}/events",
         f"{JOBS}/{{job_id}}/images/{{sha256}}",
         *(f"{JOBS}/{{job_id}}:{verb}" for verb in ("cancel", "pause", "resume", "undelete", "publish")),
-        "/v1/character-versions",
-        "/v1/character-versions/{version_id}/weights",
+        f"{JOBS}/{{job_id}}/report",
+        VERSIONS,
+        IMPORT,
+        f"{VERSIONS}/{{version_id}}/images/{{sha256}}",
+        f"{VERSIONS}/{{version_id}}/weights",
     }
     text = json.dumps(schema)
     for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
