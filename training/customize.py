@@ -1,4 +1,4 @@
-"""Teaches a pack somebody new from one five-frame story, in one process or several, and writes what was learned.
+"""Teaches a pack somebody new from one story of 3 to 20 frames, in one process or several, and writes what was learned.
 
     python -m training.customize --pack services/models/packs/toon --world-character otto --method epicevo \\
         --out otto.safetensors --minutes 5
@@ -70,7 +70,17 @@ from training.methods.lora import LoraRecipe
 from training.methods.method import TOTAL, Method, Parts, ground_of, parameter_names
 from training.methods.registry import METHODS, MethodRecipe, method_of, name_of
 from training.methods.textual_inversion import TextualInversionRecipe
-from training.new_story import KnownStory, NewStory, check_wall, known_stories, read_story, together, world_story
+from training.new_story import (
+    KnownStory,
+    NewStory,
+    check_wall,
+    known_stories,
+    names_in,
+    read_known,
+    read_story,
+    together,
+    world_story,
+)
 from training.optimizer import OptimizerRecipe, Pace
 from training.peers import PeerEnded, Peers, joined
 from training.precision import autocast, default_device
@@ -547,14 +557,20 @@ def _stories(
     pack: Pack, arguments: argparse.Namespace, recipe: CustomizationRecipe
 ) -> tuple[NewStory, tuple[KnownStory, ...]]:
     width, height = pack.manifest.width_px, pack.manifest.height_px
-    if width != height:
-        raise RecipeInvalid("stories of those whom a pack knows come from the toon world, whose pictures are square")
-    if arguments.world_character is not None:
-        story = world_story(arguments.world_character, width)
+    lessons, taken = recipe.lessons, set(Cast.load(pack.folder).names)
+    count, first = lessons.existing_stories, lessons.existing_first_seed
+    if width != height and (arguments.known is None or arguments.story is None):
+        raise RecipeInvalid("the toon world's pictures are square, and the pack's are not: give --known and --story")
+    if arguments.known is not None:
+        known = read_known(arguments.known, width, height, count, first)
+        taken |= names_in(known)
+    elif pack.manifest.architecture == "arldm":  # there is none of the toon world: it would unlearn its own
+        raise RecipeInvalid("an arldm pack is taught beside stories of those whom it knows: give --known")
     else:
-        story = read_story(arguments.story, width, height, Cast.load(pack.folder).names)
-    lessons = recipe.lessons
-    return story, known_stories(lessons.existing_stories, width, lessons.existing_first_seed)
+        known = known_stories(count, width, first)
+    if arguments.world_character is not None:
+        return world_story(arguments.world_character, width), known
+    return read_story(arguments.story, width, height, taken), known
 
 
 def snapshot_steps(steps: int, count: int) -> tuple[int, ...]:
@@ -590,13 +606,11 @@ def run(arguments: argparse.Namespace, progress: Progress, stop: Stop, peers: Pe
     recipe = replace(recipe, steps=_planned(pack, arguments, folder, recipe, peers))
     with _all_able(peers):
         story, existing = peers.together(lambda: _stories(pack, arguments, recipe))
-    if peers.is_first:
-        progress.tell("began", pid=os.getpid(), steps=recipe.steps)
+    peers.alone(lambda: progress.tell("began", pid=os.getpid(), steps=recipe.steps))
     prober = peers.alone(lambda: Prober(pack, story) if arguments.probes else None)
 
     def seen(step: int, parts: Mapping[str, float]) -> None:
-        if peers.is_first:
-            progress.step(step + 1, parts, is_last=step + 1 == recipe.steps)
+        peers.alone(lambda: progress.step(step + 1, parts, is_last=step + 1 == recipe.steps))
 
     def probed(step: int, payload: bytes | None) -> dict[str, float]:
         def told(one: Drawn) -> None:
@@ -667,7 +681,10 @@ def command() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, required=True)
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--story", type=Path, help="folder with story.json and five PNG files")
+    who.add_argument("--story", type=Path, help="folder with story.json and 3 to 20 PNG files")
+    parser.add_argument(
+        "--known", type=Path, help="folder of stories of those whom the pack knows; else of the toon world"
+    )
     who.add_argument("--world-character", help="id of one of the toon world's new characters")
     parser.add_argument("--method", choices=tuple(sorted(METHODS)), default="epicevo")
     parser.add_argument("--learns", choices=("lora", "unet"), default="lora", help="what EpicEvo trains")

@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from services.models.errors import ModelError
 from training.customize import TOLD, reasons_named, run, run_folder
-from training.customize_errors import CustomizationError, RunStopped, WorkerEnded, WorkersUnfit
+from training.customize_errors import CustomizationError, DiskFull, RunStopped, WorkerEnded, WorkersUnfit
 from training.customize_progress import Progress, Stop
 from training.peers import PeerEnded, Peers
 from training.precision import on_gpu
@@ -157,10 +157,13 @@ def work(told: Mapping[str, Any]) -> str:
             peers.alone((folder / BEGUN_FILE).touch)
             if peers.agreed(float(stop())):
                 raise RunStopped("the run was told to stop before its first step")
-            card = run(arguments, Progress(arguments.progress if peers.is_first else None), stop, peers)
+            progress = peers.alone(lambda: Progress(arguments.progress))
+            card = run(arguments, progress or Progress(None), stop, peers)
     except PeerEnded:
         return json.dumps({})
     except (CustomizationError, ModelError) as error:
+        if isinstance(error, DiskFull) and not peers.has_parted:
+            raise  # the others do not know, and would wait for this one
         print(f"worker {peers.rank}: {error.reason}: {error}", file=sys.stderr, flush=True)
         return json.dumps({"error": error.reason, "message": str(error)})
     return json.dumps({"card": {name: card[name] for name in TOLD if name in card}})

@@ -32,6 +32,7 @@ class Peers:
 
     def __init__(self, rank: int = 0, count: int = 1) -> None:
         self.rank, self.count = rank, count
+        self.has_parted = False  # one has failed at something, and all know it
 
     @property
     def is_first(self) -> bool:
@@ -86,8 +87,8 @@ class Peers:
                 answer = what()
             went_well = True
         finally:
-            all_well = self.agreed(float(went_well)) > 0.0
-        if not all_well:
+            self.has_parted = self.agreed(float(went_well)) == 0.0
+        if self.has_parted:
             raise PeerEnded
         return answer
 
@@ -103,8 +104,8 @@ class Peers:
             answer = what()
             went_well = True
         finally:
-            all_well = self.most(float(not went_well)) == 0.0
-        if not all_well:
+            self.has_parted = self.most(float(not went_well)) > 0.0
+        if self.has_parted:
             raise PeerEnded
         return answer
 
