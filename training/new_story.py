@@ -6,6 +6,11 @@ world. Everything in a folder is checked here, at the edge. Knows no network.
     {"name": "Otto", "phrase": "a black penguin with orange earmuffs", "noun": "penguin",
      "frames": [{"image": "1.png", "caption": "…", "description": "Otto, a black penguin with orange earmuffs, runs …"},
                 …]}
+
+Stories of those whom a pack knows come from the procedural world, or from a folder that holds a folder for each, with a
+`story.json` of frames alone; each frame says who is in it.
+
+    {"frames": [{"image": "1.png", "caption": "…", "description": "…", "characters": ["Fred", "Dino"]}, …]}
 """
 
 from __future__ import annotations
@@ -175,14 +180,7 @@ def read_story(folder: Path, width_px: int, height_px: int, taken: Iterable[str]
 
     Raises StoryInvalid for whatever is wrong with it.
     """
-    file = folder / STORY_FILE
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StoryInvalid(f"{file} cannot be read: {error.strerror}", field=STORY_FILE) from None
-    except (ValueError, RecursionError) as error:
-        raise StoryInvalid(f"{file} is no JSON: {str(error)[:80]}", field=STORY_FILE) from None
-    told = _object(document, {"name", "phrase", "frames"}, {"noun"}, STORY_FILE)
+    told = _object(_document(folder, STORY_FILE), {"name", "phrase", "frames"}, {"noun"}, STORY_FILE)
     name, look = _text(told, "name", "name"), _text(told, "phrase", "phrase")
     if name in set(taken):
         raise StoryInvalid(f"{name} is somebody whom the pack knows; choose another name", field="name")
@@ -209,6 +207,62 @@ def read_story(folder: Path, width_px: int, height_px: int, taken: Iterable[str]
     bare = _WORN.split(look)[0].split()
     noun = _text(told, "noun", "noun") if "noun" in told else (bare[-1] if bare else "")
     return NewStory(id=new_id, name=name, phrase=look, noun=noun, frames=tuple(frames))
+
+
+def read_known(folder: Path, width_px: int, height_px: int, count: int, first: int = 0) -> tuple[KnownStory, ...]:
+    """`count` stories of those whom a pack knows, the `first` by name of their folders and those that follow it.
+
+    Their pictures are at this size. A character's id is the name, so `names_in` says who cannot be new any more.
+    Raises StoryInvalid for whatever is wrong with one, and where there are none.
+    """
+    try:
+        found = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        raise StoryInvalid(f"{folder} cannot be read: {error.strerror}", field="known") from None
+    if not (chosen := found[first : first + count]):
+        raise StoryInvalid(f"{folder} has {len(found)} stories, and none is number {first}", field="known")
+    return tuple(_known(path, width_px, height_px) for path in chosen)
+
+
+def names_in(stories: Sequence[KnownStory]) -> frozenset[str]:
+    """Who is in stories that were read from a folder."""
+    return frozenset().union(*(frame.characters for story in stories for frame in story.frames))
+
+
+def _known(folder: Path, width_px: int, height_px: int) -> KnownStory:
+    field = f"{folder.name}/{STORY_FILE}"
+    told = _object(_document(folder, field), {"frames"}, set(), field)
+    if not isinstance(told["frames"], list) or not 1 <= len(told["frames"]) <= MOST_FRAMES:
+        raise StoryInvalid(f"a known story has 1 to {MOST_FRAMES} frames", field=f"{folder.name}/frames")
+    frames = []
+    for number, entry in enumerate(told["frames"]):
+        field = f"{folder.name}/frames[{number}]"
+        one = _object(entry, {"image", "caption", "description", "characters"}, set(), field)
+        who = one["characters"]
+        if not isinstance(who, list) or not all(isinstance(name, str) and name.strip() for name in who):
+            raise StoryInvalid(f"{field}.characters is not a list of names", field=f"{field}.characters")
+        image = _text(one, "image", f"{field}.image")
+        frames.append(
+            SeenFrame(
+                id=f"known:{folder.name}:{number}",
+                pixels=_picture(folder, image, width_px, height_px, f"{field}.image"),
+                caption=_text(one, "caption", f"{field}.caption"),
+                descriptions=(_text(one, "description", f"{field}.description"),),
+                characters=frozenset(name.strip() for name in who),
+            )
+        )
+    return KnownStory(frames=tuple(frames))
+
+
+def _document(folder: Path, field: str) -> object:
+    """What a story's file says."""
+    file = folder / STORY_FILE
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoryInvalid(f"{file} cannot be read: {error.strerror}", field=field) from None
+    except (ValueError, RecursionError) as error:
+        raise StoryInvalid(f"{file} is no JSON: {str(error)[:80]}", field=field) from None
 
 
 def _object(value: object, needed: set[str], also: set[str], field: str) -> dict[str, Any]:

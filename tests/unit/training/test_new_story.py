@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from training.new_story import (
     SeenFrame,
     check_wall,
     known_stories,
+    names_in,
+    read_known,
     read_story,
     world_story,
 )
@@ -152,6 +155,51 @@ def test_what_cannot_be_learned_from_is_refused_by_field(tmp_path: Path, change:
     change(document)
     with pytest.raises(StoryInvalid) as caught:
         read_story(_written(folder, document), SIZE, SIZE, taken={"Pip"})
+    assert caught.value.field == field
+
+
+def _known(tmp_path: Path) -> dict[str, Any]:
+    """The document of a known story whose pictures lie in its folder."""
+    (tmp_path / "one").mkdir()
+    _, document = _folder(tmp_path / "one")
+    return {"frames": [{**frame, "characters": ["Fred"]} for frame in document["frames"]]}
+
+
+def test_stories_of_those_whom_a_pack_knows_are_read_from_folders_in_their_order(tmp_path: Path) -> None:
+    document = _known(tmp_path)
+    _written(tmp_path / "one", document)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    document["frames"] = document["frames"][:2]
+    document["frames"][0]["characters"] = ["Dino", "Fred"]
+    _written(tmp_path / "two", document)
+    stories = read_known(tmp_path, 32, 32, 9)
+    assert [len(story.frames) for story in stories] == [STORY_FRAMES, 2]
+    assert stories[0].frames[1].id == "known:one:1"
+    assert stories[0].frames[0].pixels.shape == (32, 32, 3)
+    assert names_in(stories) == {"Dino", "Fred"}
+    assert [story.frames[0].id for story in read_known(tmp_path, 32, 32, 1, first=1)] == ["known:two:0"]
+    for nowhere, first in ((tmp_path, 2), (tmp_path / "three", 0)):
+        with pytest.raises(StoryInvalid) as caught:
+            read_known(nowhere, 32, 32, 1, first)
+        assert caught.value.field == "known"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda d: d.update(name="Fred"), "one/story.json"),
+        (lambda d: d.update(frames=[]), "one/frames"),
+        (lambda d: d["frames"][1].pop("characters"), "one/frames[1]"),
+        (lambda d: d["frames"][1].update(characters="Fred"), "one/frames[1].characters"),
+        (lambda d: d["frames"][1].update(image="../one.png"), "one/frames[1].image"),
+    ],
+)
+def test_what_is_wrong_with_a_known_story_is_said_by_field(tmp_path: Path, change: Any, field: str) -> None:
+    document = _known(tmp_path)
+    change(document)
+    _written(tmp_path / "one", document)
+    with pytest.raises(StoryInvalid) as caught:
+        read_known(tmp_path, SIZE, SIZE, 1)
     assert caught.value.field == field
 
 
