@@ -95,12 +95,14 @@ def arguments_of(
     *,
     pack_folder: Path,
     folder: Path,
+    known: Path | None = None,
     stop_file: bool = False,
     worker_cpus: float = 1.0,
     worker_gpus: float = 0.0,
 ) -> tuple[str, ...]:
     """The command line of `training.customize` for a job. The same in every attempt, so that attempts agree.
 
+    `known` is where stories of those are whom the pack knows; None: the toon world has them.
     `worker_cpus` and `worker_gpus` are what each worker of a job of several asks Ray for.
     """
     given: dict[str, Any] = {
@@ -115,6 +117,8 @@ def arguments_of(
         "seed": settings.seed,
         "threads": settings.threads,
     }
+    if known is not None:
+        given["known"] = known
     if settings.learns:
         given["learns"] = settings.learns
     if settings.rate is not None:

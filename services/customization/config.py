@@ -23,6 +23,9 @@ class CustomizationSettings(Settings):
     # Jobs, their checkpoints and reports; empty: home/customization. Other backends than local need a folder that the
     # service and every place where training runs see under the same path.
     folder: Path | None = None
+    # Stories of those whom packs know, a folder for each pack (`training.new_story.read_known`); a pack without one is
+    # taught beside stories of the toon world, and an arldm pack not at all. Seen where training runs, like `folder`.
+    known_folder: Path | None = None
     characters_url: str = ""  # object store that frame replicas read, their FABULA_FRAME_CHARACTERS_URL; empty: as they
     import_rank_max: int = Field(default=16, ge=1, le=256)  # as the frame replicas' FABULA_FRAME_ADAPTER_RANK_MAX
     max_running: int = Field(default=1, ge=1, le=64)  # jobs trained at once; the others wait for their turn
@@ -57,6 +60,11 @@ class CustomizationSettings(Settings):
     def jobs_folder(self, installation: Installation) -> Path:
         """Where jobs are kept."""
         return self.folder or installation.home / "customization"
+
+    def known_of(self, pack: str) -> Path | None:
+        """The folder of stories of those whom a pack knows, where there is one."""
+        folder = None if self.known_folder is None else self.known_folder / pack
+        return folder if folder is not None and folder.is_dir() else None
 
     @property
     def thread_count(self) -> int:

@@ -50,6 +50,8 @@ from services.runtime.store import SHA256
 METHODS = ("epicevo", "dreambooth", "custom-diffusion", "textual-inversion", "lora")
 DEFAULT_METHOD = "epicevo"
 TRAINED_ARCHITECTURES = ("arldm", "storygen")  # whose packs the methods of `training` can teach
+# None of these was trained on the toon world, whose stories would make it forget its own.
+OF_OTHER_WORLDS = ("arldm",)
 MOST_UPLOAD_BYTES = 48 << 20  # of all pictures of a request; a message has room for them and their texts
 MOST_STEPS = 100_000
 SEED_LIMIT = 2**31  # training multiplies it, and torch takes 64 bits
@@ -153,7 +155,18 @@ def _cast(folder: Path) -> tuple[KnownCharacter, ...]:
 
 
 def training_settings(request: JobRequest, pack: TaughtPack, settings: CustomizationSettings) -> TrainingSettings:
-    """How a request is trained, defaults filled in. Raises MethodUnknown, ValueOutOfRange or InvalidArgument."""
+    """How a request is trained, defaults filled in.
+
+    Raises PackUnknown for a pack that nothing is known to be taught beside, MethodUnknown, ValueOutOfRange or
+    InvalidArgument.
+    """
+    name, architecture = pack.manifest.name, pack.manifest.architecture
+    if architecture in OF_OTHER_WORLDS and settings.known_of(name) is None:
+        raise PackUnknown(
+            f"{name} is a {architecture} pack, which is taught beside stories of those whom it knows; "
+            f"put them where the service's known_folder has {name}/",
+            field="pack",
+        )
     method = request.method or DEFAULT_METHOD
     if method not in METHODS:
         raise MethodUnknown(f"there is no method {method[:80]!r}; there are {', '.join(METHODS)}", field="method")
