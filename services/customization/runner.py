@@ -218,6 +218,7 @@ class Runner:
                 job.settings,
                 pack_folder=pack_folder,
                 folder=folder,
+                known=self._settings.known_of(job.settings.pack),
                 stop_file=self._settings.backend == "kuberay",
                 worker_cpus=self._settings.cpus_of_a_worker(job.settings.threads),
                 worker_gpus=self._settings.gpus,
