@@ -6,8 +6,6 @@ Every method raises FabulaError and nothing else that a client should see.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,9 +52,11 @@ from services.customization.publishing import (
 )
 from services.customization.records import CharacterVersion, Checkpoint, Estimate, Event, Job, StoredFrame
 from services.customization.reporting import Reporter
-from services.customization.repository import Repository, now_us, unsuitable
+from services.customization.repository import Repository, unsuitable
 from services.customization.states import State, Wish, wished
 from services.customization.suggestion import Measured, suggestion
+from services.runtime import paging
+from services.runtime.database import now_us
 from services.runtime.errors import (
     CharacterVersionNotFound,
     CharacterWeightsUnknown,
@@ -66,13 +66,12 @@ from services.runtime.errors import (
     ImageNotFound,
     InvalidArgument,
     ObjectNotFound,
-    PageTokenInvalid,
     ShuttingDown,
 )
 from services.runtime.store import SHA256, ObjectStore
 
-DEFAULT_PAGE = 50
-MOST_PAGE = 200
+_STEP = re.compile(r"\d{1,9}")  # where a page of checkpoints ends
+_VERSION_PLACE = re.compile(r"(\d{1,20}) ([0-9a-f]{64})")  # where a page of versions does
 JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TRIES = 5  # of a wish, against whatever else happens to the job meanwhile
 
@@ -211,13 +210,11 @@ class CustomizationApi:
 
     async def list(self, *, page_size: int, page_token: str, show_deleted: bool) -> JobPage:
         """Jobs, newest first, without findings and versions."""
-        size = min(page_size or DEFAULT_PAGE, MOST_PAGE)
-        before = _untold(page_token)
-        if before and not JOB_ID.fullmatch(before):
-            raise PageTokenInvalid(field="page_token")
-        found = await self._repository.page(limit=size + 1, before=before, show_deleted=show_deleted)
-        more = len(found) > size
-        return JobPage(jobs=tuple(found[:size]), next_page_token=_told(found[size - 1].job_id) if more else "")
+        size = paging.page_size(page_size)
+        last = paging.place_after(page_token, JOB_ID)
+        found = await self._repository.page(limit=size + 1, before=last[0] if last else "", show_deleted=show_deleted)
+        jobs, token = paging.cut(found, size, lambda job: job.job_id)
+        return JobPage(jobs=jobs, next_page_token=token)
 
     async def watch(self, job_id: str, *, after: int) -> AsyncGenerator[Event, None]:
         """Durable events above `after`, then what happens, until the job has ended."""
@@ -251,18 +248,11 @@ class CustomizationApi:
 
     async def checkpoints(self, job_id: str, *, page_size: int, page_token: str) -> CheckpointPage:
         """What a job has learned so far, oldest first."""
-        size = min(page_size or DEFAULT_PAGE, MOST_PAGE)
-        after = _untold(page_token)
-        if after and not re.fullmatch(r"\d{1,9}", after):
-            raise PageTokenInvalid(field="page_token")
+        last = paging.place_after(page_token, _STEP)
         every = await self._repository.checkpoints(_checked(job_id))
-        found = [one for one in every if one.step > int(after or -1)]
-        more = len(found) > size
-        return CheckpointPage(
-            checkpoints=tuple(found[:size]),
-            suggested_step=_suggested(every),
-            next_page_token=_told(str(found[size - 1].step)) if more else "",
-        )
+        found = [one for one in every if last is None or one.step > int(last[0])]
+        checkpoints, token = paging.cut(found, paging.page_size(page_size), lambda one: str(one.step))
+        return CheckpointPage(checkpoints=checkpoints, suggested_step=_suggested(every), next_page_token=token)
 
     async def publish(self, job_id: str, step: int) -> CharacterVersion:
         """Makes a checkpoint a version that frame services can draw at once."""
@@ -329,18 +319,12 @@ class CustomizationApi:
 
     async def versions(self, *, page_size: int, page_token: str, name: str) -> VersionPage:
         """Published versions, newest first."""
-        size = min(page_size or DEFAULT_PAGE, MOST_PAGE)
-        before = None
-        if token := _untold(page_token):
-            told = re.fullmatch(r"(\d{1,20}) ([0-9a-f]{64})", token)
-            if told is None:
-                raise PageTokenInvalid(field="page_token")
-            before = (int(told[1]), told[2])
+        size = paging.page_size(page_size)
+        last = paging.place_after(page_token, _VERSION_PLACE)
+        before = (int(last[1]), last[2]) if last else None
         found = await self._repository.versions(limit=size + 1, before=before, name=name)
-        more = len(found) > size
-        last = found[size - 1] if more else None
-        token = _told(f"{last.publish_us} {last.version_id}") if last is not None else ""
-        return VersionPage(versions=tuple(found[:size]), next_page_token=token)
+        versions, token = paging.cut(found, size, lambda one: f"{one.publish_us} {one.version_id}")
+        return VersionPage(versions=versions, next_page_token=token)
 
     async def read_weights(self, version_id: str) -> bytes:
         """The safetensors file of a version."""
@@ -396,15 +380,3 @@ def _checked(job_id: str) -> str:
     if not JOB_ID.fullmatch(job_id):
         raise CustomizationJobNotFound(metadata={"job_id": job_id[:64]})
     return job_id
-
-
-def _told(place: str) -> str:
-    return base64.urlsafe_b64encode(place.encode()).decode().rstrip("=")
-
-
-def _untold(token: str) -> str:
-    try:
-        padded = token + "=" * (-len(token) % 4)
-        return base64.b64decode(padded, altchars=b"-_", validate=True).decode("ascii")
-    except (binascii.Error, ValueError):
-        raise PageTokenInvalid(field="page_token") from None

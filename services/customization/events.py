@@ -12,8 +12,9 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator
 
 from services.customization.records import Event, QueueMoved
-from services.customization.repository import Repository, now_us
+from services.customization.repository import Repository
 from services.customization.states import State
+from services.runtime.database import now_us
 from services.runtime.errors import ShuttingDown
 
 

@@ -91,7 +91,7 @@ class Importer:
         )
         try:
             async with asyncio.timeout(MOST_S):
-                answer, _ = await process.communicate()
+                said, _ = await process.communicate()
         except TimeoutError:
             raise FailedPrecondition(
                 f"the weights were not read within {MOST_S:g} s; the pack is too large for this machine"
@@ -101,7 +101,7 @@ class Importer:
                 process.kill()
                 await process.wait()
         try:
-            told: dict[str, Any] = json.loads(answer.splitlines()[-1])
+            told: dict[str, Any] = json.loads(said.splitlines()[-1])
         except (ValueError, IndexError):
             log.error("import_process_died", status=process.returncode)
             raise FailedPrecondition(
@@ -155,27 +155,31 @@ def stored_form(adapter: Any, path: Path, base_digest: str) -> bytes:
     return payload
 
 
+def answer(pack_folder: Path, weights: Path, out: Path, rank_max: int) -> dict[str, Any]:
+    """Reads weights and writes what is kept of them. Says what came of it, or whose fault it was that nothing did."""
+    from services.models.errors import AdapterError, ModelError
+
+    try:
+        adapter, base_digest = adapter_for(weights, pack_folder, rank_max=rank_max)
+        out.write_bytes(stored_form(adapter, weights, base_digest))
+    except AdapterError as error:
+        return {"error": {"of": "weights", "reason": error.reason, "message": str(error)}}
+    except ModelError as error:
+        return {"error": {"of": "pack", "reason": error.reason, "message": str(error)}}
+    return {"result": {"rank": adapter.rank, "base_digest": base_digest}}
+
+
 def main() -> int:
     """Prints the answer as the last line; 0 whatever it is."""
-    answer = os.dup(1)
+    said = os.dup(1)
     os.dup2(2, 1)  # libraries may print on import; the answer alone goes to standard output
     parser = argparse.ArgumentParser(prog="python -m services.customization.importing")
     parser.add_argument("--rank-max", type=int, required=True)
     for name in ("pack_folder", "weights", "out"):
         parser.add_argument(name, type=Path)
     given = parser.parse_args()
-    from services.models.errors import AdapterError, ModelError
-
-    told: dict[str, Any]
-    try:
-        adapter, base_digest = adapter_for(given.weights, given.pack_folder, rank_max=given.rank_max)
-        given.out.write_bytes(stored_form(adapter, given.weights, base_digest))
-        told = {"result": {"rank": adapter.rank, "base_digest": base_digest}}
-    except AdapterError as error:
-        told = {"error": {"of": "weights", "reason": error.reason, "message": str(error)}}
-    except ModelError as error:
-        told = {"error": {"of": "pack", "reason": error.reason, "message": str(error)}}
-    os.write(answer, (json.dumps(told) + "\n").encode())
+    told = answer(given.pack_folder, given.weights, given.out, given.rank_max)
+    os.write(said, (json.dumps(told) + "\n").encode())
     return 0
 
 

@@ -16,7 +16,8 @@ import structlog
 
 from services.customization.records import Event, Job, ProbeDrawn, Progress
 from services.customization.report import ExamplePicture, JobReport, ReportCheckpoint, ReportProbe, report_page
-from services.customization.repository import Repository, now_us
+from services.customization.repository import Repository
+from services.runtime.database import now_us
 from services.runtime.errors import ObjectCorrupt, ObjectNotFound
 from services.runtime.store import ObjectStore
 

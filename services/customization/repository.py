@@ -7,7 +7,6 @@ What the runner reads of a progress file is recorded together with how far it ha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,22 +39,17 @@ from services.customization.records import (
 )
 from services.customization.schema import checkpoints, events, images, jobs, request_keys, versions
 from services.customization.states import State
-from services.runtime.database import reading, writing
+from services.runtime.database import RequestKeys, now_us, reading, writing
 from services.runtime.errors import (
     CharacterVersionNotFound,
     CheckpointNotFound,
     CustomizationJobNotFound,
-    IdempotencyKeyReused,
     JobStateUnsuitable,
     QueueFull,
 )
 
+_KEYS = RequestKeys(request_keys, "job_id")
 _WAITING = [State.VALIDATING.value, State.QUEUED.value]
-
-
-def now_us() -> int:
-    """Microseconds since 1970 UTC."""
-    return time.time_ns() // 1000
 
 
 class Repository:
@@ -102,12 +96,7 @@ class Repository:
                         update_us=at,
                     )
                 )
-                if request_id:
-                    await connection.execute(
-                        insert(request_keys).values(
-                            request_id=request_id, body_sha256=body_sha256, job_id=job_id, create_us=at
-                        )
-                    )
+                await _KEYS.use(connection, request_id, body_sha256=body_sha256, made=job_id, at_us=at)
                 await _check_room(connection, max_queued=max_queued)
                 for sha256 in dict.fromkeys(frame.image_sha256 for frame in frames):
                     await connection.execute(insert(images).values(job_id=job_id, sha256=sha256))
@@ -122,17 +111,9 @@ class Repository:
 
     async def find_by_request(self, request_id: str, body_sha256: str) -> Job | None:
         """The job this request id made, if any. Raises IdempotencyKeyReused."""
-        if not request_id:
-            return None
         async with reading(self._engine) as connection:
-            row = (
-                await connection.execute(select(request_keys).where(request_keys.c.request_id == request_id))
-            ).one_or_none()
-            if row is None:
-                return None
-            if row.body_sha256 != body_sha256:
-                raise IdempotencyKeyReused(metadata={"request_id": request_id})
-            return await _job(connection, row.job_id)
+            made = await _KEYS.find(connection, request_id, body_sha256)
+            return None if made is None else await _job(connection, made)
 
     async def check_room(self, *, max_queued: int) -> None:
         """Raises QueueFull while no further job would be taken."""
@@ -318,25 +299,29 @@ class Repository:
     async def publish(self, version: CharacterVersion, manifest: str) -> tuple[CharacterVersion, bool]:
         """Adds a version, with its job's event; says whether it is new. One that is there already stays as it is."""
         at = now_us()
-        async with writing(self._engine) as connection:
-            found = (
-                await connection.execute(select(versions).where(versions.c.version_id == version.version_id))
-            ).one_or_none()
-            if found is not None:
-                return version_from_json(found.payload), False
-            await connection.execute(
-                insert(versions).values(
-                    version_id=version.version_id,
-                    name=version.character.name,
-                    job_id=version.job_id,
-                    publish_us=version.publish_us,
-                    payload=to_json(version),
-                    manifest=manifest,
+        try:
+            async with writing(self._engine) as connection:
+                found = await connection.scalar(
+                    select(versions.c.payload).where(versions.c.version_id == version.version_id)
                 )
-            )
-            if version.job_id:
-                await _append(connection, version.job_id, VersionPublished(version=version), at)
-            return version, True
+                if found is not None:
+                    return version_from_json(found), False
+                await connection.execute(
+                    insert(versions).values(
+                        version_id=version.version_id,
+                        name=version.character.name,
+                        job_id=version.job_id,
+                        publish_us=version.publish_us,
+                        payload=to_json(version),
+                        manifest=manifest,
+                    )
+                )
+                if version.job_id:
+                    await _append(connection, version.job_id, VersionPublished(version=version), at)
+                return version, True
+        except IntegrityError:
+            # Somebody else published it between the look and the insert.
+            return await self.version(version.version_id), False
 
     async def version(self, version_id: str) -> CharacterVersion:
         """One version. Raises CharacterVersionNotFound."""

@@ -45,8 +45,9 @@ from services.customization.records import (
     Progress,
 )
 from services.customization.reporting import Reporter
-from services.customization.repository import Repository, now_us
+from services.customization.repository import Repository
 from services.customization.states import OCCUPYING, State, after, before
+from services.runtime.database import now_us
 from services.runtime.errors import FabulaError, StorageFull, Unavailable
 from services.runtime.store import ObjectStore
 

@@ -1,20 +1,29 @@
-"""Opens a database, SQLite or PostgreSQL, and gives its failures their names. Knows no table and no service."""
+"""Opens a database, SQLite or PostgreSQL, and gives its failures their names. Knows no service.
+
+Of tables it knows one kind: that of request ids, which every service that makes something keeps (`RequestKeys`).
+"""
 
 from __future__ import annotations
 
 import fcntl
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import event, make_url
+from sqlalchemy import Table, delete, event, insert, make_url, select
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from services.runtime.errors import StorageFull, Unavailable
+from services.runtime.errors import IdempotencyKeyReused, StorageFull, Unavailable
+
+
+def now_us() -> int:
+    """Microseconds since 1970 UTC."""
+    return time.time_ns() // 1000
 
 
 def prepare_file(url: str) -> None:
@@ -75,6 +84,43 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     with _named_failures():
         async with engine.connect() as connection, connection.begin():
             yield connection
+
+
+class RequestKeys:
+    """Which body a request id came with first, and what was made for it. An empty id is none.
+
+    The table has `request_id` as its primary key, `body_sha256`, `create_us`, and a column with what was made. Used in
+    the transaction that makes it: of two calls with one id, one inserts and the other one gets an IntegrityError, looks
+    again, and finds what the first one made.
+    """
+
+    def __init__(self, table: Table, made: str) -> None:
+        """`made` names the column of what was made."""
+        self._table, self._made = table, made
+
+    async def use(
+        self, connection: AsyncConnection, request_id: str, *, body_sha256: str, made: str, at_us: int
+    ) -> None:
+        """Keeps an id. Raises IntegrityError for one that is used."""
+        if request_id:
+            kept = {"request_id": request_id, "body_sha256": body_sha256, self._made: made, "create_us": at_us}
+            await connection.execute(insert(self._table).values(**kept))
+
+    async def find(self, connection: AsyncConnection, request_id: str, body_sha256: str) -> str | None:
+        """What was made for an id, if anything. Raises IdempotencyKeyReused for another body than it came with."""
+        if not request_id:
+            return None
+        statement = select(self._table).where(self._table.c.request_id == request_id)
+        row = (await connection.execute(statement)).one_or_none()
+        if row is None:
+            return None
+        if row.body_sha256 != body_sha256:
+            raise IdempotencyKeyReused(metadata={"request_id": request_id})
+        return str(row._mapping[self._made])
+
+    async def forget(self, connection: AsyncConnection, *, older_than_us: int) -> None:
+        """Lets go of ids that were used before a time."""
+        await connection.execute(delete(self._table).where(self._table.c.create_us < older_than_us))
 
 
 class _named_failures:

@@ -6,8 +6,6 @@ Every method raises FabulaError and nothing else that a client should see.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable
@@ -16,11 +14,11 @@ from dataclasses import dataclass, replace
 import structlog
 import uuid_utils
 
+from services.runtime import paging
 from services.runtime.call import current_call
 from services.runtime.errors import (
     FabulaError,
     ImageNotFound,
-    PageTokenInvalid,
     ShuttingDown,
     StoryNotFound,
     Unavailable,
@@ -48,8 +46,6 @@ from services.story.repository import Repository
 from services.story.sandbox import Sandbox
 from services.story.workflow import StoryWorkflows
 
-DEFAULT_PAGE = 50
-MOST_PAGE = 200
 MOST_CALLS = 1000  # in flight at each of the two edges; most are watches, which last as long as a story
 STORY_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -145,13 +141,11 @@ class StoryApi:
 
     async def list(self, *, page_size: int, page_token: str) -> Page:
         """Stories, newest first, without frames."""
-        size = min(page_size or DEFAULT_PAGE, MOST_PAGE)
-        found = await self._repository.page(limit=size + 1, before=_before(page_token))
-        more = len(found) > size
-        return Page(
-            stories=tuple(found[:size]),
-            next_page_token=_token(found[size - 1].story_id) if more else "",
-        )
+        size = paging.page_size(page_size)
+        last = paging.place_after(page_token, STORY_ID)
+        found = await self._repository.page(limit=size + 1, before=last[0] if last else "")
+        stories, token = paging.cut(found, size, lambda story: story.story_id)
+        return Page(stories=stories, next_page_token=token)
 
     async def watch(self, story_id: str, *, after: int) -> AsyncGenerator[Event, None]:
         """Durable events above `after`, then what happens, until the story has ended."""
@@ -261,20 +255,4 @@ def _checked(story_id: str) -> str:
     # What cannot be an id is not looked up; the answer is the same as for an id that does not exist.
     if not STORY_ID.fullmatch(story_id):
         raise StoryNotFound(metadata={"story_id": story_id[:64]})
-    return story_id
-
-
-def _token(story_id: str) -> str:
-    return base64.urlsafe_b64encode(story_id.encode()).decode().rstrip("=")
-
-
-def _before(token: str) -> str:
-    if not token:
-        return ""
-    try:
-        story_id = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode("ascii")
-    except (binascii.Error, ValueError):
-        raise PageTokenInvalid(field="page_token") from None
-    if not STORY_ID.fullmatch(story_id):
-        raise PageTokenInvalid(field="page_token")
     return story_id

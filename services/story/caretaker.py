@@ -17,13 +17,14 @@ from typing import Any
 import psutil
 import structlog
 
+from services.runtime.database import now_us
 from services.runtime.errors import FabulaError
 from services.runtime.store import ObjectStore, StoredObject
 from services.story.config import StorySettings
 from services.story.events import Broadcaster
 from services.story.metrics import ENDED, ORPHANS, RECOVERED, STORIES
 from services.story.records import ACTIVE, State
-from services.story.repository import Repository, now_us
+from services.story.repository import Repository
 from services.story.workflow import StoryWorkflows
 
 BEAT_S = 3.0  # a fraction of the lease

@@ -9,17 +9,7 @@ from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.runtime.config import ConfigInvalid
-from services.runtime.database import open_async, prepare_file, reading, writing
-
-__all__ = [
-    "DatabaseUrls",
-    "database_urls",
-    "open_database",
-    "open_for_migrations",
-    "prepare_sqlite",
-    "reading",
-    "writing",
-]
+from services.runtime.database import open_async, prepare_file
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ def prepare_sqlite(urls: DatabaseUrls) -> None:
 
 
 def open_database(urls: DatabaseUrls) -> AsyncEngine:
-    """The engine for resources. Writing transactions are opened with `writing`, reading ones with `reading`."""
+    """The engine for resources."""
     return open_async(urls.resources)
 
 

@@ -13,10 +13,11 @@ from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
+from services.runtime.database import now_us
 from services.runtime.errors import ShuttingDown
 from services.story.metrics import WATCHERS
 from services.story.records import Event, Passing, StateChanged
-from services.story.repository import Repository, now_us
+from services.story.repository import Repository
 
 BUFFER = 64  # passing events a slow watcher may fall behind before it misses the oldest
 

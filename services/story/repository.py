@@ -7,7 +7,6 @@ duplicate.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,8 +15,8 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.runtime.errors import IdempotencyKeyReused, QueueFull, StaleParent, StoryNotFound
-from services.story.database import reading, writing
+from services.runtime.database import RequestKeys, now_us, reading, writing
+from services.runtime.errors import QueueFull, StaleParent, StoryNotFound
 from services.story.records import (
     ACTIVE,
     CaptionWritten,
@@ -42,13 +41,9 @@ from services.story.records import (
 )
 from services.story.schema import events, executors, frame_versions, frames, request_keys, stories, warnings
 
+_KEYS = RequestKeys(request_keys, "story_id")
 _ACTIVE = [state.value for state in ACTIVE]
 _FRAME_FIELDS = tuple(Frame.__dataclass_fields__)
-
-
-def now_us() -> int:
-    """Microseconds since 1970 UTC."""
-    return time.time_ns() // 1000
 
 
 class Repository:
@@ -81,12 +76,7 @@ class Repository:
             async with writing(self._engine) as connection:
                 row = _story_row(story_id, options, at)
                 await connection.execute(insert(stories).values(**row, traceparent=traceparent, request_id=call_id))
-                if request_id:
-                    await connection.execute(
-                        insert(request_keys).values(
-                            request_id=request_id, body_sha256=body_sha256, story_id=story_id, create_us=at
-                        )
-                    )
+                await _KEYS.use(connection, request_id, body_sha256=body_sha256, made=story_id, at_us=at)
                 await _check_room(connection, max_queued=max_queued)
                 await connection.execute(insert(frames).values(story_id=story_id, **_frame_row(given), create_us=at))
                 await _append(connection, story_id, StateChanged(state=State.QUEUED), at)
@@ -100,17 +90,9 @@ class Repository:
 
     async def find_by_request(self, request_id: str, body_sha256: str) -> Story | None:
         """The story this request id made, if any. Raises IdempotencyKeyReused, StoryNotFound if it is deleted."""
-        if not request_id:
-            return None
         async with reading(self._engine) as connection:
-            row = (
-                await connection.execute(select(request_keys).where(request_keys.c.request_id == request_id))
-            ).one_or_none()
-            if row is None:
-                return None
-            if row.body_sha256 != body_sha256:
-                raise IdempotencyKeyReused(metadata={"request_id": request_id})
-            return await _story(connection, row.story_id)
+            made = await _KEYS.find(connection, request_id, body_sha256)
+            return None if made is None else await _story(connection, made)
 
     async def check_room(self, *, max_queued: int) -> None:
         """Raises QueueFull while no further story would be taken."""
@@ -333,7 +315,7 @@ class Repository:
         try:
             async with writing(self._engine) as connection:
                 await _lock_ended(connection, story_id)
-                await _use_key(connection, story_id, request_id, body_sha256, at)
+                await _KEYS.use(connection, request_id, body_sha256=body_sha256, made=story_id, at_us=at)
                 row = await _frame(connection, story_id, old.index)
                 if row is None or (row.version, row.image_sha256) != (old.version, old.image_sha256):
                     raise StaleParent(metadata={"story_id": story_id, "frame_index": str(old.index)})
@@ -374,7 +356,7 @@ class Repository:
             async with writing(self._engine) as connection:
                 if await _lock_ended(connection, story_id) != last_sequence:
                     raise StaleParent(metadata={"story_id": story_id})
-                await _use_key(connection, story_id, request_id, body_sha256, at)
+                await _KEYS.use(connection, request_id, body_sha256=body_sha256, made=story_id, at_us=at)
                 newest = await connection.scalar(select(func.max(frames.c.index)).where(frames.c.story_id == story_id))
                 for index in range(newest or 0, new.index - 1, -1):  # from above: no two may ever have the same
                     for table in (frames, frame_versions):
@@ -468,7 +450,7 @@ class Repository:
     async def forget_requests(self, *, older_than_us: int) -> None:
         """Lets go of old request ids, and of the rows of deleted stories that nothing refers to any more."""
         async with writing(self._engine) as connection:
-            await connection.execute(delete(request_keys).where(request_keys.c.create_us < older_than_us))
+            await _KEYS.forget(connection, older_than_us=older_than_us)
             kept = select(request_keys.c.story_id)
             await connection.execute(
                 delete(stories).where(stories.c.delete_us < older_than_us, stories.c.story_id.not_in(kept))
@@ -563,14 +545,6 @@ async def _lock_ended(connection: AsyncConnection, story_id: str) -> int:
     if row.state in _ACTIVE:
         raise StaleParent(metadata={"story_id": story_id})
     return int(row.last_sequence)
-
-
-async def _use_key(connection: AsyncConnection, story_id: str, request_id: str, body_sha256: str, at: int) -> None:
-    """Raises IntegrityError for a request id that was used."""
-    if request_id:
-        await connection.execute(
-            insert(request_keys).values(request_id=request_id, body_sha256=body_sha256, story_id=story_id, create_us=at)
-        )
 
 
 async def _frame(connection: AsyncConnection, story_id: str, index: int) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import pickle
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,23 @@ async def service(tmp_path_factory: pytest.TempPathFactory, tiny_packs: Path) ->
 @pytest.fixture(scope="module")
 def model(tiny_packs: Path) -> FrameModel:
     return load_frame_model(load_pack(tiny_packs / "tiny"))
+
+
+@pytest.fixture
+def own_process() -> None:
+    """Asked for by tests that are about the process of its own."""
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads weights here, where torch is loaded already, except in the tests that are about the process of its own."""
+    if "own_process" in request.fixturenames:
+        return
+
+    async def told(self: importing.Importer, pack_folder: Path, given: Path, out: Path) -> dict[str, Any]:
+        return await asyncio.to_thread(importing.answer, pack_folder, given, out, self._rank_max)
+
+    monkeypatch.setattr(importing.Importer, "_told", told)
 
 
 def learned(model: FrameModel, rank: int = 2, seed: int = 1) -> Adapter:
@@ -115,6 +134,19 @@ async def test_every_layout_becomes_the_same_version_which_frame_services_wear(
         torch.testing.assert_close(
             worn.factors[name].scaled_up @ worn.factors[name].down, factors.scaled_up @ factors.down
         )
+
+
+@pytest.mark.usefixtures("own_process")
+async def test_weights_are_read_in_a_process_of_its_own_which_says_what_it_found(
+    service: Service, model: FrameModel
+) -> None:
+    weights = write_adapter(learned(model, seed=6), "kohya")
+    version, is_new = await imported(service, weights, character={"name": "Ada"})
+    assert is_new
+    assert (version.rank, version.base_digest) == (2, model.base_digest)
+    assert not list((service.home / "customization").glob("import-*"))
+    told = await refusal(service, asked(write_adapter(learned(model), base_digest="f" * 64), character={"name": "Eve"}))
+    assert told == ("CHARACTER_WEIGHTS_UNUSABLE", "ADAPTER_WRONG_BASE", ["weights"])
 
 
 async def test_the_manifest_lies_beside_the_weights_under_the_versions_name(
@@ -244,6 +276,7 @@ async def test_weights_come_once_and_not_too_many_of_them(service: Service) -> N
     assert (await refusal(service, asked(weights_sha256="../x")))[2] == ["weights_sha256"]
 
 
+@pytest.mark.usefixtures("own_process")
 async def test_a_process_that_takes_too_long_is_ended_and_named(
     service: Service, model: FrameModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +284,42 @@ async def test_a_process_that_takes_too_long_is_ended_and_named(
     told = await refusal(service, asked(write_adapter(learned(model)), character={"name": "Late"}))
     assert told[0] == "FAILED_PRECONDITION"
     assert not list((service.home / "customization").glob("import-*"))
+
+
+@pytest.mark.usefixtures("own_process")
+async def test_a_process_that_dies_is_named_and_the_next_one_is_started(
+    service: Service, model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(self: importing.Importer, *_: Path) -> tuple[str, ...]:
+        return (sys.executable, "-c", "import os; print('{'); os.abort()")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importing.Importer, "_command", dies)
+        told = await refusal(service, asked(write_adapter(learned(model)), character={"name": "Gone"}))
+    assert told[0] == "FAILED_PRECONDITION"
+    assert not service.process.api._importer._turn.locked()
+
+
+async def test_imports_are_read_one_at_a_time_and_too_many_are_told_when_to_come_back(
+    service: Service, model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_, reading = asyncio.Event(), []
+
+    async def slow(self: importing.Importer, *_: Any) -> dict[str, Any]:
+        reading.append(1)
+        assert len(reading) == 1, "two at a time"
+        await open_.wait()
+        reading.pop()
+        return {"error": {"of": "weights", "reason": "ADAPTER_DAMAGED", "message": "it was read"}}
+
+    monkeypatch.setattr(importing.Importer, "_told", slow)
+    weights = write_adapter(learned(model))
+    calls = [asyncio.create_task(refusal(service, asked(weights))) for _ in range(importing.MOST_WAITING + 3)]
+    done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    assert {one.result()[0] for one in done} == {"QUEUE_FULL"}
+    open_.set()
+    reasons = sorted((await one)[0] for one in calls)
+    assert reasons == ["CHARACTER_WEIGHTS_UNUSABLE"] * (importing.MOST_WAITING + 1) + ["QUEUE_FULL"] * 2
 
 
 async def test_a_pack_that_cannot_be_read_is_not_the_weights_fault(
