@@ -2,7 +2,6 @@
 
     python -m services.characters export --pack toon --form kohya WEIGHTS OUT        {"result": …}
     python -m services.characters import --pack toon FILE                            {"result": …}
-    python -m services.characters report JOB.json OUT.html                           {"result": …}
 
 Weights are read against the pack's own networks, so a file that does not fit is refused here and not when somebody
 draws with it. What is imported lies where frame replicas read, under its SHA-256. The last line is the answer, and the
@@ -13,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import binascii
 import json
 import os
 import sys
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +48,13 @@ def export(given: argparse.Namespace) -> Answer:
 
 def import_(given: argparse.Namespace) -> Answer:
     """Weights from elsewhere, checked and kept where frame replicas read."""
+    from services.customization.importing import stored_form
     from services.frame.config import FrameSettings
-    from services.models.lora import write_adapter
     from services.runtime.store import ObjectStore
 
     installation = Installation.load()
     adapter, base_digest = _adapter(Path(given.source), given.pack)
-    if adapter.unet is not None:
-        payload = Path(given.source).read_bytes()  # a whole UNet has one layout
-    else:
-        # Whole in itself: of PEFT's layout strengths may lie beside the file. Only kohya's has a place for words.
-        payload = write_adapter(adapter, "kohya" if adapter.words else "peft", base_digest=base_digest)
+    payload = stored_form(adapter, Path(given.source), base_digest)
     store = ObjectStore.open(FrameSettings.load().characters_url, installation.home / "characters")
     sha256 = asyncio.run(store.put(payload))
     return {
@@ -77,63 +69,14 @@ def import_(given: argparse.Namespace) -> Answer:
 
 def _adapter(path: Path, pack_name: str) -> tuple[Any, str]:
     """The adapter in a file, checked against a pack, and the digest of the network that it belongs to."""
-    from services.models.lora import read_adapter_file
-    from services.models.pack import find_pack, load_pack
-    from services.models.registry import load_frame_model
+    from services.customization.importing import adapter_for
+    from services.models.pack import find_pack
 
     if not path.is_file():
         raise FileUnfit(f"there is no file {path}")
     if path.stat().st_size > _MOST_BYTES:
         raise FileUnfit(f"{path.name} is larger than {_MOST_BYTES >> 30} GiB")
-    model = load_frame_model(load_pack(find_pack(pack_name, Installation.load().pack_folders)))
-    adapter = read_adapter_file(
-        path,
-        model.denoiser.unet,
-        base_digest=model.base_digest,
-        text_width=model.text.width,
-        texts=model.text.networks,
-    )
-    return adapter, model.base_digest
-
-
-def report(given: argparse.Namespace) -> Answer:
-    """The page on a job, from what a client read of it."""
-    from services.customization.report import report_page
-
-    try:
-        document = json.loads(Path(given.document).read_text(encoding="utf-8"))
-        job = _job_report(document)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileUnfit(f"{given.document} tells of no job ({type(error).__name__}: {str(error)[:100]})") from None
-    page = report_page(job).encode()
-    return {"file": _written(Path(given.out), page), "size_bytes": len(page)}
-
-
-def _job_report(told: Answer) -> Any:
-    from services.customization.checks import Finding
-    from services.customization.report import ExamplePicture, JobReport, ReportCheckpoint, ReportProbe
-
-    return JobReport(
-        **{name: told[name] for name in ("job_id", "state", "name", "phrase", "pack", "method", "error")},
-        steps=int(told["steps"]),
-        step_count=int(told["step_count"]),
-        attempt=int(told["attempt"]),
-        create_time=datetime.fromisoformat(told["create_time"]) if told["create_time"] else None,
-        elapsed_s=float(told["elapsed_s"]),
-        example=[ExamplePicture(image=_bytes(one["image"]), caption=one["caption"]) for one in told["example"]],
-        findings=[Finding(**one) for one in told["findings"]],
-        losses={name: [(int(s), float(v)) for s, v in points] for name, points in told["losses"].items()},
-        probes=[ReportProbe(**{**one, "image": _bytes(one["image"])}) for one in told["probes"]],
-        checkpoints=[ReportCheckpoint(**one) for one in told["checkpoints"]],
-        recipe=told["recipe"],
-    )
-
-
-def _bytes(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error:
-        raise ValueError("a picture is not base64") from None
+    return adapter_for(path, find_pack(pack_name, Installation.load().pack_folders))
 
 
 def _written(path: Path, payload: bytes) -> str:
@@ -158,10 +101,6 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--pack", required=True)
     one.add_argument("source")
     one.set_defaults(run=import_)
-    one = verbs.add_parser("report")
-    one.add_argument("document")
-    one.add_argument("out")
-    one.set_defaults(run=report)
     return root
 
 

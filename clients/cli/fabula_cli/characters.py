@@ -1,18 +1,16 @@
 """`fabula character …`: train, list, show, watch, compare, pause, resume, cancel, delete, undelete, publish, versions,
 export, import.
 
-What needs a pack's networks (export, import) or writes the page (compare) is done by `services.characters` in a process
-of its own: this command starts without torch.
+What needs a pack's networks in this place (export in another layout, import of what is too large for one call) is done
+by `services.characters` in a process of its own: this command starts without torch.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +18,6 @@ import typer
 from fabula_client import (
     CharacterVersion,
     Checked,
-    Checkpoint,
     CheckpointSaved,
     Client,
     Estimate,
@@ -36,6 +33,7 @@ from fabula_client import (
     StepsTaken,
     VersionPublished,
 )
+from fabula_client.calls import MOST_WEIGHTS_BYTES
 from rich.markup import escape
 from rich.table import Table
 
@@ -53,7 +51,9 @@ STORY_FILE = "story.json"
 MOST_STORY_BYTES = 1 << 20
 
 JobId = Annotated[str, typer.Argument(help="The job's id, as `fabula character list` shows it.", show_default=False)]
-Form = Literal["diffusers", "peft", "kohya"]
+Form = Literal["diffusers", "peft", "kohya", "archive"]
+ARCHIVE = ".zip"
+CONFIG_FILE = "adapter_config.json"  # PEFT keeps it beside its weights
 VersionId = Annotated[
     str,
     typer.Argument(
@@ -219,13 +219,10 @@ def compare(
     with connected(home, port_base, target, as_json) as client:
         job = client.characters.get(job_id)
         checkpoints = job.checkpoints()
-        document = None if out is None else _document(client, job, checkpoints)
+        report = None if out is None else job.read_report()
     page = ""
-    if document is not None and out is not None:
-        with tempfile.TemporaryDirectory() as folder, answered(as_json):
-            file = Path(folder) / "job.json"
-            file.write_text(json.dumps(document), encoding="utf-8")
-            page = ask_module(Installation.find(home, port_base), MODULE, "report", "--", str(file), str(out))["file"]
+    if report is not None and out is not None:
+        page = _written(out, report.encode(), as_json)
     if as_json:
         say_json({"job_id": job.job_id, "checkpoints": checkpoints, "page": page or None})
         return
@@ -358,30 +355,36 @@ def versions(
 @app.command()
 def export(
     version: VersionId,
-    out: Annotated[Path, typer.Argument(help="The safetensors file to write.", show_default=False)],
-    form: Annotated[Form, typer.Option(help="Whose layout.")] = "diffusers",
+    out: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
+    form: Annotated[
+        Form, typer.Option(help="Whose layout of safetensors; archive: one file with name, look and pictures, too.")
+    ] = "diffusers",
     home: Home = None,
     port_base: PortBase = None,
     target: Target = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a published character's weights as other tools read them.
+    """Write a published character's weights as other tools read them, or all of it for another Fabula.
 
-    Example: fabula character export Otto otto.safetensors --form kohya
+    Examples:
+
+      fabula character export Otto otto.safetensors --form kohya
+
+      fabula character export Otto otto.zip --form archive
     """
     with connected(home, port_base, target, as_json) as client:
         chosen = _chosen(client, version, as_json)
-        payload = client.characters.read_weights(chosen)
+        payload = client.characters.archive(chosen) if form == "archive" else client.characters.read_weights(chosen)
+    if form == "archive":
+        written: dict[str, Any] = {"form": form, "files": [_written(out, payload, as_json)], "size_bytes": len(payload)}
+        _say_written(chosen, written, as_json)
+        return
     with tempfile.TemporaryDirectory() as folder, answered(as_json):
         file = Path(folder) / "weights.safetensors"
         file.write_bytes(payload)
         words = ("export", f"--pack={chosen.pack}", f"--form={form}", "--", str(file), str(out.resolve()))
         written = ask_module(Installation.find(home, port_base), MODULE, *words)
-    if as_json:
-        say_json({"version_id": chosen.version_id, **written})
-        return
-    for each in written["files"]:
-        people.print(f"[green]✓[/] {escape(each)}", soft_wrap=True)
+    _say_written(chosen, written, as_json)
 
 
 @app.command("import")
@@ -389,26 +392,97 @@ def import_(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A LoRA in PEFT's, diffusers' or kohya's layout, safetensors.", exists=True, dir_okay=False
+            help="A LoRA in PEFT's, diffusers' or kohya's layout, safetensors; or an archive that `export` wrote.",
+            exists=True,
+            dir_okay=False,
         ),
     ],
-    pack: Annotated[str, typer.Option(help="The pack that it was made for.")] = "toon",
+    name: Annotated[str, typer.Option(help="Who it is.", show_default="the archive's")] = "",
+    phrase: Annotated[
+        str, typer.Option(help='What they look like: "a black penguin with orange earmuffs".', show_default="the same")
+    ] = "",
+    noun: Annotated[str, typer.Option(help="What they are in one word.", show_default="as the phrase says")] = "",
+    pack: Annotated[str, typer.Option(help="The pack that it was made for.", show_default="the service's")] = "",
+    reference: Annotated[
+        list[Path] | None, typer.Option(help="A picture of them; once for each.", exists=True, dir_okay=False)
+    ] = None,
     home: Home = None,
     port_base: PortBase = None,
+    target: Target = None,
     as_json: AsJson = False,
 ) -> None:
-    """Keep weights from elsewhere where this installation's frame services read them, checked against the pack.
+    """Make weights from elsewhere a character that frame services draw, checked against the pack.
 
-    Example: fabula character import otto.safetensors --pack toon
+    Examples:
+
+      fabula character import otto.safetensors --name Otto --phrase "a black penguin with orange earmuffs"
+
+      fabula character import otto.zip
     """
-    with answered(as_json):
-        words = ("import", f"--pack={pack}", "--", str(source.resolve()))
-        kept = ask_module(Installation.find(home, port_base), MODULE, *words)
+    is_archive = source.suffix.lower() == ARCHIVE
+    if not is_archive and not (name and phrase):
+        fail("say who it is: --name and --phrase", status=exits.USAGE, as_json=as_json, reason="CHARACTER_UNNAMED")
+    if is_archive and (name or phrase or noun or reference):
+        fail(
+            "an archive says itself who it is; leave out --name, --phrase, --noun and --reference",
+            status=exits.USAGE,
+            as_json=as_json,
+            reason="CHARACTER_NAMED_TWICE",
+        )
+    with connected(home, port_base, target, as_json) as client:
+        if is_archive:
+            imported = client.characters.import_archive(source, pack=pack)
+        else:
+            given: dict[str, Any] = {"name": name, "phrase": phrase, "noun": noun, "references": reference or []}
+            given |= _weights(source, pack, Installation.find(home, port_base), as_json)
+            imported = client.characters.import_version(**given)
+    version = imported.version
     if as_json:
-        say_json(kept)
+        say_json({"version": version, "is_new": imported.is_new})
         return
-    people.print(f"[green]✓[/] It fits {escape(pack)}; rank {kept['rank']}, {size(kept['size_bytes'])}.")
-    people.print(f"  weights {escape(kept['weights_sha256'])}", soft_wrap=True)
+    told = "is there now" if imported.is_new else "was there before"
+    people.print(
+        f"[green]✓[/] [bold]{escape(clean(version.character.name))}[/] {told}, for the pack {escape(version.pack)}; "
+        f"rank {version.rank}, {size(version.size_bytes)}."
+    )
+    people.print(f"  version {escape(version.version_id)}\n  weights {escape(version.weights_sha256)}", soft_wrap=True)
+
+
+def _weights(source: Path, pack: str, installation: Installation, as_json: bool) -> dict[str, Any]:
+    """How a file's weights are handed over: with the call, or, larger ones, through this machine's own store."""
+    if source.stat().st_size > MOST_WEIGHTS_BYTES:
+        with answered(as_json):
+            words = ("import", f"--pack={pack or 'toon'}", "--", str(source.resolve()))
+            kept = ask_module(installation, MODULE, *words)
+        return {"weights_sha256": kept["weights_sha256"], "pack": pack or "toon"}
+    beside = source.with_name(CONFIG_FILE)
+    config = beside.read_text(encoding="utf-8") if beside.is_file() else ""
+    return {"weights": source, "pack": pack, "adapter_config": config}
+
+
+def _written(path: Path, payload: bytes, as_json: bool) -> str:
+    """Writes a file, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(payload)
+        part.replace(path)
+    except OSError as error:
+        fail(
+            f"{path} cannot be written: {error.strerror}",
+            status=exits.REFUSED,
+            as_json=as_json,
+            reason="FILE_UNWRITABLE",
+        )
+    return str(path)
+
+
+def _say_written(version: CharacterVersion, written: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        say_json({"version_id": version.version_id, **written})
+        return
+    for each in written["files"]:
+        people.print(f"[green]✓[/] {escape(each)}", soft_wrap=True)
 
 
 def _story(folder: Path, as_json: bool) -> dict[str, Any]:
@@ -529,69 +603,6 @@ def _facts(event: JobEvent) -> dict[str, Any]:
     if isinstance(event, StepsTaken):
         facts |= {name: getattr(event.progress, name) for name in event.progress.__dataclass_fields__}
     return facts
-
-
-def _document(client: Client, job: JobHandle, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    """All that the page shows, as `services.characters report` reads it."""
-    value = job.value
-    losses: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    probes: dict[tuple[int, str], dict[str, Any]] = {}
-    last = value.last_sequence
-    for event in _past(job, last):
-        if isinstance(event, StepsTaken):
-            for name, loss in event.progress.losses.items():
-                losses[name][event.progress.step] = loss
-        elif isinstance(event, ProbeDrawn):
-            probes[event.step, event.probe] = {
-                "step": event.step,
-                "name": event.probe,
-                "description": event.description,
-                "image": base64.b64encode(job.read_image(event.image_sha256)).decode(),
-            }
-    settings, progress = value.settings, value.progress
-    elapsed = (value.ended_at - value.started).total_seconds() if value.ended_at and value.started else 0.0
-    recipe = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    references = value.versions[-1].reference_sha256s if value.versions else ()
-    return {
-        "job_id": value.job_id,
-        "state": str(value.state),
-        "name": value.character.name,
-        "phrase": value.character.phrase,
-        "pack": settings.pack,
-        "method": settings.method,
-        "error": f"{value.error.message} ({value.error.reason})" if value.error else "",
-        "steps": progress.step if progress else 0,
-        "step_count": progress.step_count if progress else settings.steps,
-        "attempt": value.attempt,
-        "create_time": value.created.isoformat() if value.created else None,
-        "elapsed_s": elapsed,
-        "example": [
-            {"image": base64.b64encode(job.read_image(sha256)).decode(), "caption": ""} for sha256 in references
-        ],
-        "findings": [{name: getattr(one, name) for name in one.__dataclass_fields__} for one in value.findings],
-        "losses": {name: sorted(points.items()) for name, points in losses.items()},
-        "probes": sorted(probes.values(), key=lambda one: one["step"]),
-        "checkpoints": [
-            {
-                "step": one.step,
-                "weights_sha256": one.weights_sha256,
-                "size_bytes": one.size_bytes,
-                "figures": dict(one.figures),
-            }
-            for one in checkpoints
-        ],
-        "recipe": recipe,
-    }
-
-
-def _past(job: JobHandle, last: int) -> Iterator[JobEvent]:
-    """What has happened to a job up to now; it may go on."""
-    if not last:
-        return
-    for event in job.watch():
-        yield event
-        if event.sequence >= last:
-            return
 
 
 def _answer_checked(checked: Checked, as_json: bool) -> None:

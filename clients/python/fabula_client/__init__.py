@@ -13,6 +13,7 @@ every error says what to do (`errors`). Depends on grpcio and Fabula's protos on
 """
 
 from fabula_client.aio import DEFAULT_TARGET, AsyncClient, AsyncStories, AsyncStory
+from fabula_client.archives import CharacterArchive, read_archive, write_archive
 from fabula_client.backends import Backend, Backends, Drawing, Feature, QualitySettings
 from fabula_client.characters import (
     CharacterVersion,
@@ -20,7 +21,9 @@ from fabula_client.characters import (
     Checkpoint,
     CheckpointSaved,
     Estimate,
+    ExampleFrame,
     Finding,
+    Imported,
     Job,
     JobCancelled,
     JobError,
@@ -34,11 +37,12 @@ from fabula_client.characters import (
     ProbeDrawn,
     QueueMoved,
     StepsTaken,
+    Training,
     TrainingProgress,
     TrainingSettings,
     VersionPublished,
 )
-from fabula_client.characters_aio import AsyncCharacters, AsyncJob, ExampleFrame
+from fabula_client.characters_aio import AsyncCharacters, AsyncJob
 from fabula_client.characters_sync import Characters, JobHandle
 from fabula_client.errors import (
     Cancelled,
@@ -98,6 +102,7 @@ __all__ = [
     "Backends",
     "Cancelled",
     "CaptionWritten",
+    "CharacterArchive",
     "CharacterVersion",
     "Characters",
     "Checked",
@@ -125,6 +130,7 @@ __all__ = [
     "FrameTimings",
     "IdempotencyKeyReused",
     "ImageCorrupt",
+    "Imported",
     "Internal",
     "InvalidArgument",
     "Job",
@@ -160,6 +166,7 @@ __all__ = [
     "StoryHandle",
     "StorySettings",
     "StoryWarning",
+    "Training",
     "TrainingProgress",
     "TrainingSettings",
     "Unauthenticated",
@@ -167,5 +174,7 @@ __all__ = [
     "VersionPublished",
     "WaitTimedOut",
     "WarningGiven",
+    "read_archive",
     "tracing",
+    "write_archive",
 ]

@@ -17,6 +17,7 @@ from fabula_client.tracing import call_ids
 
 MOST_IMAGE_BYTES = 8 << 20  # the service takes no larger picture
 MOST_EXAMPLE_BYTES = 48 << 20  # nor more of an example story's pictures together
+MOST_WEIGHTS_BYTES = 40 << 20  # nor larger weights of a character
 MAX_MESSAGE_BYTES = MOST_EXAMPLE_BYTES + (4 << 20)  # a request carries one story's pictures, and has room
 
 _CHANNEL_OPTIONS = (

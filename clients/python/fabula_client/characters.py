@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Required, TypedDict
 
 from fabula.customization.v1 import customization_service_pb2, job_pb2
 from google.protobuf.duration_pb2 import Duration
@@ -15,6 +17,32 @@ from fabula_client.errors import FabulaError
 
 Learns = Literal["lora", "unet"]
 """What of a network is learned: a small addition, or every weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleFrame:
+    """One frame of the example story."""
+
+    image: bytes | str | os.PathLike[str]  # the picture, or where it is
+    caption: str
+    description: str = ""  # empty: the caption
+
+
+class Training(TypedDict, total=False):
+    """What somebody new is taught from, and how: the keywords of `train` and `check`."""
+
+    name: Required[str]
+    phrase: Required[str]  # what they look like: "a black penguin with orange earmuffs"
+    frames: Required[Sequence[ExampleFrame]]
+    noun: str  # "penguin"; left out: as the phrase says
+    accepted_findings: Sequence[str]  # codes of warnings that are accepted; "*" accepts all
+    pack: str
+    method: str  # epicevo (the default), dreambooth, custom-diffusion, textual-inversion or lora
+    learns: Learns | None
+    steps: int | None
+    budget_s: float | None  # of training time to fit the steps into; left out, and no steps either: the service's
+    rate: float | None  # of learning; left out: the recipe's
+    seed: int | None
 
 
 class JobState(StrEnum):
@@ -171,6 +199,36 @@ class Job:
     def ended(self) -> bool:
         """Whether nothing more will happen to it by itself."""
         return self.state.ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What became of weights from elsewhere."""
+
+    version: CharacterVersion
+    is_new: bool  # False: a version with this content was there before
+
+
+class JobFacts(ABC):
+    """What a handle on a job tells without asking anybody: what was last read of it."""
+
+    @property
+    @abstractmethod
+    def value(self) -> Job:
+        """What was last read of it."""
+
+    @property
+    def job_id(self) -> str:
+        """Its id."""
+        return self.value.job_id
+
+    @property
+    def state(self) -> JobState:
+        """Its state when it was last read."""
+        return self.value.state
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.job_id} {self.state}>"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,27 +16,30 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 from fabula.customization.v1 import customization_service_pb2 as pb
 from fabula.customization.v1 import job_pb2
 from fabula.customization.v1.customization_service_pb2_grpc import CustomizationServiceStub
 from google.protobuf.duration_pb2 import Duration
 
-from fabula_client.calls import MOST_EXAMPLE_BYTES, MOST_IMAGE_BYTES, Connection
+from fabula_client.archives import MOST_REFERENCES, CharacterArchive, read_archive, write_archive
+from fabula_client.calls import MOST_EXAMPLE_BYTES, MOST_IMAGE_BYTES, MOST_WEIGHTS_BYTES, Connection
 from fabula_client.characters import (
     CharacterVersion,
     Checked,
     Checkpoint,
+    Imported,
     Job,
     JobCancelled,
     JobEvent,
+    JobFacts,
     JobFailed,
     JobPaused,
     JobState,
     JobStateChanged,
-    Learns,
+    Training,
     checked_from_pb,
     checkpoint_from_pb,
     job_event_from_pb,
@@ -47,15 +50,11 @@ from fabula_client.characters import (
 from fabula_client.errors import FieldViolation, ImageCorrupt, InvalidArgument, Unavailable, WaitTimedOut
 
 UPLOAD_TIMEOUT_S = 120.0  # of calls that bring a whole story: every picture is decoded and looked at
+IMPORT_TIMEOUT_S = 330.0  # of calls that bring weights: the service reads a whole pack to compare
+MOST_ARCHIVE_BYTES = MOST_EXAMPLE_BYTES + (1 << 20)
 
-
-@dataclass(frozen=True, kw_only=True)
-class ExampleFrame:
-    """One frame of the example story."""
-
-    image: bytes | str | os.PathLike[str]  # the picture, or where it is
-    caption: str
-    description: str = ""  # empty: the caption
+Picture = bytes | str | os.PathLike[str]
+"""A file's bytes, or where it is."""
 
 
 class AsyncCharacters:
@@ -67,58 +66,25 @@ class AsyncCharacters:
     async def train(
         self,
         *,
-        name: str,
-        phrase: str,
-        frames: Sequence[ExampleFrame],
-        noun: str = "",
-        accepted_findings: Sequence[str] = (),
-        pack: str = "",
-        method: str = "",
-        learns: Learns | None = None,
-        steps: int | None = None,
-        budget_s: float | None = None,
-        rate: float | None = None,
-        seed: int | None = None,
         idempotency_key: str | None = None,
         timeout_s: float | None = UPLOAD_TIMEOUT_S,
+        **wanted: Unpack[Training],
     ) -> AsyncJob:
         """Has somebody new taught from one example story. Once this returns, the job is never lost.
 
-        `phrase` says what they look like; `accepted_findings` are codes of warnings that are accepted ("*": all).
-        `method` is epicevo (the default), dreambooth, custom-diffusion, textual-inversion or lora. Give `steps`, or
-        `budget_s` of training time to fit them into, or neither. `idempotency_key` names this request: the same key
-        with the same body gives the same job. Raises InvalidArgument (EXAMPLE_STORY_REFUSED: `field_violations` say
-        what is wrong with which frame), IdempotencyKeyReused, ResourceExhausted, Unavailable, and OSError for an
-        unreadable path.
+        `Training` says what is wanted: name, phrase and frames, and if need be how they are learned; give `steps`, or
+        `budget_s`, or neither. `idempotency_key` names this request: the same key with the same body gives the same
+        job. Raises InvalidArgument (EXAMPLE_STORY_REFUSED: `field_violations` say what is wrong with which frame),
+        IdempotencyKeyReused, ResourceExhausted, Unavailable, and OSError for an unreadable path.
         """
-        request = await _request(
-            name, phrase, frames, noun, accepted_findings, pack, method, learns, steps, budget_s, rate, seed
-        )
+        request = await _request(wanted)
         request.request_id = idempotency_key or str(uuid.uuid4())
         answer = await self._connection.call(self._stub.CreateCustomizationJob, request, timeout_s=timeout_s)
         return AsyncJob(self._connection, job_from_pb(answer.job))
 
-    async def check(
-        self,
-        *,
-        name: str,
-        phrase: str,
-        frames: Sequence[ExampleFrame],
-        noun: str = "",
-        accepted_findings: Sequence[str] = (),
-        pack: str = "",
-        method: str = "",
-        learns: Learns | None = None,
-        steps: int | None = None,
-        budget_s: float | None = None,
-        rate: float | None = None,
-        seed: int | None = None,
-        timeout_s: float | None = UPLOAD_TIMEOUT_S,
-    ) -> Checked:
+    async def check(self, *, timeout_s: float | None = UPLOAD_TIMEOUT_S, **wanted: Unpack[Training]) -> Checked:
         """What is wrong with an example story, and what a job would cost. Makes nothing. See `train`."""
-        request = await _request(
-            name, phrase, frames, noun, accepted_findings, pack, method, learns, steps, budget_s, rate, seed
-        )
+        request = await _request(wanted)
         request.validate_only = True
         answer = await self._connection.call(self._stub.CreateCustomizationJob, request, timeout_s=timeout_s)
         return checked_from_pb(answer)
@@ -163,37 +129,107 @@ class AsyncCharacters:
         parts = await self._connection.collect(self._stub.ReadWeights, request, timeout_s=timeout_s)
         return _whole([part.chunk for part in parts], version.weights_sha256)
 
+    async def read_image(self, version: CharacterVersion, sha256: str, *, timeout_s: float | None = None) -> bytes:
+        """A reference picture of a version, checked against its SHA-256. Raises NotFound, ImageCorrupt."""
+        request = pb.ReadImageRequest(version_id=version.version_id, sha256=sha256)
+        parts = await self._connection.collect(self._stub.ReadImage, request, timeout_s=timeout_s)
+        return _whole([part.chunk for part in parts], sha256)
+
+    async def import_version(
+        self,
+        *,
+        name: str,
+        phrase: str,
+        noun: str = "",
+        weights: Picture | None = None,
+        weights_sha256: str = "",
+        adapter_config: str = "",
+        pack: str = "",
+        references: Sequence[Picture] = (),
+        timeout_s: float | None = IMPORT_TIMEOUT_S,
+    ) -> Imported:
+        """Makes weights from elsewhere a character version. Importing the same again changes nothing.
+
+        `weights` is a safetensors file or its bytes: a LoRA in diffusers', PEFT's or kohya's layout; of one that lies
+        in the service's store already `weights_sha256` is enough. `adapter_config` is the text of the
+        `adapter_config.json` beside a file of PEFT's, `references` are pictures of the character. Raises
+        InvalidArgument (CHARACTER_WEIGHTS_UNUSABLE: `metadata["cause"]` says whether the file is damaged or belongs to
+        another network), ResourceExhausted, Unavailable, and OSError for an unreadable path.
+        """
+        request = pb.ImportCharacterVersionRequest(
+            character=job_pb2.NewCharacter(name=name, phrase=phrase, noun=noun),
+            pack=pack,
+            adapter_config=adapter_config,
+            references=[
+                await asyncio.to_thread(_bytes, each, f"references[{number}]", MOST_IMAGE_BYTES)
+                for number, each in enumerate(references)
+            ],
+        )
+        if weights is not None:
+            request.weights = await asyncio.to_thread(_bytes, weights, "weights", MOST_WEIGHTS_BYTES)
+        if weights_sha256:
+            request.weights_sha256 = weights_sha256
+        if len(request.weights) + sum(map(len, request.references)) > MOST_EXAMPLE_BYTES:
+            raise _too_large("references", f"weights and pictures have more than {MOST_EXAMPLE_BYTES >> 20} MiB")
+        answer = await self._connection.call(self._stub.ImportCharacterVersion, request, timeout_s=timeout_s)
+        return Imported(version=version_from_pb(answer.version), is_new=answer.is_new)
+
+    async def archive(self, version: CharacterVersion, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> bytes:
+        """A version in one file, for `import_archive` of another installation. `timeout_s` is per call."""
+        pictures = version.reference_sha256s[:MOST_REFERENCES]
+        return write_archive(
+            CharacterArchive(
+                name=version.character.name,
+                phrase=version.character.phrase,
+                noun=version.character.noun,
+                pack=version.pack,
+                base_digest=version.base_digest,
+                weights=await self.read_weights(version, timeout_s=timeout_s),
+                references=tuple([await self.read_image(version, one, timeout_s=timeout_s) for one in pictures]),
+            )
+        )
+
+    async def import_archive(
+        self, archive: Picture, *, pack: str = "", timeout_s: float | None = IMPORT_TIMEOUT_S
+    ) -> Imported:
+        """Makes what `archive` wrote a version here, of the pack that it names or of another one. See `import_version`.
+
+        Raises InvalidArgument with ARCHIVE_UNREADABLE for what is no such file, too.
+        """
+        payload = await asyncio.to_thread(_bytes, archive, "archive", MOST_ARCHIVE_BYTES)
+        told = await asyncio.to_thread(read_archive, payload)
+        return await self.import_version(
+            name=told.name,
+            phrase=told.phrase,
+            noun=told.noun,
+            weights=told.weights,
+            pack=pack or told.pack,
+            references=told.references,
+            timeout_s=timeout_s,
+        )
+
     @property
     def _stub(self) -> CustomizationServiceStub:
         return CustomizationServiceStub(self._connection.channel)
 
 
-class AsyncJob:
+class AsyncJob(JobFacts):
     """One job: what was last read of it (`value`), and what can be done with it."""
 
     def __init__(self, connection: Connection, value: Job) -> None:
         self._connection = connection
-        self.value = value
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.job_id} {self.state}>"
+        self._value = value
 
     @property
-    def job_id(self) -> str:
-        """Its id."""
-        return self.value.job_id
-
-    @property
-    def state(self) -> JobState:
-        """Its state when it was last read."""
-        return self.value.state
+    def value(self) -> Job:
+        """What was last read of it."""
+        return self._value
 
     async def refresh(self, *, timeout_s: float | None = None) -> Job:
         """Reads it again. Raises NotFound when it was purged."""
         request = pb.GetCustomizationJobRequest(job_id=self.job_id)
         answer = await self._connection.call(self._stub.GetCustomizationJob, request, timeout_s=timeout_s)
-        self.value = job_from_pb(answer.job)
-        return self.value
+        return self._now(answer.job)
 
     async def watch(self, *, after_sequence: int = 0, patience_s: float = 120.0) -> AsyncIterator[JobEvent]:
         """What happened after `after_sequence` (0: from the start), then what happens, until the job ends.
@@ -311,71 +347,69 @@ class AsyncJob:
         parts = await self._connection.collect(self._stub.ReadImage, request, timeout_s=timeout_s)
         return _whole([part.chunk for part in parts], sha256)
 
+    async def read_report(self, *, timeout_s: float | None = None) -> str:
+        """The page on it, HTML that stands alone: curves, probes, what to publish. Raises NotFound."""
+        request = pb.ReadReportRequest(job_id=self.job_id)
+        parts = await self._connection.collect(self._stub.ReadReport, request, timeout_s=timeout_s)
+        return b"".join(part.chunk for part in parts).decode()
+
     def _now(self, message: job_pb2.CustomizationJob) -> Job:
-        self.value = job_from_pb(message)
-        return self.value
+        self._value = job_from_pb(message)
+        return self._value
 
     @property
     def _stub(self) -> CustomizationServiceStub:
         return CustomizationServiceStub(self._connection.channel)
 
 
-async def _request(
-    name: str,
-    phrase: str,
-    frames: Sequence[ExampleFrame],
-    noun: str,
-    accepted_findings: Sequence[str],
-    pack: str,
-    method: str,
-    learns: Learns | None,
-    steps: int | None,
-    budget_s: float | None,
-    rate: float | None,
-    seed: int | None,
-) -> pb.CreateCustomizationJobRequest:
-    pictures = [await asyncio.to_thread(_read, frame, number) for number, frame in enumerate(frames)]
+async def _request(wanted: Training) -> pb.CreateCustomizationJobRequest:
+    frames = wanted["frames"]
+    pictures = [
+        await asyncio.to_thread(_bytes, frame.image, f"frames[{number}].image", MOST_IMAGE_BYTES)
+        for number, frame in enumerate(frames)
+    ]
     if sum(map(len, pictures)) > MOST_EXAMPLE_BYTES:
         raise _too_large("frames", f"the pictures have more than {MOST_EXAMPLE_BYTES >> 20} MiB together")
     budget = None
-    if budget_s is not None:
+    if (budget_s := wanted.get("budget_s")) is not None:
         budget = Duration()
         budget.FromNanoseconds(round(budget_s * 1e9))
     return pb.CreateCustomizationJobRequest(
-        character=job_pb2.NewCharacter(name=name, phrase=phrase, noun=noun),
+        character=job_pb2.NewCharacter(name=wanted["name"], phrase=wanted["phrase"], noun=wanted.get("noun", "")),
         frames=[
             job_pb2.ExampleFrame(image=picture, caption=frame.caption, description=frame.description)
             for frame, picture in zip(frames, pictures, strict=True)
         ],
-        accepted_findings=accepted_findings,
-        pack=pack,
-        method=method,
-        learns=learns_to_pb(learns),
-        steps=steps,
+        accepted_findings=wanted.get("accepted_findings", ()),
+        pack=wanted.get("pack", ""),
+        method=wanted.get("method", ""),
+        learns=learns_to_pb(wanted.get("learns")),
+        steps=wanted.get("steps"),
         budget=budget,
-        rate=rate,
-        seed=seed,
+        rate=wanted.get("rate"),
+        seed=wanted.get("seed"),
     )
 
 
-def _read(frame: ExampleFrame, number: int) -> bytes:
-    """A picture's bytes; a file that is too large is not read."""
-    if isinstance(frame.image, bytes):
-        picture = frame.image
+def _bytes(given: Picture, field: str, most_bytes: int) -> bytes:
+    """What was given, or what is in the file; one that is too large is not read."""
+    if isinstance(given, bytes):
+        found = given
     else:
-        with Path(frame.image).open("rb") as file:
-            picture = file.read(MOST_IMAGE_BYTES + 1)
-    if len(picture) > MOST_IMAGE_BYTES:
-        field = f"frames[{number}].image"
-        raise _too_large(field, f"the picture has more than {MOST_IMAGE_BYTES} bytes")
-    return picture
+        with Path(given).open("rb") as file:
+            found = file.read(most_bytes + 1)
+    if len(found) > most_bytes:
+        is_picture = field not in ("weights", "archive")
+        reason = "IMAGE_TOO_LARGE" if is_picture else "VALUE_OUT_OF_RANGE"
+        raise _too_large(field, f"{field} has more than {most_bytes} bytes", reason)
+    return found
 
 
-def _too_large(field: str, message: str) -> InvalidArgument:
+def _too_large(field: str, message: str, reason: str = "IMAGE_TOO_LARGE") -> InvalidArgument:
     """Refused here, as the service would: the transport might not even carry it."""
     return InvalidArgument(
         message,
-        reason="IMAGE_TOO_LARGE",
+        reason=reason,
         metadata={"field": field},
         field_violations=(FieldViolation(field, message),),
     )

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, Unpack
 
-from fabula_client.characters import CharacterVersion, Checked, Checkpoint, Job, JobEvent, JobState, Learns
-from fabula_client.characters_aio import UPLOAD_TIMEOUT_S, AsyncCharacters, AsyncJob, ExampleFrame
+from fabula_client.characters import (
+    CharacterVersion,
+    Checked,
+    Checkpoint,
+    Imported,
+    Job,
+    JobEvent,
+    JobFacts,
+    Training,
+)
+from fabula_client.characters_aio import IMPORT_TIMEOUT_S, UPLOAD_TIMEOUT_S, AsyncCharacters, AsyncJob, Picture
 
 T = TypeVar("T")
 
@@ -33,74 +42,17 @@ class Characters:
     def train(
         self,
         *,
-        name: str,
-        phrase: str,
-        frames: Sequence[ExampleFrame],
-        noun: str = "",
-        accepted_findings: Sequence[str] = (),
-        pack: str = "",
-        method: str = "",
-        learns: Learns | None = None,
-        steps: int | None = None,
-        budget_s: float | None = None,
-        rate: float | None = None,
-        seed: int | None = None,
         idempotency_key: str | None = None,
         timeout_s: float | None = UPLOAD_TIMEOUT_S,
+        **wanted: Unpack[Training],
     ) -> JobHandle:
         """Has somebody new taught from one example story. See AsyncCharacters.train."""
-        job = self._core.train(
-            name=name,
-            phrase=phrase,
-            frames=frames,
-            noun=noun,
-            accepted_findings=accepted_findings,
-            pack=pack,
-            method=method,
-            learns=learns,
-            steps=steps,
-            budget_s=budget_s,
-            rate=rate,
-            seed=seed,
-            idempotency_key=idempotency_key,
-            timeout_s=timeout_s,
-        )
+        job = self._core.train(idempotency_key=idempotency_key, timeout_s=timeout_s, **wanted)
         return JobHandle(self._loop, self._loop.run(job))
 
-    def check(
-        self,
-        *,
-        name: str,
-        phrase: str,
-        frames: Sequence[ExampleFrame],
-        noun: str = "",
-        accepted_findings: Sequence[str] = (),
-        pack: str = "",
-        method: str = "",
-        learns: Learns | None = None,
-        steps: int | None = None,
-        budget_s: float | None = None,
-        rate: float | None = None,
-        seed: int | None = None,
-        timeout_s: float | None = UPLOAD_TIMEOUT_S,
-    ) -> Checked:
+    def check(self, *, timeout_s: float | None = UPLOAD_TIMEOUT_S, **wanted: Unpack[Training]) -> Checked:
         """What is wrong with an example story, and what a job would cost. See AsyncCharacters.check."""
-        checked = self._core.check(
-            name=name,
-            phrase=phrase,
-            frames=frames,
-            noun=noun,
-            accepted_findings=accepted_findings,
-            pack=pack,
-            method=method,
-            learns=learns,
-            steps=steps,
-            budget_s=budget_s,
-            rate=rate,
-            seed=seed,
-            timeout_s=timeout_s,
-        )
-        return self._loop.run(checked)
+        return self._loop.run(self._core.check(timeout_s=timeout_s, **wanted))
 
     def get(self, job_id: str, *, timeout_s: float | None = None) -> JobHandle:
         """Reads a job. See AsyncCharacters.get."""
@@ -124,31 +76,59 @@ class Characters:
         """The safetensors file of a version. See AsyncCharacters.read_weights."""
         return self._loop.run(self._core.read_weights(version, timeout_s=timeout_s))
 
+    def read_image(self, version: CharacterVersion, sha256: str, *, timeout_s: float | None = None) -> bytes:
+        """A reference picture of a version. See AsyncCharacters.read_image."""
+        return self._loop.run(self._core.read_image(version, sha256, timeout_s=timeout_s))
 
-class JobHandle:
+    def import_version(
+        self,
+        *,
+        name: str,
+        phrase: str,
+        noun: str = "",
+        weights: Picture | None = None,
+        weights_sha256: str = "",
+        adapter_config: str = "",
+        pack: str = "",
+        references: Sequence[Picture] = (),
+        timeout_s: float | None = IMPORT_TIMEOUT_S,
+    ) -> Imported:
+        """Makes weights from elsewhere a character version. See AsyncCharacters.import_version."""
+        imported = self._core.import_version(
+            name=name,
+            phrase=phrase,
+            noun=noun,
+            weights=weights,
+            weights_sha256=weights_sha256,
+            adapter_config=adapter_config,
+            pack=pack,
+            references=references,
+            timeout_s=timeout_s,
+        )
+        return self._loop.run(imported)
+
+    def archive(self, version: CharacterVersion, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> bytes:
+        """A version in one file. See AsyncCharacters.archive."""
+        return self._loop.run(self._core.archive(version, timeout_s=timeout_s))
+
+    def import_archive(
+        self, archive: Picture, *, pack: str = "", timeout_s: float | None = IMPORT_TIMEOUT_S
+    ) -> Imported:
+        """Makes what `archive` wrote a version here. See AsyncCharacters.import_archive."""
+        return self._loop.run(self._core.import_archive(archive, pack=pack, timeout_s=timeout_s))
+
+
+class JobHandle(JobFacts):
     """One job: what was last read of it, and what can be done with it. See AsyncJob."""
 
     def __init__(self, loop: Loop, core: AsyncJob) -> None:
         self._loop = loop
         self._core = core
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.job_id} {self.state}>"
-
     @property
     def value(self) -> Job:
         """What was last read of it."""
         return self._core.value
-
-    @property
-    def job_id(self) -> str:
-        """Its id."""
-        return self._core.job_id
-
-    @property
-    def state(self) -> JobState:
-        """Its state when it was last read."""
-        return self._core.state
 
     def refresh(self, *, timeout_s: float | None = None) -> Job:
         """Reads it again. See AsyncJob.refresh."""
@@ -193,3 +173,7 @@ class JobHandle:
     def read_image(self, sha256: str, *, timeout_s: float | None = None) -> bytes:
         """A picture of the job. See AsyncJob.read_image."""
         return self._loop.run(self._core.read_image(sha256, timeout_s=timeout_s))
+
+    def read_report(self, *, timeout_s: float | None = None) -> str:
+        """The page on the job. See AsyncJob.read_report."""
+        return self._loop.run(self._core.read_report(timeout_s=timeout_s))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import structlog
 from fabula.customization.v1 import job_pb2
-from fabula_cli import exits, main
+from fabula_cli import characters, exits, main
 from fabula_client import (
     AsyncClient,
     CheckpointSaved,
@@ -35,10 +35,11 @@ from fabula_client import (
     RetryPolicy,
     StepsTaken,
     WaitTimedOut,
+    read_archive,
 )
 from typer.testing import CliRunner
 
-from services.runtime.errors import QueueFull
+from services.runtime.errors import CharacterWeightsUnusable, QueueFull
 from tests.contract.story.pictures import encoded, two_colours
 from tests.contract.story.scripted_customization import (
     PROBE,
@@ -126,8 +127,45 @@ def test_somebody_is_taught_published_and_their_weights_are_read(
     assert [one.version_id for one in client.characters.versions(name="Otto")] == [VERSION_ID]
     assert list(client.characters.versions(name="Rosa")) == []
     assert job.read_image(PROBE_SHA256) == PROBE
+    assert job.read_report() == "<!doctype html>\nOtto"
     with pytest.raises(NotFound):
         job.read_image("0" * 64)
+
+
+def test_weights_from_elsewhere_are_imported_once_and_their_pictures_read(
+    client: Client, script: CustomizationScript
+) -> None:
+    picture = encoded(two_colours(), "JPEG")
+    asked: dict[str, Any] = {**OTTO, "noun": "penguin", "weights": WEIGHTS, "references": [picture]}
+    first = client.characters.import_version(**asked)
+    assert (first.is_new, first.version.method, first.version.job_id) == (True, "import", "")
+    assert first.version.weights_sha256 == SHA256
+    again = client.characters.import_version(**asked)
+    assert (again.is_new, again.version) == (False, first.version)
+    (sha256,) = first.version.reference_sha256s
+    assert client.characters.read_image(first.version, sha256).startswith(b"\x89PNG")
+    stored = client.characters.import_version(**OTTO, weights_sha256=SHA256)
+    assert stored.is_new
+    script.failures["ImportCharacterVersion"].append(
+        CharacterWeightsUnusable("of another network", metadata={"cause": "ADAPTER_WRONG_BASE"}, field="weights")
+    )
+    with pytest.raises(InvalidArgument) as raised:
+        client.characters.import_version(**asked)
+    assert (raised.value.reason, raised.value.metadata["cause"]) == ("CHARACTER_WEIGHTS_UNUSABLE", "ADAPTER_WRONG_BASE")
+
+
+def test_weights_that_are_too_large_are_not_sent(client: Client, script: CustomizationScript) -> None:
+    for given, field in (
+        ({"weights": bytes((40 << 20) + 1)}, "weights"),
+        ({"weights": b"w", "references": [bytes((8 << 20) + 1)]}, "references[0]"),
+        ({"weights": bytes(40 << 20), "references": [bytes(8 << 20), b"x"]}, "references"),
+    ):
+        with pytest.raises(InvalidArgument) as raised:
+            client.characters.import_version(**OTTO, **given)  # type: ignore[arg-type]  # mypy sees one dict type
+        assert raised.value.field_violations[0].field == field
+    with pytest.raises(FileNotFoundError):
+        client.characters.import_version(**OTTO, weights="absent.safetensors")
+    assert script.calls == []
 
 
 def test_a_story_is_checked_without_a_job(
@@ -240,6 +278,8 @@ async def test_the_same_without_blocking(
         assert isinstance(seen[-1], JobStateChanged)
         assert (await job.wait()).state is JobState.SUCCEEDED
         assert [one.job_id async for one in client.characters.jobs()] == [job.job_id]
+        assert await job.read_report() == "<!doctype html>\nOtto"
+        assert (await client.characters.import_version(**OTTO, weights=WEIGHTS)).is_new
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -364,17 +404,91 @@ def test_a_folder_that_is_no_story_is_refused_here(
     assert script.calls == []
 
 
-def test_the_page_on_a_job_has_its_curves_and_probes(
+def test_the_page_on_a_job_is_the_services(
     fabula: Any, script: CustomizationScript, folder: Path, tmp_path: Path
 ) -> None:
     job_id = told(fabula("train", str(folder), "--json")[1])["job"]["job_id"]
     page = tmp_path / "page" / "otto.html"
     status, output = fabula("compare", job_id, "--out", str(page), "--json")
     assert (status, told(output)["page"]) == (exits.OK, str(page))
-    text = page.read_text()
-    assert "Publish step 100" in text
-    assert text.count('alt="alone at step') == 2
-    assert "<b>mse_new</b>" in text
+    assert page.read_text() == "<!doctype html>\nOtto"
+    (tmp_path / "taken").mkdir()
+    status, output = fabula("compare", job_id, "--out", str(tmp_path / "taken"), "--json")
+    assert status == exits.USAGE
+
+
+def test_a_file_from_elsewhere_becomes_a_character(fabula: Any, script: CustomizationScript, tmp_path: Path) -> None:
+    file = tmp_path / "otto.safetensors"
+    file.write_bytes(WEIGHTS)
+    (tmp_path / "adapter_config.json").write_text('{"r": 4}')
+    picture = tmp_path / "otto.png"
+    picture.write_bytes(encoded(two_colours()))
+    words = (str(file), "--name", "Otto", "--phrase", OTTO["phrase"], "--pack", "toon", "--reference", str(picture))
+    status, output = fabula("import", *words, "--json")
+    assert (status, told(output)["is_new"]) == (exits.OK, True)
+    version = told(output)["version"]
+    (asked,) = script.requests("ImportCharacterVersion")
+    assert (asked.weights, asked.pack, asked.adapter_config) == (WEIGHTS, "toon", '{"r": 4}')
+    assert len(asked.references) == 1
+    assert told(fabula("import", *words, "--json")[1]) == {"version": version, "is_new": False}
+    assert version["version_id"] in fabula("import", *words)[1].replace("\n", "")
+    assert told(fabula("versions", "Otto", "--json")[1])["versions"] == [version]
+
+
+def test_an_archive_carries_a_character_from_one_installation_to_another(
+    fabula: Any, client: Client, script: CustomizationScript, tmp_path: Path
+) -> None:
+    picture = encoded(two_colours())
+    given: dict[str, Any] = {**OTTO, "noun": "penguin", "pack": "toon", "weights": WEIGHTS}
+    made = client.characters.import_version(**given, references=[picture]).version
+    published = script.versions[0]
+    published.version_id = VERSION_ID  # whose weights the scripted service has
+    out = tmp_path / "away" / "otto.zip"
+    status, output = fabula("export", "Otto", str(out), "--form", "archive", "--json")
+    assert (status, told(output)["files"]) == (exits.OK, [str(out)])
+    held = read_archive(out.read_bytes())
+    assert (held.name, held.phrase, held.noun, held.pack) == (*OTTO.values(), "penguin", "toon")
+    assert held.weights == WEIGHTS
+    script.versions.clear()
+    status, output = fabula("import", str(out), "--json")
+    assert (status, told(output)["is_new"]) == (exits.OK, True)
+    first, again = script.requests("ImportCharacterVersion")
+    assert again == first
+    assert told(output)["version"]["version_id"] == made.version_id
+    for words, reason in ((("--name", "Rosa"), "CHARACTER_NAMED_TWICE"), (("--noun", "pig"), "CHARACTER_NAMED_TWICE")):
+        status, output = fabula("import", str(out), *words, "--json")
+        assert (status, told(output)["error"]["reason"]) == (exits.USAGE, reason)
+    out.write_bytes(b"PK no archive")
+    status, output = fabula("import", str(out), "--json")
+    assert (status, told(output)["error"]["reason"]) == (exits.REFUSED, "ARCHIVE_UNREADABLE")
+
+
+def test_weights_without_a_name_are_not_sent(fabula: Any, script: CustomizationScript, tmp_path: Path) -> None:
+    file = tmp_path / "otto.safetensors"
+    file.write_bytes(WEIGHTS)
+    status, output = fabula("import", str(file), "--name", "Otto", "--json")
+    assert (status, told(output)["error"]["reason"]) == (exits.USAGE, "CHARACTER_UNNAMED")
+    assert script.calls == []
+
+
+def test_a_file_that_is_too_large_for_one_call_goes_through_this_machines_store(
+    fabula: Any, script: CustomizationScript, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "otto.safetensors"
+    file.write_bytes(WEIGHTS)
+    monkeypatch.setattr(characters, "MOST_WEIGHTS_BYTES", len(WEIGHTS) - 1)
+    asked: list[tuple[str, ...]] = []
+
+    def kept(_installation: Any, module: str, *words: str) -> dict[str, Any]:
+        asked.append((module, *words))
+        return {"weights_sha256": SHA256}
+
+    monkeypatch.setattr(characters, "ask_module", kept)
+    status, _ = fabula("import", str(file), "--name", "Otto", "--phrase", OTTO["phrase"], "--json")
+    assert status == exits.OK
+    assert asked == [("services.characters", "import", "--pack=toon", "--", str(file))]
+    (request,) = script.requests("ImportCharacterVersion")
+    assert (request.WhichOneof("source"), request.weights_sha256) == ("weights_sha256", SHA256)
 
 
 def test_a_version_is_chosen_by_name_by_id_or_by_its_beginning(

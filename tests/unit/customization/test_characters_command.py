@@ -1,4 +1,4 @@
-"""What `fabula character` has done to files: weights in other tools' layouts and back, and the page on a job."""
+"""What `fabula character` has done to files: weights in other tools' layouts and back."""
 
 from __future__ import annotations
 
@@ -110,8 +110,6 @@ def test_what_is_exported_twice_is_the_same_file(weights: Path, tmp_path: Path) 
         (("import", "--pack=tiny", "broken.safetensors"), "ADAPTER_DAMAGED"),
         (("import", "--pack=absent", "broken.safetensors"), "PACK_NOT_FOUND"),
         (("export", "--pack=tiny", "foreign.safetensors", "out.safetensors"), "ADAPTER_WRONG_BASE"),
-        (("report", "absent.json", "out.html"), "FILE_UNFIT"),
-        (("report", "broken.safetensors", "out.html"), "FILE_UNFIT"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_and_leaves_nothing(
