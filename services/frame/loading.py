@@ -14,6 +14,7 @@ from services.frame.engine import EngineSettings, Fetch, FrameEngine, Observer
 from services.frame.remote import RemoteFrames
 from services.models.errors import PackUnsupported
 from services.models.footprint import check_room, footprint
+from services.models.memory import keep_freed_memory
 from services.models.pack import RemoteManifest, find_pack, load_any_pack, load_pack, read_any_manifest, read_manifest
 from services.models.references import ReferencePolicy
 from services.models.registry import load_frame_model
@@ -43,6 +44,8 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
         "auto": torch.bfloat16 if device == "cuda" else torch.float32,
     }[settings.dtype]
     torch.set_num_threads(settings.thread_count)
+    if device == "cpu":
+        keep_freed_memory()
     folders = [find_pack(name, installation.pack_folders) for name in settings.pack_names]
     folders = [folder for folder in folders if not isinstance(read_any_manifest(folder), RemoteManifest)]
     if not folders:

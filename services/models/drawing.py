@@ -31,7 +31,7 @@ from services.models.lora import NOBODY, Outfit
 from services.models.references import EXACT, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.samplers import History, Sampler, samplers_of, starting_amplitude
-from services.models.storygen import KeyValue
+from services.models.storygen import KeyValue, StoryGenUNet, Told
 from services.models.text_encoder import NO_WORDS, TextChange, Words
 
 Pixels = npt.NDArray[np.uint8]
@@ -115,6 +115,9 @@ class Drawing:
     pictures: tuple[str, ...] = ()  # digests of the pixels of the references that passes are made of
     # What the references leave where no pass is made of them (`FrameModel.sees_pictures`), a row each.
     shown: Mapping[str, KeyValue] = field(default_factory=dict, repr=False)
+    # The texts as the network's blocks read them, `[S, C]` each: nothing's, the description's, each reference's. Empty:
+    # the network reads them in every pass.
+    told: tuple[Told, ...] = field(default=(), repr=False)
     tenant: str = ""
     done: int = 0
     history: History | None = field(default=None, repr=False)
@@ -247,6 +250,7 @@ def begin(
         if model.sees_pictures
         else tuple(hashlib.sha256(seen.pixels.tobytes()).hexdigest() for seen in looked_at),
         shown=_shown(model, seen, texts[0], tuple(outfit)) if model.sees_pictures and count else {},
+        told=_told(model, texts, tuple(outfit)),
         tenant=tenant,
         outfit=tuple(outfit),
     )
@@ -268,6 +272,19 @@ def _shown(model: FrameModel, seen_NCHW: Tensor, nothing_SD: Tensor, outfit: Out
     clean_N = torch.zeros(len(seen_NCHW), device=seen_NCHW.device)
     with wearing(model, [outfit]):
         return unet.project(unet.features(seen_NCHW.to(model.dtype), clean_N, nothing_NSD))
+
+
+def _told(model: FrameModel, texts_TSD: Tensor, outfit: Outfit) -> tuple[Told, ...]:
+    """Each text as the blocks of a StoryGen read it with what the drawing wears."""
+    unet = model.denoiser.unet
+    if not isinstance(unet, StoryGenUNet):
+        return ()
+    with wearing(model, [outfit] * len(texts_TSD)):
+        read = unet.read(texts_TSD.to(model.dtype))
+    return tuple(
+        {name: KeyValue(one.key[number], one.value[number]) for name, one in read.items()}
+        for number in range(len(texts_TSD))
+    )
 
 
 @torch.inference_mode()

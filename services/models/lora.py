@@ -3,10 +3,14 @@
 A character is a small change of many weights: W + scale · up · down (Hu et al., "LoRA"), or, for the keys and values of
 text attention, a whole difference (Kumari et al., "Custom Diffusion"); or words that the text encoder is taught (Gal
 et al., "Textual Inversion"); or another UNet altogether (Ruiz et al., "DreamBooth"). The first two share a forward with
-everybody else's: `AdapterSlots` keeps a few of them side by side
-on the device, stacked by slot, and every linear layer and convolution adds to each row what that row's slot says: two
-batched matrix products per layer, however many adapters there are. Slot 0 is nobody and adds exactly nothing. A small
-change of the text encoder is the business of `services.models.text_encoder`, which reads one job's texts at a time.
+everybody else's: `AdapterSlots` keeps a few of them side by side on the device, stacked by slot, and every linear layer
+and convolution adds to each row what that row's slot says. Slot 0 is nobody and adds exactly nothing. A small change of
+the text encoder is the business of `services.models.text_encoder`, which reads one job's texts at a time.
+
+There are two ways to compute it, with equal results. Together: two batched matrix products a layer, however many
+adapters there are, over factors gathered row by row; few calls, which is what counts on a GPU. Run by run: two products
+for every run of rows that wear the same, added in place, nothing gathered; on a processor, where a call costs little
+and memory much, that is the faster one (`python -m tests.bench.frame.profile`). Sorted rows make long runs.
 
     slots = AdapterSlots(unet, count=8, rank_max=16)
     slots.put(3, read_adapter(payload, unet))
@@ -27,6 +31,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -328,12 +333,22 @@ NOBODY = Worn(0, 0.0)
 """What a row wears of a character that changes no layer."""
 
 
+class _Run(NamedTuple):
+    """Neighbouring rows that wear the same."""
+
+    first: int
+    end: int
+    outfit: tuple[Worn, ...]
+
+
 @dataclass
 class _Rows:
-    """The slots of one pass's rows, on the device."""
+    """What one pass's rows wear: by row, on the device, and run by run."""
 
+    count: int
     slots_BM: Tensor
     scales_BM: Tensor
+    runs: tuple[_Run, ...]
 
 
 @dataclass
@@ -343,17 +358,27 @@ class _Stack:
     down: Tensor | None = None  # `[S, r, I]` or `[S, r, I, K, K]`
     up: Tensor | None = None  # `[S, O, r]`
     whole: Tensor | None = None  # `[S, O, I]`
-    used: set[int] = field(default_factory=set)
+    ranks: dict[int, int] = field(default_factory=dict)  # of the slots with factors; the rest of theirs is zeros
+    wholes: set[int] = field(default_factory=set)  # the slots with a whole difference
+
+    @property
+    def is_used(self) -> bool:
+        """Somebody changes this layer."""
+        return bool(self.ranks or self.wholes)
 
 
 class AdapterSlots:
     """Adapters side by side in a UNet. Not thread-safe: who steps the UNet fills its slots."""
 
-    def __init__(self, unet: nn.Module, count: int, rank_max: int) -> None:
-        """Room for `count` adapters besides nobody. Layers that no adapter changes cost nothing."""
+    def __init__(self, unet: nn.Module, count: int, rank_max: int, *, together: bool | None = None) -> None:
+        """Room for `count` adapters besides nobody. Layers that no adapter changes cost nothing.
+
+        `together` chooses the way they are computed; None takes the one that suits the UNet's device.
+        """
         if count < 1 or rank_max < 1:
             raise ValueError("a UNet needs at least one slot, and a rank of at least one")
         self.count, self.rank_max = count, rank_max
+        self.together = next(unet.parameters()).device.type != "cpu" if together is None else together
         self._layers = adapted_layers(unet)
         self._stacks: dict[str, _Stack] = {}
         self._held: dict[int, str] = {}  # digests by slot
@@ -372,12 +397,12 @@ class AdapterSlots:
             raise ValueError(f"rank {adapter.rank} is above {self.rank_max}")
         self.clear(slot)
         for name, factors in adapter.factors.items():
-            self._stack(name).used.add(slot)
+            self._stack(name).ranks[slot] = factors.rank
             down, up = self._low_rank(name)
             down[slot, : factors.rank] = factors.down.to(down)
             up[slot, :, : factors.rank] = factors.scaled_up.flatten(1).to(up)
         for name, delta in adapter.deltas.items():
-            self._stack(name).used.add(slot)
+            self._stack(name).wholes.add(slot)
             whole = self._whole(name)
             whole[slot] = delta.to(whole)
         self._held[slot] = adapter.digest
@@ -386,8 +411,9 @@ class AdapterSlots:
         """Make a slot nobody's. Its numbers are zeroed, so that a stale row number could only add nothing."""
         self._held.pop(slot, None)
         for stack in self._stacks.values():
-            if slot in stack.used:
-                stack.used.discard(slot)
+            if slot in stack.ranks or slot in stack.wholes:
+                stack.ranks.pop(slot, None)
+                stack.wholes.discard(slot)
                 for part in (stack.down, stack.up, stack.whole):
                     if part is not None:
                         part[slot] = 0.0
@@ -412,8 +438,10 @@ class AdapterSlots:
         whole = [[*outfit, *[NOBODY] * (most - len(outfit))] for outfit in outfits]
         device = next(iter(self._layers.values())).weight.device
         return _Rows(
+            len(outfits),
             torch.tensor([[one.slot for one in outfit] for outfit in whole], device=device),
             torch.tensor([[one.scale for one in outfit] for outfit in whole], device=device),
+            tuple(_runs(outfits)),
         )
 
     def _stack(self, name: str) -> _Stack:
@@ -436,12 +464,17 @@ class AdapterSlots:
         return stack.whole
 
     def changed(self, name: str, layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
-        """A layer's answer with what its rows wear added."""
+        """A layer's answer with what its rows wear added; it may be `answer` itself."""
         rows, stack = self._rows, self._stacks[name]
-        if rows is None or not stack.used:
+        if rows is None or not stack.is_used:
             return answer
-        if len(given) != len(rows.slots_BM):
-            raise ValueError(f"{name} has {len(given)} rows, {len(rows.slots_BM)} were announced")
+        if len(given) != rows.count:
+            raise ValueError(f"{name} has {len(given)} rows, {rows.count} were announced")
+        if self.together:
+            return self._added_together(stack, rows, layer, given, answer)
+        return _added_by_runs(stack, rows.runs, layer, given, answer)
+
+    def _added_together(self, stack: _Stack, rows: _Rows, layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
         if isinstance(layer, nn.Conv2d):
             down_BRIKK, up_BOR = self._gathered(stack, rows)
             low = _convolved(layer, given, down_BRIKK).flatten(2)
@@ -476,6 +509,45 @@ class _Hook:
 
     def __call__(self, layer: nn.Module, given: tuple[Any, ...], answer: Tensor) -> Tensor:
         return self._slots.changed(self._name, layer, given[0], answer)
+
+
+def _runs(outfits: Sequence[Outfit]) -> Iterator[_Run]:
+    """Those that wear anything, one after the other."""
+    first = 0
+    for outfit, group in groupby(tuple(one) for one in outfits):
+        end = first + sum(1 for _ in group)
+        if outfit:
+            yield _Run(first, end, outfit)
+        first = end
+
+
+def _added_by_runs(stack: _Stack, runs: Sequence[_Run], layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
+    """`answer`, in place: a run's rows are one matrix, whose products need no copy of anybody's factors."""
+    if isinstance(layer, nn.Conv2d):
+        for run in runs:
+            rows = slice(run.first, run.end)
+            for slot, scale in run.outfit:
+                if (rank := stack.ranks.get(slot)) is not None and stack.down is not None and stack.up is not None:
+                    low = F.conv2d(
+                        given[rows],
+                        stack.down[slot, :rank],
+                        stride=layer.stride,
+                        padding=layer.padding,
+                        dilation=layer.dilation,
+                    )
+                    answer[rows].add_(F.conv2d(low, stack.up[slot, :, :rank, None, None]), alpha=scale)
+        return answer
+    given_NI, answer_NO = given.flatten(0, -2), answer.view(-1, answer.shape[-1])
+    length = len(given_NI) // len(given)
+    for run in runs:
+        rows = slice(run.first * length, run.end * length)
+        for slot, scale in run.outfit:
+            if (rank := stack.ranks.get(slot)) is not None and stack.down is not None and stack.up is not None:
+                low = given_NI[rows] @ stack.down[slot, :rank].T
+                answer_NO[rows].addmm_(low, stack.up[slot, :, :rank].T, alpha=scale)
+            if slot in stack.wholes and stack.whole is not None:
+                answer_NO[rows].addmm_(given_NI[rows], stack.whole[slot].T, alpha=scale)
+    return answer
 
 
 def _convolved(layer: nn.Conv2d, given_BIHW: Tensor, down_BrIKK: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from services.models.denoiser import REFERENCE_LEVEL_DIVISOR, reference_level
 from services.models.lora import Outfit
-from services.models.storygen import KeyValue
+from services.models.storygen import KeyValue, Told
 
 SIZES_KEPT = 2  # picture sizes whose pages are kept at the same time
 
@@ -72,6 +73,11 @@ class ReferenceKey(NamedTuple):
     wearing: tuple[tuple[str, float], ...]  # digests and scales of the characters whose weights the row wears
     tenant: str  # nobody learns from the time of a step what others have drawn; empty for the blank
 
+    @property
+    def is_blank(self) -> bool:
+        """It is the blank's: every frame with these weights looks at it."""
+        return not self.picture
+
 
 @dataclass(frozen=True)
 class ReferenceRow:
@@ -82,6 +88,7 @@ class ReferenceRow:
     noise_CHW: Tensor
     text_SD: Tensor
     outfit: Outfit
+    told: Told | None = None  # the text as the network's blocks read it, `[S, C]` each, where they were asked before
 
     @property
     def is_shared(self) -> bool:
@@ -90,13 +97,18 @@ class ReferenceRow:
 
 
 class Pages:
-    """The pages of one picture size. There are none until the first rows come and say how large a page is."""
+    """The pages of one picture size. There are none until the first rows come and say how large a page is.
+
+    Where room is short a story's pictures go before the blank's rows, which every frame of a character looks at; but
+    the blanks of characters that nobody draws any more take half of the pages at most.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.count = 0
         self.blocks: dict[str, KeyValue] = {}  # `[P, L, C]` each
         self._slots: OrderedDict[ReferenceKey, int] = OrderedDict()  # used longest ago first
+        self._blanks: OrderedDict[ReferenceKey, None] = OrderedDict()  # those of them that are the blank's, likewise
         self._free: list[int] = []
 
     def __len__(self) -> int:
@@ -111,6 +123,8 @@ class Pages:
         for key in keys:
             found.append(self._slots[key])
             self._slots.move_to_end(key)
+            if key in self._blanks:
+                self._blanks.move_to_end(key)
         return found
 
     def store(
@@ -127,6 +141,8 @@ class Pages:
         for key in keys:
             if key not in self._slots:
                 self._slots[key] = self._page(staying)
+                if key.is_blank:
+                    self._blanks[key] = None
         places = torch.tensor([self._slots[key] for key in keys], device=next(iter(projected.values())).key.device)
         for name, seen in projected.items():
             for page, part in zip(self.blocks[name], seen, strict=True):
@@ -137,6 +153,7 @@ class Pages:
         for key in keys:
             if (slot := self._slots.pop(key, None)) is not None:
                 self._free.append(slot)
+                self._blanks.pop(key, None)
 
     def _grow(self, count: int, like: Mapping[str, KeyValue]) -> None:
         grown = {
@@ -150,8 +167,14 @@ class Pages:
 
     def _page(self, staying: Collection[ReferenceKey]) -> int:
         if not self._free:
-            self.discard([next(key for key in self._slots if key not in staying)])
+            self.discard([self._leaving(staying)])
         return self._free.pop()
+
+    def _leaving(self, staying: Collection[ReferenceKey]) -> ReferenceKey:
+        pictures = (key for key in self._slots if key not in self._blanks and key not in staying)
+        blanks = (key for key in self._blanks if key not in staying)
+        many = 2 * len(self._blanks) > self.count
+        return next(chain(blanks, pictures) if many else chain(pictures, blanks))
 
 
 class ReferenceCache:

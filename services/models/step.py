@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from services.models.drawing import Drawing, Pixels, Randomness, Sketch, begin, 
 from services.models.references import Pages, ReferenceCache, ReferenceKey, ReferenceRow
 from services.models.registry import FrameModel
 from services.models.samplers import History
-from services.models.storygen import KeyValue, References
+from services.models.storygen import KeyValue, References, Told
 
 
 class StepRows(NamedTuple):
@@ -58,6 +58,7 @@ class _Row(NamedTuple):
     weight: float
     drawing: Drawing
     text_SD: Tensor
+    told: Told | None
     sees: tuple[ReferenceRow, ...]
     branch: int
     deep_CHW: Tensor | None  # an earlier step's; None: this step computes its own
@@ -115,15 +116,17 @@ def draw(model: FrameModel, sketch: Sketch) -> Pixels:
 
 def references_of(drawing: Drawing, done: int) -> list[ReferenceRow]:
     """The reference rows that step number `done` of a drawing looks at."""
-    return [row for _, _, _, sees in _branches(drawing, done) for row in sees]
+    return [row for _, _, _, _, sees in _branches(drawing, done) for row in sees]
 
 
 def _size(drawing: Drawing) -> tuple[int, int]:
     return int(drawing.latents_CHW.shape[1]), int(drawing.latents_CHW.shape[2])
 
 
-def _branches(drawing: Drawing, done: int) -> Iterator[tuple[int, float, Tensor, tuple[ReferenceRow, ...]]]:
-    """Number, weight, text and references of each branch that counts in a step."""
+def _branches(
+    drawing: Drawing, done: int
+) -> Iterator[tuple[int, float, Tensor, Told | None, tuple[ReferenceRow, ...]]]:
+    """Number, weight, text, that text as the blocks read it, and references of each branch that counts in a step."""
     sketch = drawing.sketch
     branches = drawing.branches_at(done)
     # A model that reads earlier frames has them in its texts; one that sees them as they are makes no pass of them.
@@ -131,15 +134,23 @@ def _branches(drawing: Drawing, done: int) -> Iterator[tuple[int, float, Tensor,
     levels = [sketch.policy.level(drawing.steps, done, distance) for distance in distances]
     blanks = tuple(_blank(drawing, level) for level in levels) if branches.nothing != 0.0 else ()
     seen = tuple(_earlier(drawing, index, level) for index, level in enumerate(levels))
-    for number, (weight, text, sees) in enumerate(
+    nothing, description = _told(drawing, _NOTHING_TOLD), _told(drawing, _DESCRIPTION_TOLD)
+    for number, (weight, text, told, sees) in enumerate(
         (
-            (branches.nothing, drawing.nothing_SD, blanks),
-            (branches.images, drawing.nothing_SD, seen),
-            (branches.everything, drawing.description_SD, seen),
+            (branches.nothing, drawing.nothing_SD, nothing, blanks),
+            (branches.images, drawing.nothing_SD, nothing, seen),
+            (branches.everything, drawing.description_SD, description, seen),
         )
     ):
         if weight != 0.0:
-            yield number, weight, text, sees
+            yield number, weight, text, told, sees
+
+
+_NOTHING_TOLD, _DESCRIPTION_TOLD, _REFERENCES_TOLD = 0, 1, 2  # places in `Drawing.told`
+
+
+def _told(drawing: Drawing, place: int) -> Told | None:
+    return drawing.told[place] if drawing.told else None
 
 
 def _key(drawing: Drawing, picture: str, text: str, level: int, noise: tuple[int, ...], tenant: str) -> ReferenceKey:
@@ -155,6 +166,7 @@ def _blank(drawing: Drawing, level: int) -> ReferenceRow:
         drawing.reference_noise_CHW,
         drawing.nothing_SD,
         drawing.outfit,
+        _told(drawing, _NOTHING_TOLD),
     )
 
 
@@ -167,6 +179,7 @@ def _earlier(drawing: Drawing, index: int, level: int) -> ReferenceRow:
         drawing.reference_noise_CHW,
         drawing.reference_text_NSD[index],
         drawing.outfit,
+        _told(drawing, _REFERENCES_TOLD + index),
     )
 
 
@@ -175,8 +188,8 @@ def _rows(owner: int, drawing: Drawing) -> list[_Row]:
     # Each drawing counts its own steps, so those that compute are spread over a batch's drawings as they came.
     reuses = drawing.done % drawing.sketch.deep_every != 0
     return [
-        _Row(owner, weight, drawing, text, sees, number, drawing.deep.get(number) if reuses else None)
-        for number, weight, text, sees in _branches(drawing, drawing.done)
+        _Row(owner, weight, drawing, text, told, sees, number, drawing.deep.get(number) if reuses else None)
+        for number, weight, text, told, sees in _branches(drawing, drawing.done)
     ]
 
 
@@ -203,7 +216,7 @@ def _look(
             batch[seen.key] = seen
             if len(batch) >= room:
                 break
-    taken = list(batch.values())
+    taken = sorted(batch.values(), key=lambda seen: tuple(seen.outfit))  # who wears the same stands together
     schedule, unet = model.denoiser.schedule, model.denoiser.unet
     levels = torch.tensor([seen.key.level for seen in taken])
     noisy = schedule.add_noise(
@@ -215,9 +228,10 @@ def _look(
                 noisy.to(model.dtype),
                 levels.to(model.device),
                 torch.stack([seen.text_SD for seen in taken]).to(model.dtype),
+                **_together([seen.told for seen in taken]),
             )
         )
-    pages.store(list(batch), projected, now.keys())
+    pages.store([seen.key for seen in taken], projected, now.keys())
     cache.computed_count += len(taken)
     return len(taken), found
 
@@ -239,6 +253,7 @@ def _predict(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Ten
     answers: list[Tensor] = [torch.empty(0)] * len(rows)
     kept: list[Tensor | None] = [None] * len(rows)
     for _, numbers in sorted(groups.items()):
+        numbers.sort(key=lambda number: tuple(rows[number].drawing.outfit))  # who wears the same stands together
         some, deep = _pass(model, [rows[number] for number in numbers], pages)
         for place, number in enumerate(numbers):
             answers[number] = some[place]
@@ -262,13 +277,23 @@ def _pass(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Tensor
             torch.tensor([row.drawing.steps[row.drawing.done] for row in rows], device=device),
             torch.stack([row.text_SD for row in rows]).to(dtype),
         )
+        told = _together([row.told for row in rows])
         earlier = [row.deep_CHW for row in rows if row.deep_CHW is not None]
         if earlier:
-            return unet.predict_shallow(*given, torch.stack(earlier), looked_at).float(), None
+            return unet.predict_shallow(*given, torch.stack(earlier), looked_at, **told).float(), None
         if all(row.drawing.sketch.deep_every == 1 for row in rows):
-            return unet.predict(*given, looked_at).float(), None
-        answer, deep = unet.predict_and_keep(*given, looked_at)
+            return unet.predict(*given, looked_at, **told).float(), None
+        answer, deep = unet.predict_and_keep(*given, looked_at, **told)
         return answer.float(), deep
+
+
+def _together(told: Sequence[Told | None]) -> dict[str, Any]:
+    """The rows' texts as one argument more, where the network has read them before; it is the same one, so all are."""
+    read = [one for one in told if one is not None]
+    if not read:
+        return {}
+    parts = {name: zip(*(one[name] for one in read), strict=True) for name in read[0]}
+    return {"told": {name: KeyValue(*map(torch.stack, part)) for name, part in parts.items()}}
 
 
 def _shown(rows: Sequence[_Row]) -> tuple[Mapping[str, KeyValue], list[list[int]]]:

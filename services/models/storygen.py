@@ -92,6 +92,10 @@ class References:
     present_BN: Tensor | None = None
 
 
+Told: TypeAlias = Mapping[str, KeyValue]
+"""By block, texts as its `attn2` reads them, `[B, S, C]` each: `StoryGenUNet.read`."""
+
+
 class _Enough(Exception):
     """The last block has left its features: what comes after it would only make a picture that nobody looks at."""
 
@@ -103,6 +107,7 @@ class _Pass:
     collected: dict[str, Tensor] | None = None
     blocks_count: int = 0  # that are to leave features
     references: References | None = None
+    told: Told | None = None  # else each block reads the texts itself
     # The same for all blocks of a main pass, so computed once.
     any_present_B: Tensor | None = field(init=False, default=None)
 
@@ -184,13 +189,26 @@ class StoryGenBlock(nn.Module):
             current.collected[self.key] = h
             if len(current.collected) == current.blocks_count:
                 raise _Enough
-        text = self.attn2(
-            self.norm2(h), encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
-        )
+        if current.told is None:
+            text = self.attn2(
+                self.norm2(h), encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
+            )
+        else:
+            text = self._text_branch(h, current.told[self.key])
         combined = text + h
         if current.references is not None:
             combined = combined + self._image_branch(h, current.references, current.any_present_B)
         out: Tensor = combined + self.ff(self.norm3(combined))
+        return out
+
+    def _text_branch(self, h: Tensor, told: KeyValue) -> Tensor:
+        """What `attn2` computes, from keys and values that are there already."""
+        query, key, value = (
+            one.unflatten(-1, (self.attn2.heads, -1)).transpose(1, 2)
+            for one in (self.attn2.to_q(self.norm2(h)), told.key, told.value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        out: Tensor = self.attn2.to_out[0](attended.transpose(1, 2).flatten(2))
         return out
 
     def _image_branch(self, h: Tensor, references: References, any_present_B: Tensor | None) -> Tensor:
@@ -230,10 +248,16 @@ class StoryGenUNet(_Base):
     def _blocks(self) -> tuple[StoryGenBlock, ...]:
         return tuple(module for module in self.modules() if isinstance(module, StoryGenBlock))
 
-    def features(self, latents_RCHW: Tensor, timesteps_R: Tensor, text_RSD: Tensor) -> dict[str, Tensor]:
+    def read(self, text_TSD: Tensor) -> dict[str, KeyValue]:
+        """Texts as every block reads them. They depend on no step, so a frame needs them once: `told` of the others."""
+        return {block.key: KeyValue(block.attn2.to_k(text_TSD), block.attn2.to_v(text_TSD)) for block in self._blocks}
+
+    def features(
+        self, latents_RCHW: Tensor, timesteps_R: Tensor, text_RSD: Tensor, told: Told | None = None
+    ) -> dict[str, Tensor]:
         """Reference pass: per block `[R, L, D]`, the states after self-attention and before the text, un-normalised."""
         collected: dict[str, Tensor] = {}
-        current = _Pass(collected=collected, blocks_count=len(self._blocks))
+        current = _Pass(collected=collected, blocks_count=len(self._blocks), told=told)
         with contextlib.suppress(_Enough):
             self(latents_RCHW, timesteps_R, text_RSD, cross_attention_kwargs={_ARGUMENT: current}, return_dict=False)
         return collected
@@ -243,17 +267,27 @@ class StoryGenUNet(_Base):
         return {block.key: block.attn3.project(features[block.key]) for block in self._blocks}
 
     def predict(
-        self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSD: Tensor, references: References | None = None
+        self,
+        latents_BCHW: Tensor,
+        timesteps_B: Tensor,
+        text_BSD: Tensor,
+        references: References | None = None,
+        told: Told | None = None,
     ) -> Tensor:
         """`[B, C, H, W]`: the network's answer, noise or velocity as its schedule says."""
-        current = _Pass(references=references)
+        current = _Pass(references=references, told=told)
         out: Tensor = self(
             latents_BCHW, timesteps_B, text_BSD, cross_attention_kwargs={_ARGUMENT: current}, return_dict=False
         )[0]
         return out
 
     def predict_and_keep(
-        self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSD: Tensor, references: References | None = None
+        self,
+        latents_BCHW: Tensor,
+        timesteps_B: Tensor,
+        text_BSD: Tensor,
+        references: References | None = None,
+        told: Told | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`predict`, and the states `[B, C', h, w]` that entered the last block: all that the deep blocks made."""
         deep: list[Tensor] = []
@@ -264,7 +298,7 @@ class StoryGenUNet(_Base):
         up_blocks: Any = self.up_blocks
         hook = up_blocks[-1].register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            answer = self.predict(latents_BCHW, timesteps_B, text_BSD, references)
+            answer = self.predict(latents_BCHW, timesteps_B, text_BSD, references, told)
         finally:
             hook.remove()
         return answer, deep[0]
@@ -276,6 +310,7 @@ class StoryGenUNet(_Base):
         text_BSD: Tensor,
         deep_BCHW: Tensor,
         references: References | None = None,
+        told: Told | None = None,
     ) -> Tensor:
         """`predict` with the deep blocks' states of an earlier step: only the first and the last block are computed.
 
@@ -283,7 +318,7 @@ class StoryGenUNet(_Base):
         """
         shared: dict[str, Any] = {
             "encoder_hidden_states": text_BSD,
-            "cross_attention_kwargs": {_ARGUMENT: _Pass(references=references)},
+            "cross_attention_kwargs": {_ARGUMENT: _Pass(references=references, told=told)},
         }
         net: Any = self  # torch types a module's children as tensors, too
         time = net.time_embedding(net.get_time_embed(sample=latents_BCHW, timestep=timesteps_B))

@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 
 from services.models.drawing import Seen, begin, finish
+from services.models.memory import keep_freed_memory
 from services.models.pack import find_pack, load_pack
 from services.models.references import EXACT, ReferenceCache, ReferencePolicy
 from services.models.registry import FrameModel, load_frame_model
@@ -210,6 +211,7 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console(stderr=True)
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
+    keep_freed_memory()  # as a frame service does; the others in this process have it, too
     machine, revision = machine_facts(), revision_facts()
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ")
     model = load_frame_model(load_pack(find_pack(arguments.pack, Installation.load().pack_folders)))

@@ -61,11 +61,13 @@ def files(adapted: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return found
 
 
-@pytest.fixture
-def slots(unet: StoryGenUNet, files: dict[str, Path]) -> tuple[StoryGenUNet, AdapterSlots]:
-    """The network with three adapters in the slots 1, 2 and 3."""
+@pytest.fixture(params=[False, True], ids=["run by run", "together"])
+def slots(
+    unet: StoryGenUNet, files: dict[str, Path], request: pytest.FixtureRequest
+) -> tuple[StoryGenUNet, AdapterSlots]:
+    """The network with three adapters in the slots 1, 2 and 3, computed in either form."""
     own = copy.deepcopy(unet)
-    held = AdapterSlots(own, count=4, rank_max=4)
+    held = AdapterSlots(own, count=4, rank_max=4, together=request.param)
     for slot, file in enumerate(files.values(), start=1):
         held.put(slot, read_adapter_file(file, own))
     return own, held
@@ -178,12 +180,13 @@ def test_a_slot_that_was_cleared_changes_nothing_and_can_be_filled_again(
 
 
 @torch.no_grad()
-def test_whole_differences_of_keys_and_values_are_added(unet: StoryGenUNet, tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [False, True], ids=["run by run", "together"])
+def test_whole_differences_of_keys_and_values_are_added(unet: StoryGenUNet, tmp_path: Path, together: bool) -> None:
     own = copy.deepcopy(unet)
     layers = {name: layer for name, layer in adapted_layers(own).items() if name.endswith("attn2.to_k")}
     deltas = {f"{name}.delta": torch.randn(layer.weight.shape) for name, layer in layers.items()}
     save_file(deltas, str(tmp_path / "k.safetensors"))
-    held = AdapterSlots(own, count=1, rank_max=1)
+    held = AdapterSlots(own, count=1, rank_max=1, together=together)
     held.put(1, read_adapter_file(tmp_path / "k.safetensors", own))
     latents, timesteps, text = inputs(2)
     with held.rows([(Worn(1, 0.5),), ()]):

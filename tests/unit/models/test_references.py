@@ -103,6 +103,18 @@ class TestPages:
         slots = pages.slots([key(1), key(2), key(3)])
         assert pages.blocks["block"].key[slots, 0, 0].tolist() == [1, 2, 3]
 
+    def test_the_blanks_rows_stay_longer_than_pictures_but_never_take_more_than_half(self) -> None:
+        row_bytes = 2 * 3 * 2 * 4
+        pages = Pages(budget_bytes=4 * row_bytes)
+        blanks = [key(n)._replace(picture="") for n in (1, 2, 3)]
+        pages.store([blanks[0], blanks[1], key(3), key(4)], projected(1, 2, 3, 4), keep=())
+        pages.store([key(5)], projected(5), keep=())
+        assert [one in pages for one in (*blanks[:2], key(3), key(4), key(5))] == [True, True, False, True, True]
+        pages.store([blanks[2]], projected(6), keep=())  # in a picture's place: three of four pages
+        pages.slots([blanks[0]])
+        pages.store([key(7)], projected(7), keep=())
+        assert [one in pages for one in (*blanks, key(4), key(5), key(7))] == [True, False, True, False, True, True]
+
     def test_a_page_that_is_given_back_is_used_again(self) -> None:
         pages = Pages(budget_bytes=0)
         pages.store([key(1), key(2)], projected(1, 2), keep=())
