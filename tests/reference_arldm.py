@@ -435,7 +435,7 @@ class Reference:
                 if s.unet_attention[last - i]:
                     x = self.spatial(f"{name}.attentions.{j}", x, context, hidden)
             if i < last:
-                x = self.conv(f"{name}.upsamplers.0.conv", F.interpolate(x, scale_factor=2.0), padding=1)
+                x = self.conv(f"{name}.upsamplers.0.conv", F.interpolate(x, skips[-1].shape[-2:]), padding=1)
         x = F.silu(self.group_norm("unet.conv_norm_out", x, s.unet_groups, 1e-5))
         return self.conv("unet.conv_out", x, padding=1)
 
