@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import queue
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +35,14 @@ from tests.reference_arldm import Reference, ddim_levels, random_state
 from tests.tiny_arldm import SIZES, nulls, texts_by_hand, worst
 from tests.tiny_arldm_pack import PHRASE, barney, build_arldm_pack, known
 from training.backbones.backbone import Table
-from training.customize import Customization, CustomizationRecipe, customization, customize, toon_customization
+from training.customize import (
+    Customization,
+    CustomizationRecipe,
+    customization,
+    customize,
+    main,
+    toon_customization,
+)
 from training.customize_errors import RecipeInvalid, StoryInvalid
 from training.lessons import LessonRecipe, Lessons
 from training.loop import step_generator
@@ -45,7 +54,7 @@ from training.methods.lora import LoraRecipe
 from training.methods.method import EXISTING, NEW, TOTAL, Batch, answer_to, squared_errors
 from training.methods.registry import METHODS, MethodRecipe
 from training.methods.words import LearnedWords
-from training.new_story import Called
+from training.new_story import Called, KnownStory, NewStory, SeenFrame
 
 WAIT_S = 60.0  # a test that waits so long has failed
 EVERYTHING = LessonRecipe(existing_stories=2, frame_dropout=0.0)
@@ -138,6 +147,36 @@ def test_a_word_learns_in_both_encoders_where_it_is_read(model: FrameModel) -> N
         assert bool(blip.any()) is has_history
         seen.add(has_history)
     assert seen == {True, False}
+
+
+def test_the_encoders_are_asked_once_and_again_only_for_texts_with_a_learned_word(
+    model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(model.text, ArldmReader)
+    networks = model.text.model.networks
+    still = taught(model, LoraRecipe(), frame_dropout=0.0)
+    learning = taught(model, METHODS["textual-inversion"].recipe(named_share=1.0), frame_dropout=0.0)
+    for one in (still, learning):  # what stands for nothing is computed when it is first asked for
+        one.lessons.batch(step_generator(0, 0), one.method.words)
+    asked: list[tuple[str, int]] = []
+
+    def counted(name: str, real: Any) -> Any:
+        def ask(*given: Any, **named: Any) -> Any:
+            rows = next(value for value in (*given, *named.values()) if isinstance(value, Tensor))
+            asked.append((name, len(rows)))
+            return real(*given, **named)
+
+        return ask
+
+    for name, encoder in (("clip", networks.text_encoder), ("bert", networks.mm_encoder.text)):
+        monkeypatch.setattr(encoder, "forward", counted(name, encoder.forward))
+    monkeypatch.setattr(networks.mm_encoder.vision, "forward", counted("vision", networks.mm_encoder.vision.forward))
+    still.lessons.batch(step_generator(0, 1))
+    assert asked == []
+    batch = learning.lessons.batch(step_generator(0, 1), learning.method.words)
+    drawn = int((batch.kinds_B == NEW).sum())
+    assert asked[0] == ("clip", drawn)  # the known story's texts hold no word that is learned
+    assert [name for name, _ in asked] == ["clip", "bert"]
 
 
 # What is lost.
@@ -240,6 +279,59 @@ def test_epicevos_losses_are_those_computed_by_hand(
     assert parts["adversarial"] == pytest.approx(adversarial, rel=1e-3)
     assert parts["discriminator"] == pytest.approx(discriminator, rel=1e-3)
     assert parts[TOTAL] == pytest.approx(mse + 0.75 * adversarial + 0.5 * distillation + discriminator, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        EpicEvoWeights(levels="signal"),
+        EpicEvoWeights(levels="below", level_max=400),
+        EpicEvoWeights(levels="signal", mismatch_negatives=True),
+        EpicEvoWeights(adversarial=0.0),
+        EpicEvoWeights(distillation=0.0),
+    ],
+    ids=["signal", "below", "mismatch", "no adversary", "no teacher"],
+)
+def test_epicevos_options_weigh_arldms_rows_as_they_say(model: FrameModel, chosen: EpicEvoWeights) -> None:
+    recipe = EpicEvoRecipe(learns="lora", rank=2, weights=chosen, existing_weight=0.5)
+    trainee = taught(model, recipe, frames_per_story=5)
+    method = trainee.method
+    assert isinstance(method, EpicEvo)
+    batch = trainee.lessons.batch(step_generator(0, 1))
+    parts = {name: float(value.detach()) for name, value in method.loss(batch).items()}
+    assert ("adversarial" in parts) is (chosen.adversarial > 0.0)
+    assert ("distillation" in parts) is (chosen.distillation > 0.0)
+    assert parts["mse"] == pytest.approx(parts["mse_new"] + 0.5 * parts["mse_existing"], rel=1e-5)
+    total = parts["mse"] + sum(
+        weight * parts.get(name, 0.0)
+        for name, weight in (
+            ("adversarial", chosen.adversarial),
+            ("distillation", chosen.distillation),
+            ("discriminator", 1.0),
+        )
+    )
+    assert parts[TOTAL] == pytest.approx(total, rel=1e-5)
+    judge, rows = method.discriminator, batch.pairs_P
+    if judge is None:
+        return
+    alphas = ddim_levels().float()[batch.timesteps_B]
+    clean, noise = batch.example.latents_BCHW, batch.noise_BCHW
+    signal, rest = alphas.sqrt()[:, None, None, None], (1 - alphas).sqrt()[:, None, None, None]
+    with torch.no_grad():
+        answer = answer_to(method.ground.denoiser, batch)
+        estimate = (signal * clean + rest * (noise - answer)) / signal
+        true, made = (judge(one[rows], batch.exemplars_PCHW) for one in (clean, estimate))
+        wrong = judge(clean[rows], batch.strangers_PCHW)
+    counts = {
+        "uniform": torch.ones(len(rows)),
+        "signal": alphas[rows],
+        "below": (batch.timesteps_B[rows] <= 400).float(),
+    }
+    weights_P = counts[chosen.levels]
+    refused = (F.softplus(made) + F.softplus(wrong)) / 2 if chosen.mismatch_negatives else F.softplus(made)
+    assert parts["adversarial"] == pytest.approx(float((F.softplus(-made) * weights_P).mean()), rel=1e-3)
+    expected = float(((F.softplus(-true) + refused) * weights_P).mean())
+    assert parts["discriminator"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_adversary_and_teacher_have_the_gradients_that_are_theirs(model: FrameModel) -> None:
@@ -348,6 +440,56 @@ def test_custom_diffusion_keeps_differences_of_text_attention_and_words_of_both_
     layers = {f"{name}.delta" for name, _ in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))}
     assert set(tensors) == layers
     assert isinstance(customization(model, barney(), known(), recipe_of("custom-diffusion")).method, CustomDiffusion)
+
+
+def written(folder: Path, story: NewStory | KnownStory) -> Path:
+    """A story as a folder has it."""
+    folder.mkdir(parents=True)
+    is_new = isinstance(story, NewStory)
+    frames = []
+    for number, frame in enumerate(story.frames, 1):
+        Image.fromarray(frame.pixels).save(folder / f"{number}.png")
+        told = {"image": f"{number}.png", "caption": frame.caption, "description": frame.descriptions[0]}
+        frames.append(told if is_new else {**told, "characters": sorted(frame.characters)})
+    about = {"name": story.name, "phrase": story.phrase, "noun": story.noun} if isinstance(story, NewStory) else {}
+    (folder / "story.json").write_text(json.dumps({**about, "frames": frames}), encoding="utf-8")
+    return folder
+
+
+def test_the_command_teaches_it_beside_stories_of_its_own_world(
+    pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, story in enumerate(known(length=4)):
+        written(tmp_path / "known" / f"{number}", story)
+    story = written(tmp_path / "new", barney(8))
+
+    def run(*more: str) -> str:
+        words = ("--pack", str(pack.folder), "--story", str(story), "--method", "lora", "--steps", "2", *more)
+        out = ("--out", str(tmp_path / "barney.safetensors"), "--folder", str(tmp_path / "run"), "--threads", "1")
+        monkeypatch.setattr(sys, "argv", ["customize", *words, *out])
+        main()
+        return capsys.readouterr().out
+
+    with pytest.raises(SystemExit):
+        run()
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["error"] == "RECIPE_INVALID"
+    run("--known", str(tmp_path / "known"), "--probes")
+    card = json.loads((tmp_path / "barney.json").read_text(encoding="utf-8"))
+    assert (card["steps"], card["pack"]["name"]) == (2, "stories")
+    assert len(card["dataset"]["new"]) == 8
+    assert sorted(card["dataset"]["existing"]) == [
+        f"known:{story}:{number}" for story in range(2) for number in range(4)
+    ]
+    assert (tmp_path / "run" / "probes" / "000002-alone.png").is_file()
+    written(tmp_path / "known" / "2", replace(known(1)[0], frames=tuple(also(frame) for frame in known(1)[0].frames)))
+    with pytest.raises(SystemExit):
+        run("--known", str(tmp_path / "known"))
+    assert "barney is somebody whom the pack knows" in capsys.readouterr().err
+
+
+def also(frame: SeenFrame) -> SeenFrame:
+    """The same frame, with Barney in it."""
+    return replace(frame, pixels=255 - frame.pixels, characters=frame.characters | {"barney"})
 
 
 # Words.
