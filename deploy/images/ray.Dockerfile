@@ -1,4 +1,5 @@
-# Every Ray pod: the head, caption and frame. One image, because Ray wants the same Python, Ray and code in every node of a cluster.
+# Every Ray pod: the head, caption, frame and customization, and the pods of customization jobs. One image, because Ray wants the same
+# Python, Ray and code in every node of a cluster.
 # Build from the repository's root:
 #   docker build -f deploy/images/ray.Dockerfile -t fabula/ray:0.1.0-gpu .
 #   docker build -f deploy/images/ray.Dockerfile --build-arg LOCK=ray-cpu.lock -t fabula/ray:0.1.0-cpu .
@@ -28,27 +29,31 @@ COPY services/runtime services/runtime
 COPY services/models services/models
 COPY services/caption services/caption
 COPY services/frame services/frame
+COPY services/customization services/customization
+COPY training training
 # Lets torchvision be imported where its compiled operators are missing; does nothing where they are there.
 RUN /opt/fabula/bin/python services/runtime/torchvision_operators.py \
-    && /opt/fabula/bin/python -m compileall -q services protos/gen \
+    && /opt/fabula/bin/python -m compileall -q services training protos/gen \
     && /opt/fabula/bin/python -m pip uninstall --yes pip
 
 FROM ${PYTHON_IMAGE}
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="fabula/ray" \
-      org.opencontainers.image.description="Fabula's caption and frame services on Ray Serve" \
+      org.opencontainers.image.description="Fabula's caption, frame and customization services on Ray Serve, and training" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# A C compiler: Triton and torch compile kernels at run time. libnuma and OpenMP: vLLM's CPU build.
+# A C compiler: Triton and torch compile kernels at run time. libnuma and OpenMP: vLLM's CPU build. OpenGL's and EGL's loaders: Skia
+# links them, also where it only draws into memory.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc g++ libc6-dev libnuma1 libgomp1 \
+    && apt-get install --yes --no-install-recommends gcc g++ libc6-dev libnuma1 libgomp1 libgl1 libegl1 \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 fabula \
     && useradd --uid 10001 --gid fabula --home-dir /var/lib/fabula --create-home --shell /bin/bash fabula
 COPY --from=build /opt/fabula /opt/fabula
 COPY --from=build /app/protos/gen /app/protos/gen
 COPY --from=build /app/services /app/services
+COPY --from=build /app/training /app/training
 WORKDIR /app
 # Caches go to /tmp: the root file system is read-only at run time. No weights, data or telemetry travel.
 ENV PATH=/opt/fabula/bin:$PATH \

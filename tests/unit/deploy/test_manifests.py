@@ -32,6 +32,7 @@ def test_every_core_object_fits_the_kubernetes_schema(rendered):
         "NetworkPolicy",
         "PodDisruptionBudget",
         "ServiceAccount",
+        "PersistentVolumeClaim",
     }
     for one in core:
         check_core(one)
@@ -76,7 +77,7 @@ def test_the_autoscalers_overrides_fit_the_kubernetes_schema(rendered):
 
 def test_serve_takes_the_configuration(rendered):
     config = ServeDeploySchema.model_validate(rendered.serve_config)
-    assert sorted(application.name for application in config.applications) == ["caption", "frame"]
+    assert sorted(application.name for application in config.applications) == ["caption", "customization", "frame"]
 
 
 def test_everything_lies_in_one_namespace(rendered):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+VOLUMES = {"emptyDir", "secret", "configMap", "persistentVolumeClaim"}
 ROLES = {"story", "ray-head", "ray-worker"}
 
 
@@ -36,7 +37,7 @@ def test_no_pod_has_privileges(rendered):
         assert security["runAsNonRoot"] is True
         assert security["runAsUser"] >= 10000
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert all(volume.keys() & {"emptyDir", "secret", "configMap"} for volume in pod.spec["volumes"]), pod.owner
+        assert all(volume.keys() & VOLUMES for volume in pod.spec["volumes"]), pod.owner
 
 
 def test_no_container_can_gain_privileges_or_write_its_image(rendered):
@@ -80,9 +81,14 @@ def test_every_server_has_probes(rendered):
     assert story["readinessProbe"] != story["livenessProbe"]
 
 
-def test_only_the_head_has_a_kubernetes_token(rendered):
+def makes_ray_jobs(rendered: Any) -> bool:
+    return rendered.one("ConfigMap", "customization-settings")["data"]["FABULA_CUSTOMIZATION_BACKEND"] == "kuberay"
+
+
+def test_only_the_head_and_who_makes_ray_jobs_have_a_kubernetes_token(rendered):
     for pod in rendered.pods:
-        assert pod.spec["automountServiceAccountToken"] is (pod.component == "ray-head"), pod.owner
+        needs = pod.component == "ray-head" or (pod.owner.endswith("/customization") and makes_ray_jobs(rendered))
+        assert pod.spec["automountServiceAccountToken"] is needs, pod.owner
     for account in rendered.of("ServiceAccount"):
         assert account["automountServiceAccountToken"] is False
 
@@ -103,7 +109,7 @@ def test_secrets_are_named_and_never_contained(rendered):
     assert not rendered.of("Secret")
     for pod in rendered.pods:
         for variable in (variable for container in pod.containers for variable in container["env"]):
-            if re.search(r"TOKEN$|DATABASE_URL|OBJECT_STORE_URL|PASSWORD|SECRET", variable["name"]):
+            if re.search(r"TOKEN$|DATABASE_URL|OBJECT_STORE_URL|CHARACTERS_URL|PASSWORD|SECRET", variable["name"]):
                 assert "secretKeyRef" in variable.get("valueFrom", {}), variable["name"]
     for settings in rendered.of("ConfigMap"):
         assert not re.search(r"://[^/\s]*:[^/\s]*@|BEGIN [A-Z ]*PRIVATE KEY", str(settings["data"]))
@@ -186,6 +192,8 @@ def test_story_reaches_one_port_of_the_ray_pods_and_no_port_of_the_head(rendered
 
 def test_the_serve_port_is_open_to_story_alone(rendered):
     for policy in rendered.of("NetworkPolicy"):
+        if not any(pod.is_ray and selects(policy["spec"]["podSelector"], pod.labels) for pod in rendered.pods):
+            continue  # of pods that serve nothing
         for rule in policy["spec"].get("ingress", []):
             if 8472 in open_ports(rule):
                 assert rule["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "story"}}}]
@@ -205,16 +213,59 @@ def test_ray_pods_reach_each_other_on_every_port_ray_was_told_to_use(rendered):
             assert told <= set().union(*(open_ports(rule) for rule in among)), (component, direction)
 
 
-def test_only_the_head_may_leave_for_the_kubernetes_api(rendered):
-    worker = rendered.one("NetworkPolicy", "ray-worker")["spec"]["egress"]
-    assert all("podSelector" in peer for rule in worker for peer in rule["to"])
+def test_ray_pods_as_such_leave_for_nothing_outside(rendered):
+    for policy in ("ray-worker", *(["customization-jobs"] if makes_ray_jobs(rendered) else [])):
+        rules = rendered.one("NetworkPolicy", policy)["spec"]["egress"]
+        assert all("podSelector" in peer for rule in rules for peer in rule["to"])
 
 
 def test_the_database_is_migrated_before_the_process_that_needs_it(rendered):
-    story = next(pod for pod in rendered.pods if pod.component == "story")
-    (migration,) = story.spec["initContainers"]
-    assert migration["args"] == ["migrate"]
-    assert migration["image"] == story.container["image"]
+    needing = {
+        pod.owner
+        for pod in rendered.pods
+        if any(variable["name"] == "FABULA_DATABASE_URL" for variable in pod.container["env"])
+    }
+    assert needing == {"story", "fabula/customization"}
+    for pod in rendered.pods:
+        if pod.owner not in needing:
+            assert "initContainers" not in pod.spec
+            continue
+        (migration,) = pod.spec["initContainers"]
+        told = migration.get("command", []) + migration.get("args", [])
+        assert told == ["migrate"] if pod.owner == "story" else ["python", "-m", "services.customization", "migrate"]
+        assert migration["image"] == pod.container["image"]
+
+
+def egress_of(rendered: Any, pod: Any) -> set[int]:
+    """Ports that a pod may reach outside the namespace."""
+    return {
+        port
+        for policy in rendered.of("NetworkPolicy")
+        if policy["spec"]["podSelector"] and selects(policy["spec"]["podSelector"], pod.labels)
+        for rule in policy["spec"].get("egress", [])
+        if "to" not in rule
+        for port in open_ports(rule)
+    }
+
+
+def test_pods_reach_the_stores_they_use_and_no_others(rendered):
+    for pod in rendered.pods:
+        kinds = {variable["name"] for variable in pod.container["env"]}
+        credentials = any("secretRef" in source for source in pod.container.get("envFrom", []))
+        outside = egress_of(rendered, pod)
+        assert (5432 in outside) == ("FABULA_DATABASE_URL" in kinds), pod.owner
+        assert (pod.labels.get("fabula.io/object-store") == "true") == credentials, pod.owner
+        asks_kubernetes = pod.spec["automountServiceAccountToken"]
+        assert (443 in outside) == (credentials or asks_kubernetes), pod.owner
+        assert (6443 in outside) == asks_kubernetes, pod.owner
+
+
+def test_whoever_draws_or_teaches_reaches_the_characters(rendered):
+    for group in rendered.ray_service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        resources = group["rayStartParams"]["resources"]
+        labels = group["template"]["metadata"]["labels"]
+        needs = "frame" in resources or "customization" in resources
+        assert (labels.get("fabula.io/object-store") == "true") == needs, group["groupName"]
 
 
 # -- Going and coming -------------------------------------------------------------------------------------------------
@@ -256,6 +307,8 @@ def test_the_story_pods_can_ask_for_enough_to_make_every_service_grow(rendered):
     asked = story["spec"]["replicas"] * running  # a story in progress has one call open at a time
     for application in rendered.serve_config["applications"]:
         for deployment in application["deployments"]:
+            if "autoscaling_config" not in deployment:
+                continue  # it does not grow
             scaling = deployment["autoscaling_config"]
             assert asked >= scaling["max_replicas"] * scaling["target_ongoing_requests"], deployment["name"]
 
