@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from services.customization.backends import REPOSITORY
 from services.runtime.errors import CharacterWeightsUnusable, FailedPrecondition, QueueFull
 
 MOST_S = 300.0  # that reading may take: a large pack is read from its disk, too
+_STALE_S = 4 * MOST_S
 MOST_WAITING = 4  # imports behind the one that is read
 _CONFIG = "adapter_config.json"  # PEFT's name, and where `read_adapter_file` looks for it
 
@@ -59,10 +63,18 @@ class Importer:
         self._waiting += 1
         try:
             async with self._turn:
+                await asyncio.to_thread(self._sweep)
                 with tempfile.TemporaryDirectory(dir=self._folder, prefix="import-") as folder:
                     return await self._fit(Path(folder), weights, adapter_config, pack_folder)
         finally:
             self._waiting -= 1
+
+    def _sweep(self) -> None:
+        """Removes what services that were killed left; another one may be reading over the same folder now."""
+        for each in self._folder.glob("import-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - each.stat().st_mtime > _STALE_S:
+                    shutil.rmtree(each, ignore_errors=True)
 
     async def _fit(self, folder: Path, weights: bytes, adapter_config: str, pack_folder: Path) -> Fitted:
         given, out = folder / "weights.safetensors", folder / "fitted.safetensors"

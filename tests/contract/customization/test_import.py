@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import pickle
+import shutil
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +19,8 @@ import pytest_asyncio
 import torch
 from fabula.customization.v1 import customization_service_pb2 as pb
 from fabula.customization.v1 import job_pb2
+from fabula.story.v1 import story_pb2
+from fabula_client import AsyncClient
 from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
 from safetensors.torch import save
@@ -26,7 +30,11 @@ from services.models.lora import Adapter, LowRank, adapted_layers, read_adapter,
 from services.models.pack import load_pack
 from services.models.registry import FrameModel, load_frame_model
 from services.runtime.store import ObjectStore
-from tests.contract.customization.harness import Service, running
+from tests.contract.customization.harness import TOKEN, Service, running
+from tests.contract.customization.test_training import drawing
+from tests.contract.story.pictures import plain
+from tests.contract.story.scripted_services import ScriptedServices
+from tests.contract.story.story_process import StoryProcess
 
 # One loop for all of them: they share a service.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="module")]
@@ -300,6 +308,18 @@ async def test_a_process_that_dies_is_named_and_the_next_one_is_started(
     assert not service.process.api._importer._turn.locked()
 
 
+async def test_what_a_killed_service_left_is_removed_by_the_next_import(service: Service, model: FrameModel) -> None:
+    left, recent = service.home / "customization" / "import-left", service.home / "customization" / "import-recent"
+    for folder in (left, recent):
+        folder.mkdir()
+        (folder / "weights.safetensors").touch()
+    os.utime(left, (0, 0))
+    await imported(service, write_adapter(learned(model, seed=7)), character={"name": "Iris"})
+    assert not left.exists()
+    assert recent.exists(), "another service may be reading it now"
+    shutil.rmtree(recent)
+
+
 async def test_imports_are_read_one_at_a_time_and_too_many_are_told_when_to_come_back(
     service: Service, model: FrameModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,3 +351,49 @@ async def test_a_pack_that_cannot_be_read_is_not_the_weights_fault(
     (broken / "pack.json").write_text(json.dumps({**document, "name": "broken"}))
     told = await refusal(service, asked(write_adapter(learned(model)), pack="broken"))
     assert (told[0], told[1]) == ("FAILED_PRECONDITION", "")
+
+
+@pytest.mark.slow
+async def test_what_comes_through_the_edge_is_told_of_in_a_story_and_carried_on(
+    service: Service, model: FrameModel, tiny_packs: Path, tmp_path: Path
+) -> None:
+    """The story process, the frame service and the customization service are real; captions are scripted."""
+    writing = ScriptedServices(TOKEN)
+    writing.start()
+    writing.script.packs = ["tiny"]
+    writing.script.named = {1: "Zoe runs."}
+    try:
+        async with drawing(service.home, tiny_packs) as target:
+            edge = StoryProcess(
+                tmp_path / "story",
+                writing.target,
+                STORY_FRAME_TARGET=target,
+                STORY_CUSTOMIZATION_TARGET=f"127.0.0.1:{service.port}",
+            )
+            (edge.home / "token").write_text(TOKEN)
+
+            def told(*characters: str) -> story_pb2.Story:
+                made = edge.create(plain(), pack="tiny", frame_count=1, seed=5, characters=characters)
+                return edge.wait_state(
+                    made.story_id, story_pb2.Story.STATE_SUCCEEDED, story_pb2.Story.STATE_FAILED, timeout_s=900
+                )
+
+            await asyncio.to_thread(edge.start)  # the services it asks answer on this loop
+            try:
+                async with AsyncClient(edge.grpc_target) as client:
+                    weights = write_adapter(learned(model, seed=9), "diffusers")
+                    zoe = await client.characters.import_version(
+                        name="Zoe", phrase="a grey cat", weights=weights, references=[picture(3)]
+                    )
+                    archive = await client.characters.archive(zoe.version)
+                    again = await client.characters.import_archive(archive)
+                alone = await asyncio.to_thread(told)
+                named = await asyncio.to_thread(told, "Zoe")
+            finally:
+                assert await asyncio.to_thread(edge.terminate) == 0
+    finally:
+        writing.close()
+    assert zoe.is_new
+    assert (again.is_new, again.version) == (False, zoe.version), "the same content, so the same version"
+    assert [one.version_id for one in named.characters] == [zoe.version.version_id]
+    assert named.frames[1].image_sha256 != alone.frames[1].image_sha256, "it is drawn with what was imported"

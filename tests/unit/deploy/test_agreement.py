@@ -185,6 +185,14 @@ def test_the_applications_arguments_are_taken(rendered, installation):
         SETTINGS[name].load(**application.get("args", {}))
 
 
+def test_an_import_is_let_in_with_the_ranks_that_frame_replicas_wear(rendered, monkeypatch, installation):
+    (frame,) = [pod for pod in rendered.pods if pod.is_ray and pod.owner.split("/")[1] in ("frame", "shared")]
+    for name, value in environment(rendered, frame).items():
+        monkeypatch.setenv(name, value)
+    application = applications(rendered.serve_config)["frame"]
+    assert CustomizationSettings.load().import_rank_max == FrameSettings.load(**application["args"]).adapter_rank_max
+
+
 def test_serve_lets_through_all_that_the_engines_take(rendered, installation):
     for name, application in applications(rendered.serve_config).items():
         settings = SETTINGS[name].load(**application.get("args", {}))
