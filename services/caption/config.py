@@ -35,6 +35,7 @@ class CaptionSettings(Settings):
     # `kv_cache_mib`: a LLaVA of 7B takes 0.5 MiB a token in half precision.
     context_tokens_max: int = Field(default=2048, ge=256, le=1 << 20)
     gpu_memory_ratio: float = Field(default=0.85, gt=0.0, le=1.0)  # of one GPU's memory; only read on a GPU
+    check_memory: bool = True  # refuse, before it is loaded, a captioner that does not fit the memory that is free
     max_attempts: int = Field(default=3, ge=1, le=10)  # tries before an empty answer becomes an error
     stall_s: float = Field(default=60.0, gt=0.0)  # a single step that takes longer means the engine hangs
     warm_up: bool = True  # write one caption and one description before calling itself ready

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -25,17 +26,27 @@ from services.caption.plain import PlainDriver
 from services.caption.remote import RemoteEngine, RemoteModel
 from services.models import captioner
 from services.models.errors import PackUnsupported
-from services.models.pack import CaptionerManifest, RemoteManifest, find_pack, load_any_pack
+from services.models.footprint import check_writer, writer_footprint
+from services.models.pack import CaptionerManifest, RemoteManifest, find_pack, load_any_pack, read_any_manifest
 from services.models.remote import REMOTE_CAPTIONER
 from services.models.writers import WRITERS
 from services.runtime.config import Installation
+from services.runtime.memory import free_memory_bytes
 
 
 def build_engine(
     settings: CaptionSettings, installation: Installation, observer: Observer | None = None
 ) -> CaptionEngine | RemoteEngine:
-    """The engine the settings describe, not started yet. Raises ModelError when the pack cannot be used."""
-    pack = load_any_pack(find_pack(settings.pack, installation.pack_folders))
+    """The engine the settings describe, not started yet.
+
+    Raises ModelError when the pack cannot be used: PackTooLarge before any of its weights is read.
+    """
+    folder = find_pack(settings.pack, installation.pack_folders)
+    on_gpu = _on_gpu(settings)
+    dtype = ("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype
+    if settings.check_memory:
+        _check_room(folder, settings, on_gpu=on_gpu, number_bytes=getattr(torch, dtype).itemsize)
+    pack = load_any_pack(folder)
     if isinstance(pack.manifest, RemoteManifest):
         if pack.manifest.architecture != REMOTE_CAPTIONER:
             raise PackUnsupported(f"pack {pack.name!r} is a {pack.manifest.architecture}: it does not write")
@@ -54,7 +65,6 @@ def build_engine(
         raise PackUnsupported(
             f"an adapter of pack {pack.name!r} has rank {rank_max}; vLLM wears {LORA_RANKS[-1]} at most"
         )
-    on_gpu = _on_gpu(settings)
     is_published = isinstance(pack.manifest, CaptionerManifest)
     driver_settings = DriverSettings(
         base=pack.path(captioner.CONFIG if is_published else "llava/config.json").parent,
@@ -62,7 +72,7 @@ def build_engine(
         adapter_rank_max=rank_max,
         context_tokens=model.context_tokens,
         on_gpu=on_gpu,
-        dtype=("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype,
+        dtype=dtype,
         threads=settings.threads,
         max_running=settings.max_running,
         kv_cache_bytes=settings.kv_cache_mib << 20,
@@ -77,6 +87,22 @@ def build_engine(
         max_attempts=settings.max_attempts,
         observer=observer,
     )
+
+
+def _check_room(folder: Path, settings: CaptionSettings, *, on_gpu: bool, number_bytes: int) -> None:
+    """Raises PackTooLarge."""
+    manifest = read_any_manifest(folder)
+    if isinstance(manifest, RemoteManifest):
+        return
+    if on_gpu:
+        # There vLLM takes what it was told of the GPU, and what the weights leave of that is for keys and values.
+        free, total = torch.cuda.mem_get_info()
+        free = min(free, int(total * settings.gpu_memory_ratio))
+        found = writer_footprint(folder, manifest, number_bytes=number_bytes, cache_bytes=0)
+        check_writer(found, free_bytes=free, device="GPU")
+        return
+    found = writer_footprint(folder, manifest, number_bytes=number_bytes, cache_bytes=settings.kv_cache_mib << 20)
+    check_writer(found, free_bytes=free_memory_bytes(), device="machine")
 
 
 def _driver(settings: CaptionSettings, driver_settings: DriverSettings, architecture: str) -> Driver:

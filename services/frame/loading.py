@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
-import psutil
 import structlog
 import torch
 
@@ -22,11 +20,10 @@ from services.models.remote import REMOTE_FRAMES
 from services.models.world import World
 from services.runtime.config import Installation
 from services.runtime.errors import CharacterWeightsUnknown, ObjectNotFound
+from services.runtime.memory import free_memory_bytes as free_memory_bytes
 from services.runtime.store import ObjectStore
 
 log = structlog.get_logger("fabula.frame")
-
-CGROUP = Path("/sys/fs/cgroup")  # version 2, as a container sees its own
 
 
 def load_engine(settings: FrameSettings, installation: Installation, observer: Observer | None = None) -> FrameEngine:
@@ -101,22 +98,6 @@ def load_remotes(settings: FrameSettings, installation: Installation) -> dict[st
             raise PackUnsupported(f"pack {name!r} is a {manifest.architecture}: it does not draw")
         found[name] = RemoteFrames(name, manifest.digest, manifest.architecture, manifest.endpoint)
     return found
-
-
-def free_memory_bytes(groups: Path = CGROUP) -> int:
-    """Memory that this process may still take: the machine's, or what is left of its container's limit."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = (groups / "memory.max").read_text().strip()
-        if limit == "max":
-            return free
-        used = int((groups / "memory.current").read_text())
-        counts = dict(line.split() for line in (groups / "memory.stat").read_text().splitlines())
-        # Cached file pages count as used, but the kernel gives them back first.
-        left = int(limit) - used + int(counts.get("inactive_file", 0))
-    except (OSError, ValueError):
-        return free
-    return max(0, min(free, left))
 
 
 def fetcher(store: ObjectStore) -> Fetch:

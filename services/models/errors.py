@@ -125,7 +125,7 @@ class PackWeightsMismatch(PackError):
 
 
 class PackTooLarge(PackError):
-    """The pack's weights and the work on one frame do not fit the memory there is."""
+    """The pack's weights and the work on one frame, or on captions, do not fit the memory there is."""
 
     reason = "PACK_TOO_LARGE"
 

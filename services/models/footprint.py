@@ -20,11 +20,14 @@ from services.models.errors import PackTooLarge
 from services.models.flux2_published import KEEPS_REFERENCES
 from services.models.flux2_text import WINDOW
 from services.models.flux2_vae import SIDE
-from services.models.pack import Manifest
+from services.models.pack import CaptionerManifest, Manifest
 
 OVERRIDE = "FABULA_FRAME_CHECK_MEMORY=false"
+WRITER_OVERRIDE = "FABULA_CAPTION_CHECK_MEMORY=false"
 # What the frame service loads of a pack.
 _NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "mm_encoder")
+# What the caption service does: a published captioner, our own, and the adapters of either.
+_WRITER = ("captioner/", "llava/", "adapters/")
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _PART = re.compile(r"[a-z_0-9]+/(diffusion_pytorch_model|model)-\d{5}-of-\d{5}\.safetensors")
 _HEADER_BYTES_MAX = 100 << 20
@@ -40,6 +43,9 @@ _CONVOLUTION_WIDTHS = 3  # of a residual block: input, normalised, output
 # projection's queries, keys and values, queries and keys again once they are turned, and what attention makes of them.
 _PARALLEL_WIDTHS = 8
 _PARALLEL_FEEDS = 3  # of its feed-forward: both halves of the gated projection, and what they make
+
+
+SealedManifest = Manifest | CaptionerManifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,28 @@ def footprint(folder: Path, manifest: Manifest, *, unet_bytes: int) -> Footprint
             _decoding(folder, manifest),
         ),
     )
+
+
+def writer_footprint(folder: Path, manifest: SealedManifest, *, number_bytes: int, cache_bytes: int) -> Footprint:
+    """What the captioner of the pack in `folder` takes: its weights, and keys and values of `cache_bytes`."""
+    weights = loading = 0
+    for path, entry in manifest.files.items():
+        if path.startswith(_WRITER) and path.endswith(".safetensors"):
+            count = _numbers(folder / path, left_out="")
+            weights += entry.size_bytes if count is None else count * number_bytes
+            loading = max(loading, entry.size_bytes)
+    return Footprint(name=manifest.name, weights_bytes=weights, loading_bytes=loading, working_bytes=cache_bytes)
+
+
+def check_writer(found: Footprint, *, free_bytes: int, device: str) -> None:
+    """Raises PackTooLarge when a captioner does not fit into `free_bytes` of the memory of `device`."""
+    if found.weights_bytes + found.working_bytes > free_bytes:
+        raise PackTooLarge(
+            f"the captioner of pack {found.name!r} does not fit: its weights take {_mib(found.weights_bytes)}, keys "
+            f"and values of what is being written {_mib(found.working_bytes)}, and {_mib(free_bytes)} of the "
+            f"{device}'s memory are free. Free some, take a smaller captioner, or try all the same with "
+            f"{WRITER_OVERRIDE}"
+        )
 
 
 def check_room(footprints: Sequence[Footprint], *, free_bytes: int, host_free_bytes: int | None = None) -> None:
@@ -204,7 +232,7 @@ def _whole(config: Mapping[str, Any], key: str) -> int:
     return value if isinstance(value, int) and 0 < value < _COUNT_MAX else 0
 
 
-def _numbers(path: Path) -> int | None:
+def _numbers(path: Path, *, left_out: str = "lm_head.") -> int | None:
     """How many numbers of a safetensors file are loaded; None if its header cannot be read."""
     try:
         with path.open("rb") as file:
@@ -212,9 +240,11 @@ def _numbers(path: Path) -> int | None:
             if length > min(path.stat().st_size, _HEADER_BYTES_MAX):
                 return None
             header = json.loads(file.read(length))
-        # What says a language model's next word is not loaded.
+        # What says a language model's next word is not loaded where only its states are read.
         loaded = [
-            values for name, values in header.items() if name != "__metadata__" and not name.startswith("lm_head.")
+            values
+            for name, values in header.items()
+            if name != "__metadata__" and not (left_out and name.startswith(left_out))
         ]
         shapes = [values["shape"] for values in loaded]
         return sum(math.prod(int(side) for side in shape) for shape in shapes)
