@@ -520,6 +520,32 @@ def toon_customization(method: str, *, learns: str = "lora") -> CustomizationRec
     )
 
 
+def published_customization(method: str, *, learns: str = "lora") -> CustomizationRecipe:
+    """The published numbers of each method, for networks of the size that they are for.
+
+    EpicEvo was published for the whole UNet; as a LoRA it moves as fast as one.
+    Raises RecipeInvalid for a method that is none.
+    """
+    rate = LoraRecipe().rate
+    recipes: dict[str, tuple[MethodRecipe, int]] = {
+        "custom-diffusion": (CustomDiffusionRecipe(), 250),
+        "dreambooth": (DreamBoothRecipe(), 400),
+        "epicevo": (EpicEvoRecipe() if learns == "unet" else EpicEvoRecipe(learns="lora", rate=rate), 100),
+        "lora": (LoraRecipe(), 500),
+        "textual-inversion": (TextualInversionRecipe(), 3000),
+    }
+    if method not in recipes:
+        raise RecipeInvalid(f"there is no method {method!r}; there are {', '.join(sorted(METHODS))}")
+    chosen, steps = recipes[method]
+    return CustomizationRecipe(method=chosen, steps=steps)
+
+
+def recipe_for(pack: Pack, method: str, *, learns: str = "lora") -> CustomizationRecipe:
+    """What a pack is taught with unless somebody says otherwise: an arldm pack is no toon world's small network."""
+    made = published_customization if pack.manifest.architecture == "arldm" else toon_customization
+    return made(method, learns=learns)
+
+
 def _planned(pack: Pack, arguments: argparse.Namespace, folder: Path, recipe: CustomizationRecipe, peers: Peers) -> int:
     """How many steps a run takes: as asked for, as planned when it began, or as many as fit the minutes."""
     if arguments.steps is not None:
@@ -592,7 +618,7 @@ def run(arguments: argparse.Namespace, progress: Progress, stop: Stop, peers: Pe
 
     def asked() -> tuple[Pack, CustomizationRecipe]:
         pack = load_pack(arguments.pack)
-        recipe = replace(toon_customization(arguments.method, learns=arguments.learns), seed=arguments.seed)
+        recipe = replace(recipe_for(pack, arguments.method, learns=arguments.learns), seed=arguments.seed)
         recipe = replace(recipe, accumulate=recipe.accumulate * arguments.accumulate * peers.count)
         if arguments.rate is not None:
             recipe = replace(recipe, method=replace(recipe.method, rate=arguments.rate))

@@ -9,7 +9,7 @@ import queue
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from training.customize import (
     customization,
     customize,
     main,
+    published_customization,
+    recipe_for,
     toon_customization,
 )
 from training.customize_errors import RecipeInvalid, StoryInvalid
@@ -476,6 +478,7 @@ def test_the_command_teaches_it_beside_stories_of_its_own_world(
     run("--known", str(tmp_path / "known"), "--probes")
     card = json.loads((tmp_path / "barney.json").read_text(encoding="utf-8"))
     assert (card["steps"], card["pack"]["name"]) == (2, "stories")
+    assert card["recipe"]["method"] == {"name": "lora", **asdict(LoraRecipe())}  # as published: it is no small network
     assert len(card["dataset"]["new"]) == 8
     assert sorted(card["dataset"]["existing"]) == [
         f"known:{story}:{number}" for story in range(2) for number in range(4)
@@ -536,6 +539,23 @@ def test_a_word_of_nothing_but_zeros_says_nothing(model: FrameModel) -> None:
     assert model.text.fitting(many, silent) == many
     spoken = {"barney": torch.ones(2, model.text.width)}  # two tokens each, of nine that fit
     assert model.text.fitting(many, spoken) == "barney barney barney barney"
+
+
+# What it is taught with.
+
+
+def test_an_arldm_pack_is_taught_with_the_published_numbers_and_others_with_the_toon_worlds(pack: Pack) -> None:
+    toon = replace(pack, manifest=pack.manifest.model_copy(update={"architecture": "storygen"}))
+    for name in METHODS:
+        for learns in ("lora", "unet"):
+            assert recipe_for(pack, name, learns=learns) == published_customization(name, learns=learns)
+            assert recipe_for(toon, name, learns=learns) == toon_customization(name, learns=learns)
+    whole = recipe_for(pack, "epicevo", learns="unet")
+    assert whole == CustomizationRecipe()  # EpicEvo's: 100 passes over a story at 1e-5
+    assert isinstance(recipe_for(pack, "epicevo").method, EpicEvoRecipe)
+    assert recipe_for(pack, "epicevo").method.learns == "lora"  # type: ignore[union-attr]
+    with pytest.raises(RecipeInvalid, match="no method 'magic'"):
+        recipe_for(pack, "magic")
 
 
 # What cannot be taught.
