@@ -153,7 +153,8 @@ runs the same recipes in one go, from nothing.
 
 `frame_*`: frames 2 to 5 of held-out stories, drawn from their true descriptions with the true earlier frames as
 references; `_known` and `_held_out`: frames without and with a combination that training never showed. `crowd_*`:
-frames of two and three in which everybody has to be right. `first_*`: no references. `reference_gain_*`: what
+frames of two and three in which everybody has to be right (`_apart`: nobody missing, doubled, or with a part of
+another's look). `first_*`: no references. `reference_gain_*`: what
 references are worth, frame by frame. `description_*`, `caption_*`: texts for true pictures and captions; `story_*`:
 stories the pack told and drew alone from their true first frame. `judge_*`: the judge on the true pictures: no figure
 above it can be trusted beyond that. Definitions: `training/evaluation/`.

@@ -57,26 +57,43 @@ def _matched(said: Verdict, true: Verdict) -> list[tuple[Someone | None, Someone
     return list(zip(said.figures, true.figures, strict=True))
 
 
+_OF_PICTURES = ("count", "characters", "whole", "apart")
+_OF_FIGURES = ("species", "look", "colours", "action", "mood")
+
+
+def _is_kept_apart(pairs: Sequence[tuple[Someone | None, Someone]]) -> bool:
+    """Nobody is missing or doubled, and nobody has a part of somebody else's look in the place of an own one."""
+    seen = [one for one, _ in pairs if one is not None]
+    if len(seen) < len(pairs) or len({one.look for one in seen}) < len({one.look for _, one in pairs}):
+        return False
+    return not any(
+        a != b and any(a == other.look[part] for other_number, (_, other) in enumerate(pairs) if other_number != number)
+        for number, (found, wanted) in enumerate(pairs)
+        if found is not None
+        for part, (a, b) in enumerate(zip(found.look, wanted.look, strict=True))
+    )
+
+
 def outcomes(said: Sequence[Verdict], true: Sequence[Verdict]) -> dict[str, list[bool]]:
     """Right or wrong, per question: an entry a picture or, where said so, a figure (all wrong if their number is).
 
     characters      pictures with exactly the true ones of the main cast (and as many figures as there should be)
     whole           pictures in which everybody is who should be there, with the right look: nobody missing or blended
+    apart           pictures in which nobody is missing, doubled or has a part of another's look; what is wrong in
+                    somebody's look and nobody else's in the picture does not count
     look, colours   figures with the right species, colour and accessory; with the right colours alone
     action, mood    figures
     prop            pictures that have a thing, held or lying about: all of them right
     no_prop         pictures that have none: none seen
     """
-    out: dict[str, list[bool]] = {
-        name: []
-        for name in ("count", "characters", "whole", "species", "look", "colours", "action", "mood", "prop", "no_prop")
-    }
-    out |= {name: [] for name in SCENE_QUESTIONS if name != "ground_prop"}
+    scene = [name for name in SCENE_QUESTIONS if name != "ground_prop"]
+    out: dict[str, list[bool]] = {name: [] for name in (*_OF_PICTURES, *_OF_FIGURES, "prop", "no_prop", *scene)}
     for seen, real in zip(said, true, strict=True):
         pairs = _matched(seen, real)
         out["count"].append(len(seen.figures) == len(real.figures))
         out["characters"].append(out["count"][-1] and seen.characters == real.characters)
         out["whole"].append(all(a is not None and a.look == b.look for a, b in pairs))
+        out["apart"].append(_is_kept_apart(pairs))
         for a, b in pairs:
             out["species"].append(a is not None and a.species == b.species)
             out["look"].append(a is not None and a.look == b.look)

@@ -4,6 +4,7 @@
 * `frame_*` frames 2 to 5 of held-out stories, from their true descriptions with the true earlier frames as references,
   as the product draws; `frame_*_known` and `_held_out` are those without and with a combination kept out of training;
 * `crowd_two`, `crowd_three` frames with two and three figures: all who should be there, each with the right look;
+  `…_apart` counts only what the figures do to each other: nobody missing, doubled, or with a part of another's look;
 * `first_*` frames without references;
 * `reference_*` what references are worth: the same frames with them, without, and with another story's;
 * `judge_*` the judge on the true pictures of the same frames: no figure above can be trusted beyond it.
@@ -267,12 +268,13 @@ def frame_figures(
 
 
 def crowd_figures(model: FrameModel, judge: Judge, count: int, seed: int, say: Say) -> list[Figure]:
-    """Two and three in a frame: nobody missing, doubled or blended."""
+    """Two and three in a frame: all there with the right look; and nobody missing, doubled or blended with another."""
     figures = []
     for name, number, target in (("two", 2, 0.85), ("three", 3, 0.70)):
         tasks = crowd_tasks(number, count, model.manifest.width_px, seed)
         found = outcomes(judge.verdicts(draw_all(model, tasks)), [truth(task.scene) for task in tasks])
         figures.append(share(f"crowd_{name}", found["whole"], target))
+        figures.append(share(f"crowd_{name}_apart", found["apart"]))
         say(f"frames: {len(tasks)} with {name} figures")
     return figures
 

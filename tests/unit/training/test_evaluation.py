@@ -81,6 +81,22 @@ class TestJudge:
         assert found["characters"] == [True]  # both are there
         assert found["action"] == [False, False]  # but each does what the other should
 
+    @pytest.mark.parametrize(
+        ("seen", "is_apart"),
+        [
+            ([someone(), someone(**MINA)], True),
+            ([someone(colour="green"), someone(**MINA)], True),  # wrong, and nobody's
+            ([someone(colour="pink"), someone(**MINA)], False),  # hers
+            ([someone(accessory="bow"), someone(**MINA)], False),
+            ([someone(**MINA), someone(**MINA)], False),  # doubled
+            ([someone(species="dog"), someone(species="dog")], False),
+            ([someone()], False),
+            ([someone(**MINA), someone()], False),  # each looks like the other
+        ],
+    )
+    def test_figures_are_apart_when_none_has_a_part_of_another(self, seen: list[Someone], is_apart: bool) -> None:
+        assert outcomes([verdict(*seen)], [verdict(someone(), someone(**MINA))])["apart"] == [is_apart]
+
     def test_props_are_asked_of_frames_that_have_one(self) -> None:
         kite = someone(action="hold", prop="kite")
         assert outcomes([verdict(kite)], [verdict(kite)])["prop"] == [True]
