@@ -6,6 +6,10 @@ import argparse
 
 import torch
 
+from services.models.memory import keep_freed_memory
+
+_KEPT_BYTES = 1 << 30  # a backward pass frees more than a step of drawing does
+
 
 def run_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with `--minutes` and `--threads`."""
@@ -16,7 +20,8 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line, with torch's threads set."""
+    """The command line, with torch's threads set, and freed memory kept for the next step."""
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory(_KEPT_BYTES)
     return arguments

@@ -11,6 +11,7 @@ import ctypes
 
 KEPT_BYTES = 512 << 20  # freed memory beyond it goes back
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
+_INT_MAX = 2**31 - 1
 
 
 def keep_freed_memory(kept_bytes: int = KEPT_BYTES) -> bool:
@@ -18,6 +19,6 @@ def keep_freed_memory(kept_bytes: int = KEPT_BYTES) -> bool:
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018  other C libraries may have a mallopt that does nothing
-        return bool(libc.mallopt(_MMAP_MAX, 0)) and bool(libc.mallopt(_TRIM_THRESHOLD, kept_bytes))
+        return bool(libc.mallopt(_MMAP_MAX, 0)) and bool(libc.mallopt(_TRIM_THRESHOLD, min(kept_bytes, _INT_MAX)))
     except (AttributeError, OSError, TypeError):
         return False
