@@ -286,6 +286,16 @@ def test_latents_are_those_of_the_pipeline(pairs: dict[str, Pair], kind: str, re
     torch.testing.assert_close(raw(model, drawing), expected, **CLOSE)
 
 
+# Four channels of latent pixel (1, 2), two references, as they were when this was written.
+GOLDEN = {KLEIN: [2.1744, 1.2456, -2.5553, 2.7719], KV: [2.705, -0.9987, -1.5926, -0.5958]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_numbers(pairs: dict[str, Pair], kind: str) -> None:
+    (drawing,) = drawn(pairs[kind][1], sketch(2, text_guidance=4.0 if kind == KLEIN else 1.0))
+    assert drawing.latents_CHW[:4, 1, 2].tolist() == pytest.approx(GOLDEN[kind], abs=5e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_are_those_of_the_pipeline(pairs: dict[str, Pair], kind: str) -> None:
     pipe, model = pairs[kind]
