@@ -280,3 +280,20 @@ def test_sizes_do_not_mix(tiny_model: FrameModel) -> None:
     with counted(tiny_model) as rows:
         drawn(tiny_model, wide)
     assert rows == [2] * 5
+
+
+@pytest.mark.parametrize("other", ["caption", "picture", "place"])
+def test_a_shared_row_is_of_one_picture_with_one_caption_at_one_distance(tiny_model: FrameModel, other: str) -> None:
+    """Whoever finds another frame's rows finds those of what it looks at itself."""
+    one = sketch(2).references
+    two = {
+        "caption": tuple(replace(seen, description=f"{seen.description}, at night") for seen in one),
+        "picture": tuple(replace(seen, pixels=255 - seen.pixels) for seen in one),
+        "place": one[::-1],
+    }[other]
+    first, second = (replace(sketch(2), policy=SHARED, references=seen) for seen in (one, two))
+    cache = ReferenceCache(64 << 20)
+    drawn(tiny_model, first, cache)
+    after = drawn(tiny_model, second, cache).latents_CHW
+    torch.testing.assert_close(after, drawn(tiny_model, second).latents_CHW, **CLOSE)
+    assert not torch.allclose(after, drawn(tiny_model, first).latents_CHW, atol=1e-2)
