@@ -14,7 +14,7 @@ from services.runtime.config import Settings
 # Shared with `EngineSettings`; here, because this module costs nothing to import.
 ADAPTER_RANK_MAX = 16
 ADAPTERS_BYTES = 256 << 20
-REFERENCES_BYTES = 256 << 20
+REFERENCES_BYTES = 512 << 20
 PREFILL_ROWS = 24
 STALL_S = 60.0
 NETWORKS_MAX = 4

@@ -7,10 +7,11 @@ everybody else's: `AdapterSlots` keeps a few of them side by side on the device,
 and convolution adds to each row what that row's slot says. Slot 0 is nobody and adds exactly nothing. A small change of
 the text encoder is the business of `services.models.text_encoder`, which reads one job's texts at a time.
 
-There are two ways to compute it, with equal results. Together: two batched matrix products a layer, however many
-adapters there are, over factors gathered row by row; few calls, which is what counts on a GPU. Run by run: two products
-for every run of rows that wear the same, added in place, nothing gathered; on a processor, where a call costs little
-and memory much, that is the faster one (`python -m tests.bench.frame.profile`). Sorted rows make long runs.
+There are two ways to compute it, with equal results. Together: two batched matrix products a layer more, however many
+adapters there are, over factors gathered row by row; few calls and little memory, which is what counts on a GPU. Run by
+run: rows that wear the same go through weights that have it merged in, which costs what the layer costs anyway; such
+weights are kept for as many outfits as `merged_bytes` holds, and a pass that wears more is computed together. On a
+processor the second is the faster one (`python -m tests.bench.frame.profile`). Sorted rows make long runs.
 
     slots = AdapterSlots(unet, count=8, rank_max=16)
     slots.put(3, read_adapter(payload, unet))
@@ -28,7 +29,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -320,6 +322,10 @@ def adapted_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     }
 
 
+Layer = Callable[[Tensor], Tensor]
+MERGED_BYTES = 256 << 20  # of weights that have outfits merged in
+
+
 class Worn(NamedTuple):
     """One adapter that a row wears: its slot, and how strongly."""
 
@@ -333,22 +339,26 @@ NOBODY = Worn(0, 0.0)
 """What a row wears of a character that changes no layer."""
 
 
+Merged = Mapping[str, Tensor]
+"""Weights with an outfit merged in, by layer; of the layers that it changes."""
+
+
 class _Run(NamedTuple):
     """Neighbouring rows that wear the same."""
 
     first: int
     end: int
-    outfit: tuple[Worn, ...]
+    weights: Merged
 
 
 @dataclass
 class _Rows:
-    """What one pass's rows wear: by row, on the device, and run by run."""
+    """What one pass's rows wear: by row, on the device; or run by run, where there are merged weights for everybody."""
 
     count: int
     slots_BM: Tensor
     scales_BM: Tensor
-    runs: tuple[_Run, ...]
+    runs: tuple[_Run, ...] | None
 
 
 @dataclass
@@ -370,15 +380,17 @@ class _Stack:
 class AdapterSlots:
     """Adapters side by side in a UNet. Not thread-safe: who steps the UNet fills its slots."""
 
-    def __init__(self, unet: nn.Module, count: int, rank_max: int, *, together: bool | None = None) -> None:
+    def __init__(self, unet: nn.Module, count: int, rank_max: int, *, merged_bytes: int = MERGED_BYTES) -> None:
         """Room for `count` adapters besides nobody. Layers that no adapter changes cost nothing.
 
-        `together` chooses the way they are computed; None takes the one that suits the UNet's device.
+        Merged weights are for a processor and float32: in half precision they are another rounding than a sum.
         """
         if count < 1 or rank_max < 1:
             raise ValueError("a UNet needs at least one slot, and a rank of at least one")
         self.count, self.rank_max = count, rank_max
-        self.together = next(unet.parameters()).device.type != "cpu" if together is None else together
+        first = next(unet.parameters())
+        self._merged_bytes = merged_bytes if first.device.type == "cpu" and first.dtype == torch.float32 else 0
+        self._merged: OrderedDict[tuple[Worn, ...], Merged] = OrderedDict()  # used longest ago first
         self._layers = adapted_layers(unet)
         self._stacks: dict[str, _Stack] = {}
         self._held: dict[int, str] = {}  # digests by slot
@@ -410,6 +422,8 @@ class AdapterSlots:
     def clear(self, slot: int) -> None:
         """Make a slot nobody's. Its numbers are zeroed, so that a stale row number could only add nothing."""
         self._held.pop(slot, None)
+        for outfit in [one for one in self._merged if any(worn.slot == slot for worn in one)]:
+            del self._merged[outfit]
         for stack in self._stacks.values():
             if slot in stack.ranks or slot in stack.wholes:
                 stack.ranks.pop(slot, None)
@@ -441,13 +455,52 @@ class AdapterSlots:
             len(outfits),
             torch.tensor([[one.slot for one in outfit] for outfit in whole], device=device),
             torch.tensor([[one.scale for one in outfit] for outfit in whole], device=device),
-            tuple(_runs(outfits)),
+            self._runs([tuple(outfit) for outfit in outfits]),
         )
+
+    def _runs(self, outfits: Sequence[tuple[Worn, ...]]) -> tuple[_Run, ...] | None:
+        """Everybody's runs; None where their merged weights have no room side by side."""
+        wanted = dict.fromkeys(outfits)
+        changed = {outfit: self._changed_by(outfit) for outfit in wanted}
+        if sum(self._layers[name].weight.nbytes for names in changed.values() for name in names) > self._merged_bytes:
+            return None
+        for outfit in wanted:
+            if outfit not in self._merged:
+                self._merged[outfit] = {name: self._with(name, outfit) for name in changed[outfit]}
+            self._merged.move_to_end(outfit)
+        held = {outfit: sum(one.nbytes for one in weights.values()) for outfit, weights in self._merged.items()}
+        for outfit in list(self._merged):
+            if sum(held.values()) <= self._merged_bytes:
+                break
+            del self._merged[outfit], held[outfit]
+        found, first = [], 0
+        for outfit, group in groupby(outfits):
+            end = first + sum(1 for _ in group)
+            found.append(_Run(first, end, self._merged[outfit]))
+            first = end
+        return tuple(found)
+
+    def _changed_by(self, outfit: Sequence[Worn]) -> list[str]:
+        slots = {one.slot for one in outfit}
+        return [name for name, stack in self._stacks.items() if slots & (stack.ranks.keys() | stack.wholes)]
+
+    def _with(self, name: str, outfit: Sequence[Worn]) -> Tensor:
+        """A layer's weight with what an outfit adds to it."""
+        stack = self._stacks[name]
+        weight = self._layers[name].weight.detach().clone()
+        flat_OI = weight.flatten(1)  # a view
+        for slot, scale in outfit:
+            if (rank := stack.ranks.get(slot)) is not None and stack.down is not None and stack.up is not None:
+                flat_OI.addmm_(stack.up[slot, :, :rank], stack.down[slot, :rank].flatten(1), alpha=scale)
+            if slot in stack.wholes and stack.whole is not None:
+                flat_OI.add_(stack.whole[slot], alpha=scale)
+        return weight
 
     def _stack(self, name: str) -> _Stack:
         if name not in self._stacks:
             self._stacks[name] = _Stack()
-            self._layers[name].register_forward_hook(_Hook(self, name))
+            layer = self._layers[name]
+            layer.forward = _Dressed(self, name, layer, layer.forward)  # type: ignore[method-assign, assignment]
         return self._stacks[name]
 
     def _low_rank(self, name: str) -> tuple[Tensor, Tensor]:
@@ -463,16 +516,16 @@ class AdapterSlots:
             stack.whole = weight.new_zeros((self.count + 1, *weight.shape))
         return stack.whole
 
-    def changed(self, name: str, layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
-        """A layer's answer with what its rows wear added; it may be `answer` itself."""
+    def answer(self, name: str, layer: nn.Linear | nn.Conv2d, plain: Layer, given: Tensor) -> Tensor:
+        """A layer's answer with what its rows wear."""
         rows, stack = self._rows, self._stacks[name]
         if rows is None or not stack.is_used:
-            return answer
+            return plain(given)
         if len(given) != rows.count:
             raise ValueError(f"{name} has {len(given)} rows, {rows.count} were announced")
-        if self.together:
-            return self._added_together(stack, rows, layer, given, answer)
-        return _added_by_runs(stack, rows.runs, layer, given, answer)
+        if rows.runs is None:
+            return self._added_together(stack, rows, layer, given, plain(given))
+        return _run_by_run(name, rows.runs, layer, given)
 
     def _added_together(self, stack: _Stack, rows: _Rows, layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
         if isinstance(layer, nn.Conv2d):
@@ -501,53 +554,35 @@ class AdapterSlots:
         return down_BMrI.flatten(1, 2), up_BMOr.transpose(1, 2).flatten(2)
 
 
-class _Hook:
-    """What torch calls after a layer."""
+class _Dressed:
+    """A layer's `forward` while it has adapters."""
 
-    def __init__(self, slots: AdapterSlots, name: str) -> None:
-        self._slots, self._name = slots, name
+    def __init__(self, slots: AdapterSlots, name: str, layer: nn.Linear | nn.Conv2d, plain: Layer) -> None:
+        self._slots, self._name, self._layer, self._plain = slots, name, layer, plain
 
-    def __call__(self, layer: nn.Module, given: tuple[Any, ...], answer: Tensor) -> Tensor:
-        return self._slots.changed(self._name, layer, given[0], answer)
-
-
-def _runs(outfits: Sequence[Outfit]) -> Iterator[_Run]:
-    """Those that wear anything, one after the other."""
-    first = 0
-    for outfit, group in groupby(tuple(one) for one in outfits):
-        end = first + sum(1 for _ in group)
-        if outfit:
-            yield _Run(first, end, outfit)
-        first = end
+    def __call__(self, given: Tensor) -> Tensor:
+        return self._slots.answer(self._name, self._layer, self._plain, given)
 
 
-def _added_by_runs(stack: _Stack, runs: Sequence[_Run], layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
-    """`answer`, in place: a run's rows are one matrix, whose products need no copy of anybody's factors."""
+def _run_by_run(name: str, runs: Sequence[_Run], layer: nn.Linear | nn.Conv2d, given: Tensor) -> Tensor:
+    """Each run through its own weights."""
     if isinstance(layer, nn.Conv2d):
-        for run in runs:
-            rows = slice(run.first, run.end)
-            for slot, scale in run.outfit:
-                if (rank := stack.ranks.get(slot)) is not None and stack.down is not None and stack.up is not None:
-                    low = F.conv2d(
-                        given[rows],
-                        stack.down[slot, :rank],
-                        stride=layer.stride,
-                        padding=layer.padding,
-                        dilation=layer.dilation,
-                    )
-                    answer[rows].add_(F.conv2d(low, stack.up[slot, :, :rank, None, None]), alpha=scale)
-        return answer
-    given_NI, answer_NO = given.flatten(0, -2), answer.view(-1, answer.shape[-1])
+        parts = [
+            layer._conv_forward(given[run.first : run.end], run.weights.get(name, layer.weight), layer.bias)
+            for run in runs
+        ]
+        return torch.cat(parts)
+    given_NI = given.flatten(0, -2)
+    answer_NO = given.new_empty(len(given_NI), layer.out_features)
     length = len(given_NI) // len(given)
     for run in runs:
         rows = slice(run.first * length, run.end * length)
-        for slot, scale in run.outfit:
-            if (rank := stack.ranks.get(slot)) is not None and stack.down is not None and stack.up is not None:
-                low = given_NI[rows] @ stack.down[slot, :rank].T
-                answer_NO[rows].addmm_(low, stack.up[slot, :, :rank].T, alpha=scale)
-            if slot in stack.wholes and stack.whole is not None:
-                answer_NO[rows].addmm_(given_NI[rows], stack.whole[slot].T, alpha=scale)
-    return answer
+        weight_IO = run.weights.get(name, layer.weight).T
+        if layer.bias is None:
+            torch.mm(given_NI[rows], weight_IO, out=answer_NO[rows])
+        else:
+            torch.addmm(layer.bias, given_NI[rows], weight_IO, out=answer_NO[rows])
+    return answer_NO.view(*given.shape[:-1], -1)
 
 
 def _convolved(layer: nn.Conv2d, given_BIHW: Tensor, down_BrIKK: Tensor) -> Tensor:

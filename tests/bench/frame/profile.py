@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from services.models.drawing import begin
-from services.models.lora import AdapterSlots, Outfit, Worn, read_adapter
+from services.models.lora import MERGED_BYTES, AdapterSlots, Outfit, Worn, read_adapter
 from services.models.memory import keep_freed_memory
 from services.models.pack import find_pack, load_pack
 from services.models.registry import FrameModel, load_frame_model
@@ -108,9 +108,9 @@ def adapter_cases(model: FrameModel, adapters: Adapters) -> dict[str, Forward]:
 
         return run
 
-    for name, together in (("run by run", False), ("together", True)):
+    for name, merged_bytes in (("run by run", MERGED_BYTES), ("together", 0)):
         own = copy.deepcopy(unet)
-        slots = AdapterSlots(own, count=adapters.count, rank_max=RANK, together=together)
+        slots = AdapterSlots(own, count=adapters.count, rank_max=RANK, merged_bytes=merged_bytes)
         for number in range(adapters.count):
             slots.put(number + 1, read_adapter(adapters.file(number), own))
         for characters in CHARACTERS:

@@ -39,6 +39,7 @@ from tests.bench.frame.workload import Request
 RANK = 8
 TARGETS = r".*attentions.*(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out)"
 TOGETHER = 8  # requests in one batch, of every system
+CACHE_BYTES = 1 << 30  # of what passes left: sixteen characters have a table of the blank's rows each
 
 
 @dataclass
@@ -244,7 +245,7 @@ class Ours:
             for number in range(adapters.count):
                 slots.put(number + 1, read_adapter(adapters.file(number), unet))
             self.model = with_unet(model, unet, slots)
-        self.cache = ReferenceCache(256 << 20)
+        self.cache = ReferenceCache(CACHE_BYTES)
 
     def begin(self, request: Request) -> Drawing:
         """A request's drawing. Every request is a tenant's of its own: only what is everybody's is found."""

@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from services.models import lora
 from services.models.errors import AdapterDamaged, AdapterWrongBase, AdapterWrongShape
 from services.models.lora import ALPHA, BASE_DIGEST, NOBODY, AdapterSlots, Worn, adapted_layers, read_adapter_file
 from services.models.storygen import References, StoryGenUNet, build_storygen
@@ -61,13 +62,13 @@ def files(adapted: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return found
 
 
-@pytest.fixture(params=[False, True], ids=["run by run", "together"])
+@pytest.fixture(params=[1 << 20, 0], ids=["run by run", "together"])
 def slots(
     unet: StoryGenUNet, files: dict[str, Path], request: pytest.FixtureRequest
 ) -> tuple[StoryGenUNet, AdapterSlots]:
     """The network with three adapters in the slots 1, 2 and 3, computed in either form."""
     own = copy.deepcopy(unet)
-    held = AdapterSlots(own, count=4, rank_max=4, together=request.param)
+    held = AdapterSlots(own, count=4, rank_max=4, merged_bytes=request.param)
     for slot, file in enumerate(files.values(), start=1):
         held.put(slot, read_adapter_file(file, own))
     return own, held
@@ -110,13 +111,52 @@ def test_a_row_is_the_same_alone_and_among_others(slots: tuple[StoryGenUNet, Ada
 
 
 @torch.no_grad()
-def test_a_row_that_wears_nothing_is_bit_for_bit_the_networks_own(slots: tuple[StoryGenUNet, AdapterSlots]) -> None:
+def test_a_row_that_wears_nothing_is_the_networks_own(
+    slots: tuple[StoryGenUNet, AdapterSlots], unet: StoryGenUNet
+) -> None:
     own, held = slots
     latents, timesteps, text = inputs(3)
-    plain = own.predict(latents, timesteps, text)
+    plain = unet.predict(latents, timesteps, text)
     with held.rows([(), (Worn(2, 1.0),), ()]):
         mixed = own.predict(latents, timesteps, text)
-    assert torch.equal(mixed[[0, 2]], plain[[0, 2]])
+    torch.testing.assert_close(mixed[[0, 2]], plain[[0, 2]], atol=1e-6, rtol=1e-5)
+    assert (mixed[1] - plain[1]).abs().max() > 1e-3
+    with held.rows([(), (), ()]):
+        assert torch.equal(own.predict(latents, timesteps, text), plain), "nobody among them: bit for bit"
+
+
+@torch.no_grad()
+def test_outfits_that_do_not_fit_side_by_side_are_computed_together(
+    unet: StoryGenUNet, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: list[str] = []
+    whole, together = lora._run_by_run, AdapterSlots._added_together
+    monkeypatch.setattr(lora, "_run_by_run", lambda *given: (ways.append("run by run"), whole(*given))[1])
+    monkeypatch.setattr(AdapterSlots, "_added_together", lambda *given: (ways.append("together"), together(*given))[1])
+    own = copy.deepcopy(unet)
+    weights = sum(
+        layer.weight.nbytes for name, layer in adapted_layers(own).items() if re.fullmatch(LINEARS, name) is not None
+    )
+    held = AdapterSlots(own, count=3, rank_max=4, merged_bytes=2 * weights)
+    for slot, name in enumerate(("one", "two"), start=1):
+        held.put(slot, read_adapter_file(files[name], own))
+    held.put(3, read_adapter_file(files["one"], own))
+    latents, timesteps, text = inputs(3)
+
+    def drawn(*slots: int) -> Tensor:
+        ways.clear()
+        with held.rows([(Worn(slot, 1.0),) for slot in slots]):
+            return own.predict(latents, timesteps, text)
+
+    side_by_side = drawn(1, 2, 2)
+    assert set(ways) == {"run by run"}
+    mixed = drawn(1, 2, 3)
+    assert set(ways) == {"together"}
+    torch.testing.assert_close(mixed[:2], side_by_side[:2], **CLOSE)
+    again = drawn(3, 3, 3)  # in the place of the one that was worn longest ago
+    assert set(ways) == {"run by run"}
+    torch.testing.assert_close(again[2], mixed[2], **CLOSE)
+    assert torch.equal(drawn(1, 2, 2), side_by_side)
 
 
 @torch.no_grad()
@@ -180,13 +220,13 @@ def test_a_slot_that_was_cleared_changes_nothing_and_can_be_filled_again(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("together", [False, True], ids=["run by run", "together"])
-def test_whole_differences_of_keys_and_values_are_added(unet: StoryGenUNet, tmp_path: Path, together: bool) -> None:
+@pytest.mark.parametrize("merged_bytes", [1 << 20, 0], ids=["run by run", "together"])
+def test_whole_differences_of_keys_and_values_are_added(unet: StoryGenUNet, tmp_path: Path, merged_bytes: int) -> None:
     own = copy.deepcopy(unet)
     layers = {name: layer for name, layer in adapted_layers(own).items() if name.endswith("attn2.to_k")}
     deltas = {f"{name}.delta": torch.randn(layer.weight.shape) for name, layer in layers.items()}
     save_file(deltas, str(tmp_path / "k.safetensors"))
-    held = AdapterSlots(own, count=1, rank_max=1, together=together)
+    held = AdapterSlots(own, count=1, rank_max=1, merged_bytes=merged_bytes)
     held.put(1, read_adapter_file(tmp_path / "k.safetensors", own))
     latents, timesteps, text = inputs(2)
     with held.rows([(Worn(1, 0.5),), ()]):
