@@ -232,7 +232,8 @@ def test_weights_that_are_worn_leave_with_the_last_who_wears_them(
     picture = worn.frame()
     other.frame()
     assert engine._tables["tiny"].resident == ()
-    assert Inbox(engine, wearing(1, digest, references=1)).frame().sha256 == picture.sha256
+    again = Inbox(engine, wearing(1, digest, references=1)).frame()
+    assert not _differs(again.image, picture.image)
 
 
 def test_who_watches_is_told_of_weights(tiny_model: FrameModel, files: Files) -> None:
