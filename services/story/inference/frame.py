@@ -1,7 +1,7 @@
 """The models `frame/<pack>`: a description becomes a picture.
 
 Inputs   PROMPT                  BYTES [1]             what to draw, literally
-         REFERENCE_IMAGES        BYTES [N]             up to three earlier frames, oldest first: picture files
+         REFERENCE_IMAGES        BYTES [N]             up to four earlier frames, oldest first: picture files
                                  or UINT8 [N, H, W, 3] the same as RGB pixels
          REFERENCE_DESCRIPTIONS  BYTES [N]             what each of them shows; may be empty, may be left out
          REFERENCE_DISTANCES     UINT8 [N]             how many frames each is from the one that is drawn; 0, and left
@@ -37,10 +37,10 @@ from services.story.inference.refusals import naming
 from services.story.inference.tensors import ANY, BYTES, UINT8, Tensor, TensorSpec, add_output
 from services.story.inference.texts import checked_caption, checked_description, warnings_text
 from services.story.intake import check_image
-from services.story.plan import SEED_LIMIT
+from services.story.plan import MAX_REFERENCES, SEED_LIMIT
 from services.story.records import DEFAULT_QUALITY, QUALITIES
 
-MOST_REFERENCES = 3
+MOST_REFERENCES = MAX_REFERENCES  # of any pack; the frame service knows how many each looks at
 IMAGE, PIXELS = "IMAGE", "PIXELS"
 REFERENCE_DISTANCES, EDIT_IMAGE = "REFERENCE_DISTANCES", "EDIT_IMAGE"
 INPUTS = (
