@@ -24,11 +24,13 @@ import shutil
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -45,6 +47,7 @@ STORAGE = "ray"  # folder of what Ray Train itself writes down
 ADDRESS = "RAY_ADDRESS"
 _MOST_FAILURES = 2  # of a driver's workers; one more ends it
 _MEETING_S = 24 * 3600  # workers wait so long for one that lives: the first one draws probes meanwhile
+_STARTS = 3  # of a Ray of this process's own
 _LOOK_EVERY_S = 0.1
 _OBJECT_STORE_BYTES = 80_000_000  # Ray's least is 75 MB, and next to nothing is put there
 _TRAIN_SETTINGS = {
@@ -58,6 +61,7 @@ _OWN_RAY_SETTINGS = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # whoever started this process has chosen
+    "RAY_worker_register_timeout_seconds": "600",  # a busy machine takes its time to start Python, too
 }
 
 
@@ -201,7 +205,7 @@ def _cluster(arguments: argparse.Namespace, folder: Path) -> Iterator[None]:
             if own is None:
                 ray.init(address=address, log_to_driver=True)
             else:
-                ray.init(**_own_ray(arguments, own))
+                _start_own(_own_ray(arguments, own))
             yield
         except SystemExit as error:  # what Ray makes of SIGTERM until we listen again
             raise RunStopped("the run was told to stop before its first step") from error
@@ -228,6 +232,28 @@ def _own_ray(arguments: argparse.Namespace, own: Path) -> dict[str, Any]:
         "_node_ip_address": "127.0.0.1",
         "_temp_dir": str(own),
     }
+
+
+def _start_own(asked: Mapping[str, Any]) -> None:
+    """Start a Ray of this process's own, again if need be: a node gives itself 30 s, which a busy machine may not have.
+
+    Raises what Ray raises the last time.
+    """
+    import ray
+
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(**asked)
+            return
+        except CustomizationError:
+            raise
+        except Exception:
+            if not left:
+                raise
+            traceback.print_exc()
+            for child in psutil.Process().children(recursive=True):  # they are all of the node that did not start
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
 
 
 def _new_token(own: Path) -> Path:

@@ -100,6 +100,7 @@ def node() -> Iterator[RayNode]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
+        "RAY_worker_register_timeout_seconds": "600",
     }
     try:
         process, told = start_node(environment, folder)
@@ -193,9 +194,13 @@ class Training:
 
     def until_step(self, step: int, after: int = 0) -> None:
         """Until so many steps are taken, after so many of the lines that told of any."""
-        eventually(
-            lambda: any(line["step"] >= step for line in self.told("step")[after:]), f"step {step} of {self.folder}"
-        )
+
+        def taken() -> bool:
+            ended = any(driver.poll() not in (None, 0) for driver in self.drivers[-1:])
+            assert not ended, (self.folder / "log").read_text()[-4000:]
+            return any(line["step"] >= step for line in self.told("step")[after:])
+
+        eventually(taken, f"step {step} of {self.folder}")
 
     @property
     def saved_step(self) -> int:
