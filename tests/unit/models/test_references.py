@@ -296,4 +296,4 @@ def test_a_shared_row_is_of_one_picture_with_one_caption_at_one_distance(tiny_mo
     drawn(tiny_model, first, cache)
     after = drawn(tiny_model, second, cache).latents_CHW
     torch.testing.assert_close(after, drawn(tiny_model, second).latents_CHW, **CLOSE)
-    assert not torch.allclose(after, drawn(tiny_model, first).latents_CHW, atol=1e-2)
+    assert (after - drawn(tiny_model, first).latents_CHW).abs().max() > 1e-3, "it counts at all"
