@@ -9,7 +9,10 @@ import json
 import signal
 import socket
 import sys
+import time
+from typing import Any
 
+from ray._private import services
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
@@ -22,11 +25,33 @@ def free_port() -> int:
     return port
 
 
+_asked_once = services.get_node
+_START_S = 600.0
+
+
+def asked_long_enough(*arguments: Any) -> Any:
+    """What the control store says of this node. Ray gives it 30 s, which a busy machine does not have."""
+    deadline = time.monotonic() + _START_S
+    while True:
+        try:
+            return _asked_once(*arguments)
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
 def main() -> None:
+    services.get_node = asked_long_enough
     node = Node(
         RayParams(
             dashboard_host="127.0.0.1",
             dashboard_port=free_port(),
+            # Without a port a node waits for its agents to choose, and dies of impatience on a busy machine.
+            metrics_export_port=free_port(),
+            metrics_agent_port=free_port(),
+            dashboard_agent_listen_port=free_port(),
+            runtime_env_agent_port=free_port(),
             include_dashboard=True,
             num_cpus=int(sys.argv[2]),
             object_store_memory=80_000_000,
