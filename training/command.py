@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from services.models.memory import keep_freed_memory
+from services.models.allocator import keep_freed_memory
 
 _KEPT_BYTES = 1 << 30  # a backward pass frees more than a step of drawing does
 

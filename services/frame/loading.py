@@ -10,9 +10,9 @@ import torch
 from services.frame.config import FrameSettings
 from services.frame.engine import EngineSettings, Fetch, FrameEngine, Observer
 from services.frame.remote import RemoteFrames
+from services.models.allocator import keep_freed_memory
 from services.models.errors import PackUnsupported
 from services.models.footprint import check_room, footprint
-from services.models.memory import keep_freed_memory
 from services.models.pack import RemoteManifest, find_pack, load_any_pack, load_pack, read_any_manifest, read_manifest
 from services.models.references import ReferencePolicy
 from services.models.registry import load_frame_model

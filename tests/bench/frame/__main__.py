@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from services.models.allocator import keep_freed_memory
 from services.models.drawing import Seen, begin, finish
-from services.models.memory import keep_freed_memory
 from services.models.pack import find_pack, load_pack
 from services.models.references import EXACT, ReferenceCache, ReferencePolicy
 from services.models.registry import FrameModel, load_frame_model

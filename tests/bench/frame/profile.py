@@ -22,9 +22,9 @@ from typing import Any, cast
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from services.models.allocator import keep_freed_memory
 from services.models.drawing import begin
 from services.models.lora import MERGED_BYTES, AdapterSlots, Outfit, Worn, read_adapter
-from services.models.memory import keep_freed_memory
 from services.models.pack import find_pack, load_pack
 from services.models.registry import FrameModel, load_frame_model
 from services.models.storygen import References, StoryGenUNet
