@@ -1,7 +1,8 @@
 """Draws the world's frames once and keeps their pixels, so that training reads instead of drawing.
 
-A shelf is one `.npy` file of uint8 pictures `[N, H, W, 3]`; its recipe (split, breadth, seeds, size) is in its name, so
-a changed recipe is another file. Scenes and texts are not stored: they follow from the seeds.
+A shelf is one `.npy` file of uint8 pictures `[N, H, W, 3]`; its recipe (split, breadth, seeds, size) and the world's
+edition are in its name, so a changed recipe is another file. Scenes and texts are not stored: they follow from the
+seeds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from training.storage import training_dir
 from training.toon.render import figure_mask, render
 from training.toon.scene import Scene
-from training.toon.world import Frame, StoryFrame, sample_frame, sample_story
+from training.toon.world import EDITION, Frame, StoryFrame, sample_frame, sample_story
 
 STORY_FRAMES = 5
 STORY_BREADTHS = {"story": "scene", "strangers": "looks"}  # of a shelf: the world's breadth of its stories
@@ -47,7 +48,7 @@ class ShelfRecipe:
     @property
     def file_name(self) -> str:
         of = "-figures" if self.masks else ""
-        return f"{self.breadth}-{self.split}-{self.first_seed}-{self.count}-{self.size_px}px{of}.npy"
+        return f"world{EDITION}-{self.breadth}-{self.split}-{self.first_seed}-{self.count}-{self.size_px}px{of}.npy"
 
     @property
     def shape(self) -> tuple[int, ...]:

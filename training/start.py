@@ -1,9 +1,10 @@
 """Starts a run from the weights of a pack instead of from nothing.
 
 Writes the checkpoint of step 0, which the run then continues from. A network that has grown since (more latent
-channels) keeps what it knew: weights lie in the corner of the larger ones they came from, the rest is fresh.
+channels) keeps what it knew and computes it at first: weights lie in the corner of the larger ones they came from, what
+is new is fresh, and what was there learns to listen to it from zero.
 
-    python -m training.start vae text frame captions [--pack DIR]
+    python -m training.start vae text frame eyes judge captions [--pack DIR]
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from services.models import llava
+from services.models import llava, toon
+from services.models.eyes import load_eyes
 from services.models.pack import Pack, load_pack
 from services.models.registry import TEXT_WEIGHTS, UNET_WEIGHTS, VAE_WEIGHTS
 from services.models.storygen import build_storygen
-from services.models.toon import UNET, toon_vae
 from training.captions import FOLDER as CAPTIONS_FOLDER
 from training.captions import CaptionsRecipe
+from training.evaluation.judge import CHECKPOINT as JUDGE_CHECKPOINT
+from training.evaluation.judge import load_judge
+from training.eyes import CHECKPOINT as EYES_CHECKPOINT
+from training.eyes import WorldEyes
 from training.frame import CHECKPOINT as FRAME_CHECKPOINT
 from training.loop import STARTED_FROM
 from training.recipes import toon_text
@@ -36,10 +41,13 @@ from training.widen import widened
 
 # A VAE's moments are its means followed by its log variances, so a grown one has two corners, not one.
 _MOMENTS = ("encoder.conv_out.", "quant_conv.")
+_READS_LATENTS = "decoder.conv_in.weight"
+_READS_MOMENTS = "quant_conv.bias"
+_QUIET = -6.0  # log variance at which a new latent channel begins: with noise as large as itself nobody would use it
 
 
 def grown(fresh: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`fresh` with the values of `known` in the leading corner of each tensor.
+    """`fresh` with the values of `known` in the leading corner of each tensor, and zero from new inputs to old outputs.
 
     Raises ValueError when a name differs or a tensor has shrunk.
     """
@@ -60,7 +68,7 @@ def grown(fresh: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str,
 
 
 def _place(new: Tensor, old: Tensor, in_halves: list[bool]) -> None:
-    """Copy `old` into `new`; dimensions marked in `in_halves` are copied half by half."""
+    """Copy `old` into `new`, and zero beside it; dimensions marked in `in_halves` are copied half by half."""
     index = [torch.arange(size) for size in old.shape]
     for dim, halves in enumerate(in_halves[: old.ndim]):
         if halves:
@@ -69,17 +77,29 @@ def _place(new: Tensor, old: Tensor, in_halves: list[bool]) -> None:
     if old.ndim == 0:
         new.copy_(old)
         return
+    if old.ndim > 1:
+        new[index[0]] = 0.0
     new[torch.meshgrid(*index, indexing="ij")] = old
+
+
+def with_more_inputs(weight: Tensor, inputs: int) -> Tensor:
+    """A convolution's weight `[out, in, …]` with `inputs` inputs, deaf to the new ones."""
+    out = weight.new_zeros(weight.shape[0], inputs, *weight.shape[2:])
+    out[:, : weight.shape[1]] = weight
+    return out
 
 
 def start_vae(pack: Pack) -> None:
     """Write step 0 of the autoencoder's run."""
     torch.manual_seed(1)
-    fresh, known = toon_vae().state_dict(), load_file(pack.path(f"vae/{VAE_WEIGHTS}"))
+    fresh, known = toon.toon_vae().state_dict(), load_file(pack.path(f"vae/{VAE_WEIGHTS}"))
+    known[_READS_LATENTS] = with_more_inputs(known[_READS_LATENTS], fresh[_READS_LATENTS].shape[1])
     weights: dict[str, Tensor] = {}
     for grow, inside in ((partial(widened, generator=torch.Generator().manual_seed(1)), True), (grown, False)):
         parts = ({n: v for n, v in one.items() if n.startswith("decoder.") is inside} for one in (fresh, known))
         weights |= grow(*parts)
+    before, now = known[_READS_MOMENTS].numel() // 2, weights[_READS_MOMENTS].numel() // 2
+    weights[_READS_MOMENTS][now + before :] = _QUIET
     _save(VAE_CHECKPOINT, with_prefix("vae", weights), pack)
 
 
@@ -95,9 +115,22 @@ def start_text(pack: Pack) -> None:
 def start_frame(pack: Pack) -> None:
     """Write step 0 of the frame model's run."""
     torch.manual_seed(2)
-    unet = build_storygen(UNET)
+    unet = build_storygen(toon.UNET)
     networks = with_prefix("unet", grown(unet.state_dict(), load_file(pack.path(f"unet/{UNET_WEIGHTS}"))))
     _save(FRAME_CHECKPOINT, networks, pack)
+
+
+def start_eyes(pack: Pack) -> None:
+    """Write step 0 of the eyes' run. Raises FileNotFoundError when the pack has none."""
+    eyes = load_eyes(pack.folder)
+    if eyes is None:
+        raise FileNotFoundError(f"pack {pack.name!r} has no eyes")
+    _save(EYES_CHECKPOINT, with_prefix("eyes", grown(WorldEyes().state_dict(), eyes.state_dict())), pack)
+
+
+def start_judge(pack: Pack) -> None:
+    """Write step 0 of the run of the judge that is shipped, which no pack has."""
+    _save(JUDGE_CHECKPOINT, with_prefix("judge", load_judge().state_dict()), pack)
 
 
 def start_captions(pack: Pack) -> None:
@@ -121,7 +154,14 @@ def _save(name: str, networks: dict[str, Tensor], pack: Pack) -> None:
     save_checkpoint(path, Checkpoint(with_prefix("networks", networks) | with_prefix("average", networks), facts))
 
 
-STARTS = {"vae": start_vae, "text": start_text, "frame": start_frame, "captions": start_captions}
+STARTS = {
+    "vae": start_vae,
+    "text": start_text,
+    "frame": start_frame,
+    "eyes": start_eyes,
+    "judge": start_judge,
+    "captions": start_captions,
+}
 
 
 def main() -> None:

@@ -184,7 +184,8 @@ class VaeTrainee:
         )
         if self.near is not None and not recipe.decoder_only:
             was = self.near.encode(pixels.cpu() * 0.5 + 0.5).to(device)
-            loss = loss + recipe.near_weight * (self.near.normalised(mean.cpu()).to(device) - was).square().mean()
+            kept = mean[:, : self.near.channels].cpu()  # channels that are new since then are free
+            loss = loss + recipe.near_weight * (self.near.normalised(kept).to(device) - was).square().mean()
         if not crops and self.eyes is not None:
             eyes = self.eyes.to(device)
             true, seen = eyes.cells(pixels).detach(), eyes.cells(again)

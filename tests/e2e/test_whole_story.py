@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import psutil
 import pytest
 from fabula.caption.v1 import caption_service_pb2, caption_service_pb2_grpc
@@ -16,10 +17,18 @@ from fabula.frame.v1 import frame_service_pb2, frame_service_pb2_grpc
 from PIL import Image
 
 from tests.e2e.local import LocalInstallation, first_frame
+from training.evaluation.judge import load_judge
+from training.new_story import NewStory, world_story
+from training.toon.cast import MAIN, NEW
+from training.toon.picture import save_png
+from training.toon.render import render
+from training.toon.scene import Actor, Character, Scene
+from training.verdicts import Verdict
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 FRAMES = 2
+SOMEBODY_NEW = "rosa"
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +39,24 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalInst
         yield made
     finally:
         made.run("down")
+
+
+def alone(character: Character) -> Scene:
+    """A picture of one who stands in the park."""
+    actor = Actor(character=character, action="wave", mood="happy")
+    return Scene(actors=(actor,), setting="park", time="day", side="left")
+
+
+def written(story: NewStory, folder: Path) -> Path:
+    """The story as a user has it: a folder with its pictures and `story.json`."""
+    folder.mkdir()
+    frames = []
+    for number, frame in enumerate(story.frames):
+        save_png(frame.pixels, folder / f"{number}.png")
+        frames.append({"image": f"{number}.png", "caption": frame.caption, "description": frame.descriptions[0]})
+    told = {"name": story.name, "phrase": story.phrase, "frames": frames}
+    (folder / "story.json").write_text(json.dumps(told))
+    return folder
 
 
 def tell(installation: LocalInstallation, out: Path, seed: int = 7) -> dict[str, Any]:
@@ -140,6 +167,42 @@ def test_doctor_finds_all_well_while_it_runs(installation: LocalInstallation) ->
     findings = {each["name"]: each for each in installation.answer("doctor", timeout_s=900)["findings"]}
     assert findings["database"]["detail"] == "reachable, migrations applied"
     assert any(name.startswith("pack ") for name in findings)
+
+
+def test_somebody_new_is_taught_published_and_known_in_the_next_story(
+    installation: LocalInstallation, tmp_path: Path
+) -> None:
+    """From one story to the cast, in services that run all the while; the world's judge says who is to be seen."""
+    taught = world_story(SOMEBODY_NEW, 256)
+    called = ("story", "continue", "--caption", f"Pip met {taught.name}.", "--frames", "4", "--seed", "7")
+    image = tmp_path / "pip.png"
+    save_png(render(alone(MAIN[0]), 256), image)
+
+    def told(*arguments: str) -> tuple[list[str], int]:
+        """The frames that say their name, and in how many of these they are to be seen."""
+        out = tmp_path / f"story-{len(arguments)}"
+        story = installation.answer(*called, "--image", str(image), "--out", str(out), *arguments, timeout_s=1800)
+        frames = [f for f in story["story"]["frames"][1:] if taught.name in f["description"]]
+        pictures = [np.asarray(Image.open(out / f"frame-{frame['index']}.png").convert("RGB")) for frame in frames]
+        return [frame["description"] for frame in frames], sum(map(seen, load_judge().verdicts(pictures)))
+
+    def seen(verdict: Verdict) -> bool:
+        look = next(one.look for one in NEW if one.id == SOMEBODY_NEW)
+        wanted = (look.species, look.colour, look.accessory)
+        return any((one.species, one.colour, one.accessory) == wanted for one in verdict.figures)
+
+    _, by_chance = told()
+    lesson = written(taught, tmp_path / SOMEBODY_NEW)
+    trained = installation.answer(
+        "character", "train", str(lesson), "--accept", "*", "--steps", "60", "--seed", "1", timeout_s=3000
+    )
+    assert trained["job"]["state"] == "succeeded", trained
+    published = installation.answer("character", "publish", trained["job"]["job_id"])
+    assert published["version"]["character"]["name"] == taught.name
+    named, recognised = told("--character", taught.name)
+    assert len(named) >= 2, "the captioner keeps a learned name"
+    assert recognised > by_chance
+    assert recognised >= len(named) / 2, (named, recognised)
 
 
 def test_down_leaves_no_process_and_no_port(installation: LocalInstallation) -> None:

@@ -102,7 +102,10 @@ class Grade:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One picture's truth. `actors` stand from left to right; `side` is where the sun, moon or window is."""
+    """One picture's truth. `actors` stand from left to right; `side` is where the sun, moon or window is.
+
+    `spot` is where exactly in the setting: what it looks like there (`settings.Spot`) no description tells.
+    """
 
     actors: tuple[Actor, ...]
     setting: str
@@ -111,6 +114,7 @@ class Scene:
     weather: str = "clear"
     ground_prop: str | None = None
     grade: Grade | None = None
+    spot: int = 0
 
     def __post_init__(self) -> None:
         """Raise `SceneInvalid` when the scene cannot exist."""

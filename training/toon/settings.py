@@ -1,17 +1,19 @@
 """Draws the places, tinted by the time of day.
 
 Every place is drawn with the sun, moon or window on the picture's right and its landmark on the left; the caller
-mirrors it. Nothing here is random: a setting, a time, a side and a weather are the whole picture.
+mirrors it. A place has many spots, which differ in what no words tell: how the hills lie, where clouds and trees are,
+which colour a wall has. Nothing here is random: setting, spot, time, side and weather are the whole picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import skia
 
 from training.toon.colours import RGB, WHITE, mix, tinted
 from training.toon.pen import Pen, oval, polygon, scallops, smooth
+from training.toon.seeding import generator
 
 SIZE = 128.0
 SKY: dict[str, tuple[RGB, RGB]] = {
@@ -38,11 +40,40 @@ STARS = (
 )
 
 
+class Spot:
+    """Where exactly in a place: its answers differ from spot to spot and never change. 0 is the plain one."""
+
+    def __init__(self, setting: str, number: int, part: str = "") -> None:
+        self._of = (setting, number)
+        self._rng = generator("spot", setting, number, part) if number else None
+
+    def part(self, name: str) -> Spot:
+        """The answers about one part of it: not moved by how many questions the others had, at night or in rain."""
+        return Spot(*self._of, name)
+
+    def near(self, value: float, by: float) -> float:
+        """A number at most `by` away from `value`."""
+        return value if self._rng is None else value + self._rng.uniform(-by, by)
+
+    def of(self, *colours: RGB) -> RGB:
+        """One of some colours; the first of them in the plain spot."""
+        return colours[0] if self._rng is None else self._rng.choice(colours)
+
+    def bumps(self, points: Sequence[tuple[float, float]], by: float) -> list[tuple[float, float]]:
+        """The points, moved up or down."""
+        return [(x, self.near(y, by)) for x, y in points]
+
+    def turned(self, colours: Sequence[RGB]) -> list[RGB]:
+        """The colours in turn, beginning with any of them."""
+        start = 0 if self._rng is None else self._rng.randrange(len(colours))
+        return [*colours[start:], *colours[:start]]
+
+
 class Backdrop:
     """A pen with a time of day: fills are tinted and the outlines of things far away are soft."""
 
-    def __init__(self, pen: Pen, time: str, weather: str) -> None:
-        self.pen, self.time, self.weather = pen, time, weather
+    def __init__(self, pen: Pen, time: str, weather: str, spot: Spot) -> None:
+        self.pen, self.time, self.weather, self.spot = pen, time, weather, spot
 
     def shade(self, colour: RGB) -> RGB:
         """Return `colour` as it looks at this time."""
@@ -87,34 +118,46 @@ def _sky(back: Backdrop) -> None:
     top, low = (SKY if clear else GREY_SKY)[back.time]
     _gradient(back.pen, top, low, 0, 86, polygon([(0, 0), (SIZE, 0), (SIZE, SIZE), (0, SIZE)]))
     if back.time == "night" and clear:
+        spot = back.spot.part("stars")
         for x, y, r in STARS:
-            back.pen.disc(x, y, r, colour=(255, 250, 220))
-    _light(back.pen, back.time, *SUN_SPOT, 11)
+            back.pen.disc(spot.near(x, 5), spot.near(y, 4), r, colour=(255, 250, 220))
+    spot = back.spot.part("light")
+    _light(back.pen, back.time, spot.near(SUN_SPOT[0], 3), spot.near(SUN_SPOT[1], 3), 11)
     cloud = {"day": WHITE, "sunset": (255, 226, 204), "night": (86, 96, 152)}[back.time]
     if not clear:
         cloud = mix(cloud, (120, 126, 146), 0.45)
     spots = ((27, 18, 13, 5), (72, 34, 10, 4)) if clear else ((22, 14, 19, 7), (60, 22, 17, 6.5), (98, 33, 17, 6))
+    spot = back.spot.part("clouds")
     for x, y, rx, ry in spots:
-        back.pen.fill(scallops(x, y, rx, ry, 8, 4), cloud)
+        back.pen.fill(scallops(spot.near(x, 9), spot.near(y, 6), spot.near(rx, 3), ry, 8, 4), cloud)
 
 
 def _beach(back: Backdrop) -> None:
     _sky(back)
-    back.shape(polygon([(0, 58), (SIZE, 58), (SIZE, 92), (0, 92)]), (54, 158, 222), 0)
-    for x, y, w in ((16, 66, 14), (58, 63, 12), (98, 70, 16), (38, 76, 12), (84, 79, 10)):
+    spot = back.spot
+    horizon = spot.near(58, 4)
+    sea = spot.of((54, 158, 222), (46, 176, 190), (72, 126, 214))
+    back.shape(polygon([(0, horizon), (SIZE, horizon), (SIZE, 98), (0, 98)]), sea, 0)
+    for at, y, w in ((16, 66, 14), (58, 63, 12), (98, 70, 16), (38, 76, 12), (84, 79, 10)):
+        x = spot.near(at, 8)
         back.pen.line_through([(x - w / 2, y), (x, y - 1.4), (x + w / 2, y)], back.shade((170, 222, 250)), 1.6)
-    back.shape(
-        smooth([(-10, 88), (30, 84), (70, 88), (110, 84), (140, 88), (140, 140), (-10, 140)]), (250, 220, 150), 0
-    )
-    back.pen.line_through([(-10, 88), (30, 84), (70, 88), (110, 84), (140, 88)], back.shade((255, 250, 236)), 3)
+    shore = spot.bumps([(-10, 88), (30, 84), (70, 88), (110, 84), (140, 88)], 3)
+    sand = spot.of((250, 220, 150), (242, 202, 160), (236, 216, 184))
+    back.shape(smooth([*shore, (140, 140), (-10, 140)]), sand, 0)
+    back.pen.line_through(shore, back.shade((255, 250, 236)), 3)
     trunk = (176, 120, 66)
-    back.shape(smooth([(10, 98), (12, 76), (19, 53), (24, 54), (18, 76), (18, 98)]), trunk)
-    for x, y in ((0, 50), (6, 40), (22, 36), (38, 42), (42, 54)):
-        mid = ((21 + x) / 2 + 1, (53 + y) / 2 - 7)
-        back.shape(smooth([(21, 53), mid, (x, y), ((21 + x) / 2, (53 + y) / 2 + 2)]), (60, 166, 84))
-    back.disc(20, 56, 3.2, 3.2, (120, 74, 44))
-    for x, y in ((112, 108), (32, 121)):
-        back.shape(scallops(x, y, 4, 3, 5, 2), (255, 168, 160), 1.2)
+    lean, tall = spot.near(0, 5), spot.near(0, 6)
+    top_x, top_y = 21 + lean, 53 + tall
+    back.shape(smooth([(10, 98), (12, 76), (top_x - 2, top_y), (top_x + 3, top_y + 1), (18, 76), (18, 98)]), trunk)
+    leaf = spot.of((60, 166, 84), (108, 176, 60), (40, 142, 104))
+    for dx, dy in ((-21, -3), (-15, -13), (1, -17), (17, -11), (21, 1)):
+        x, y = top_x + dx, top_y + spot.near(dy, 3)
+        mid = ((top_x + x) / 2 + 1, (top_y + y) / 2 - 7)
+        back.shape(smooth([(top_x, top_y), mid, (x, y), ((top_x + x) / 2, (top_y + y) / 2 + 2)]), leaf)
+    back.disc(top_x - 1, top_y + 3, 3.2, 3.2, (120, 74, 44))
+    shell = spot.of((255, 168, 160), (255, 240, 220), (200, 150, 220))
+    for at, y in ((112, 108), (32, 121)):
+        back.shape(scallops(spot.near(at, 9), spot.near(y, 4), 4, 3, 5, 2), shell, 1.2)
 
 
 def _pine(back: Backdrop, x: float, base: float, height: float, colour: RGB) -> None:
@@ -125,35 +168,52 @@ def _pine(back: Backdrop, x: float, base: float, height: float, colour: RGB) -> 
         back.shape(polygon([(x - half, low), (x, low - height * 0.46), (x + half, low)]), colour)
 
 
-def _mushroom(back: Backdrop, x: float, y: float) -> None:
+def _mushroom(back: Backdrop, x: float, y: float, cap: RGB) -> None:
     back.box(x - 1.8, y - 4, 3.6, 6, (250, 238, 214), 1.2)
-    back.shape(smooth([(x - 6, y - 3), (x, y - 9.5), (x + 6, y - 3)]), (228, 58, 52), 1.2)
+    back.shape(smooth([(x - 6, y - 3), (x, y - 9.5), (x + 6, y - 3)]), cap, 1.2)
     back.disc(x - 1.6, y - 5.6, 1.2, 1.2, WHITE)
     back.disc(x + 2.2, y - 4.6, 1.0, 1.0, WHITE)
 
 
 def _forest(back: Backdrop) -> None:
     _sky(back)
+    spot = back.spot
     back.shape(polygon([(0, 78), (SIZE, 78), (SIZE, SIZE), (0, SIZE)]), (56, 128, 74), 0)
+    far, close = spot.of((58, 134, 96), (92, 142, 70), (52, 120, 124)), spot.of((34, 112, 70), (62, 116, 44))
     for x in (8, 38, 66, 92, 120):
-        _pine(back, x, 84, 46, (58, 134, 96))
-    _pine(back, 20, 92, 66, (34, 112, 70))
-    _pine(back, 112, 92, 46, (34, 112, 70))
-    back.shape(smooth([(-20, 92), (30, 86), (90, 90), (150, 86), (150, 150), (-20, 150)]), (94, 168, 82), 0)
-    _mushroom(back, 12, 110)
-    _mushroom(back, 116, 114)
+        _pine(back, spot.near(x, 8), 84, spot.near(46, 9), far)
+    _pine(back, spot.near(20, 6), 92, spot.near(66, 7), close)
+    _pine(back, spot.near(112, 6), 92, spot.near(46, 8), close)
+    ground = spot.bumps([(-20, 92), (30, 86), (90, 90), (150, 86)], 3)
+    back.shape(smooth([*ground, (150, 150), (-20, 150)]), spot.of((94, 168, 82), (132, 168, 70), (84, 152, 104)), 0)
+    cap = spot.of((228, 58, 52), (244, 170, 60), (150, 96, 190))
+    _mushroom(back, spot.near(12, 6), spot.near(110, 4), cap)
+    _mushroom(back, spot.near(116, 6), spot.near(114, 4), cap)
 
 
 def _park(back: Backdrop) -> None:
     _sky(back)
-    back.shape(smooth([(-20, 82), (20, 64), (60, 80), (60, 140), (-20, 140)]), (134, 206, 110), 0)
-    back.shape(smooth([(40, 84), (94, 66), (150, 80), (150, 140), (40, 140)]), (116, 194, 98), 0)
-    back.shape(smooth([(-20, 90), (64, 84), (150, 90), (150, 150), (-20, 150)]), (146, 216, 100), 0)
+    spot = back.spot
+    left, right = spot.near(20, 10), spot.near(94, 12)
+    back.shape(
+        smooth([(-20, 82), (left, spot.near(64, 6)), (60, 80), (60, 140), (-20, 140)]),
+        spot.of((134, 206, 110), (170, 206, 96), (112, 196, 130)),
+        0,
+    )
+    back.shape(
+        smooth([(40, 84), (right, spot.near(66, 6)), (150, 80), (150, 140), (40, 140)]),
+        spot.of((116, 194, 98), (150, 190, 84), (98, 182, 122)),
+        0,
+    )
+    lawn = spot.bumps([(-20, 90), (64, 84), (150, 90)], 3)
+    back.shape(smooth([*lawn, (150, 150), (-20, 150)]), spot.of((146, 216, 100), (176, 212, 92), (124, 206, 122)), 0)
     back.shape(smooth([(11, 98), (14, 70), (22, 70), (25, 98)]), (150, 98, 60))
-    back.shape(scallops(18, 52, 19, 17, 9, 6), (72, 164, 78))
-    for x, y in ((10, 46), (24, 42), (28, 58), (13, 60)):
-        back.disc(x, y, 2.6, 2.6, (230, 64, 60))
-    wood = (196, 130, 74)
+    crown_x, crown_y = spot.near(18, 4), spot.near(52, 5)
+    back.shape(scallops(crown_x, crown_y, spot.near(19, 3), 17, 9, 6), spot.of((72, 164, 78), (122, 170, 52)))
+    fruit = spot.of((230, 64, 60), (255, 206, 70), (236, 120, 190))
+    for dx, dy in ((-8, -6), (6, -10), (10, 6), (-5, 8)):
+        back.disc(crown_x + spot.near(dx, 2), crown_y + spot.near(dy, 2), 2.6, 2.6, fruit)
+    wood = spot.of((196, 130, 74), (206, 92, 84), (96, 140, 196))
     for x in (97, 121):
         back.box(x, 84, 3, 14, (120, 82, 56), 1.2)
     for y in (76, 82, 89):
@@ -164,13 +224,17 @@ def _park(back: Backdrop) -> None:
         (52, 122, (255, 255, 255)),
         (8, 118, (190, 130, 255)),
     ):
-        back.pen.fill(scallops(x, y, 2.2, 2.2, 5, 2.4), back.shade(colour))
-        back.disc(x, y, 1.1, 1.1, (255, 190, 40))
+        at, low = spot.near(x, 9), spot.near(y, 4)
+        back.pen.fill(scallops(at, low, 2.2, 2.2, 5, 2.4), back.shade(colour))
+        back.disc(at, low, 1.1, 1.1, (255, 190, 40))
 
 
 def _mountains(back: Backdrop) -> None:
     _sky(back)
-    for peak, half, top, colour in ((34.0, 50.0, 26.0, (128, 142, 190)), (92.0, 46.0, 40.0, (150, 164, 206))):
+    spot = back.spot
+    stone = spot.turned([(128, 142, 190), (150, 164, 206), (150, 132, 170)])
+    for at, half, high, colour in ((34.0, 50.0, 26.0, stone[0]), (92.0, 46.0, 40.0, stone[1])):
+        peak, top = spot.near(at, 9), spot.near(high, 7)
         back.shape(polygon([(peak - half, 94), (peak, top), (peak + half, 94)]), colour)
         k = 0.33
         cap = [
@@ -182,21 +246,22 @@ def _mountains(back: Backdrop) -> None:
             (peak - half * k, top + (94 - top) * k),
         ]
         back.shape(polygon(cap), (250, 252, 255), 1.2)
-    back.shape(smooth([(-20, 92), (30, 86), (90, 91), (150, 86), (150, 150), (-20, 150)]), (236, 244, 255), 0)
+    snow = spot.bumps([(-20, 92), (30, 86), (90, 91), (150, 86)], 3)
+    back.shape(smooth([*snow, (150, 150), (-20, 150)]), (236, 244, 255), 0)
     back.shape(smooth([(-20, 112), (40, 104), (100, 110), (150, 104), (150, 150), (-20, 150)]), (250, 252, 255), 0)
-    _pine(back, 12, 100, 34, (64, 138, 120))
-    _pine(back, 120, 100, 26, (64, 138, 120))
+    needles = spot.of((64, 138, 120), (44, 108, 84), (96, 150, 96))
+    _pine(back, spot.near(12, 5), 100, spot.near(34, 6), needles)
+    _pine(back, spot.near(120, 5), 100, spot.near(26, 5), needles)
 
 
 def _town(back: Backdrop) -> None:
     _sky(back)
     lit = back.time == "night"
-    for x, top, colour, roof in (
-        (-6, 46, (250, 206, 120), (206, 84, 66)),
-        (28, 56, (246, 150, 140), (120, 100, 180)),
-        (62, 50, (150, 208, 226), (206, 84, 66)),
-        (96, 58, (184, 220, 150), (90, 120, 180)),
-    ):
+    spot = back.spot
+    walls = spot.turned([(250, 206, 120), (246, 150, 140), (150, 208, 226), (184, 220, 150)])
+    roofs = spot.turned([(206, 84, 66), (120, 100, 180), (206, 84, 66), (90, 120, 180)])
+    for x, high, colour, roof in zip((-6, 28, 62, 96), (46, 56, 50, 58), walls, roofs, strict=True):
+        top = spot.near(high, 5)
         back.box(x, top, 34, 50, colour)
         back.shape(polygon([(x - 2, top), (x + 17, top - 15), (x + 36, top)]), roof)
         for dx in (6, 20):
@@ -235,11 +300,14 @@ def _town(back: Backdrop) -> None:
 
 def _farm(back: Backdrop) -> None:
     _sky(back)
-    back.shape(smooth([(-20, 76), (50, 66), (110, 74), (150, 66), (150, 140), (-20, 140)]), (222, 196, 96), 0)
+    spot = back.spot
+    field = spot.bumps([(-20, 76), (50, 66), (110, 74), (150, 66)], 5)
+    back.shape(smooth([*field, (150, 140), (-20, 140)]), spot.of((222, 196, 96), (204, 170, 90), (190, 204, 110)), 0)
     for x in (52, 66, 80, 94, 108, 122):
         back.pen.line_through([(x, 72), (x + (x - 64) * 0.3, 92)], back.shade((198, 166, 70)), 1.8)
-    back.shape(smooth([(-20, 92), (40, 87), (100, 92), (150, 87), (150, 150), (-20, 150)]), (150, 206, 92), 0)
-    red = (214, 66, 56)
+    grass = spot.bumps([(-20, 92), (40, 87), (100, 92), (150, 87)], 2)
+    back.shape(smooth([*grass, (150, 150), (-20, 150)]), spot.of((150, 206, 92), (178, 204, 86), (126, 194, 112)), 0)
+    red = spot.of((214, 66, 56), (170, 104, 62), (74, 118, 182))
     back.shape(polygon([(-4, 92), (-4, 58), (6, 42), (20, 34), (34, 42), (44, 58), (44, 92)]), red)
     back.pen.stroke(
         smooth([(-6, 59), (6, 42), (20, 33), (34, 42), (46, 59)], closed=False), back.shade((250, 244, 240)), 3
@@ -249,10 +317,11 @@ def _farm(back: Backdrop) -> None:
     back.pen.line_through([(11, 70), (29, 92)], back.shade((250, 240, 232)), 2)
     back.pen.line_through([(29, 70), (11, 92)], back.shade((250, 240, 232)), 2)
     back.box(15, 49, 10, 9, (250, 240, 232), 1.2)
+    fence, low = spot.of((250, 246, 238), (178, 124, 76)), spot.near(0, 3)
     for x in (56, 74, 92, 110):
-        back.box(x, 78, 4, 20, (250, 246, 238), 1.2)
+        back.box(spot.near(x, 3), 78 + low, 4, 20, fence, 1.2)
     for y in (82, 90):
-        back.box(50, y, 84, 3.4, (250, 246, 238), 1.2)
+        back.box(50, y + low, 84, 3.4, fence, 1.2)
 
 
 def _window(back: Backdrop, x: float, y: float, width: float, height: float) -> None:
@@ -271,50 +340,61 @@ def _window(back: Backdrop, x: float, y: float, width: float, height: float) -> 
 
 
 def _bedroom(back: Backdrop) -> None:
-    back.box(0, 0, 128, 90, (255, 226, 214), 0)
-    for x in (10, 38, 66, 94, 122):
-        back.box(x, 0, 7, 88, (255, 238, 230), 0)
+    spot = back.spot
+    wall = spot.of((255, 226, 214), (214, 226, 250), (222, 240, 210), (250, 236, 190), (232, 216, 244))
+    back.box(0, 0, 128, 90, wall, 0)
+    first = spot.near(10, 7)
+    for x in range(0, 120, 28):
+        back.box(first + x, 0, 7, 88, mix(wall, WHITE, 0.4), 0)
     back.box(-4, 88, 140, 48, (206, 150, 104), 0)
     back.box(-4, 85, 140, 4.5, (250, 244, 236), 1.2)
     for y in (100, 113):
         back.pen.line_through([(0, y), (128, y)], back.shade((184, 128, 84)), 1.3)
-    _window(back, 84, 14, 32, 34)
-    back.box(48, 16, 20, 18, (255, 250, 240))
-    back.pen.fill(
-        smooth([(58, 30), (52, 24), (52.5, 20), (56, 19.4), (58, 22), (60, 19.4), (63.5, 20), (64, 24)]),
-        back.shade((240, 110, 130)),
-    )
+    _window(back, spot.near(84, 4), spot.near(14, 3), 32, 34)
+    x, y = spot.near(48, 10), spot.near(16, 5)
+    back.box(x, y, 20, 18, (255, 250, 240))
+    heart = [(10, 14), (4, 8), (4.5, 4), (8, 3.4), (10, 6), (12, 3.4), (15.5, 4), (16, 8)]
+    back.pen.fill(smooth([(x + dx, y + dy) for dx, dy in heart]), back.shade(spot.of((240, 110, 130), (96, 150, 220))))
     back.box(-6, 56, 8, 44, (150, 96, 60))
-    back.box(-4, 76, 50, 20, (104, 150, 222))
+    back.box(-4, 76, 50, 20, spot.of((104, 150, 222), (226, 120, 110), (120, 184, 120), (170, 130, 210)))
     back.shape(smooth([(2, 78), (2, 68), (18, 68), (19, 78)]), (255, 255, 255))
     back.box(44, 72, 5, 28, (150, 96, 60))
-    back.pen.fill(oval(66, 116, 48, 10), back.shade((238, 112, 120)))
-    back.pen.fill(oval(66, 116, 38, 7), back.shade((255, 188, 176)))
+    rug, x = spot.of((238, 112, 120), (110, 160, 220), (126, 190, 130), (240, 190, 90)), spot.near(66, 10)
+    back.pen.fill(oval(x, 116, 48, 10), back.shade(rug))
+    back.pen.fill(oval(x, 116, 38, 7), back.shade(mix(rug, WHITE, 0.45)))
 
 
 def _kitchen(back: Backdrop) -> None:
-    back.box(0, 0, 128, 90, (190, 230, 206), 0)
-    for i in range(7):
+    spot = back.spot
+    wall = spot.of((190, 230, 206), (250, 226, 170), (196, 216, 244), (246, 206, 196))
+    back.box(0, 0, 128, 90, wall, 0)
+    first = spot.near(-2, 8)
+    for i in range(8):
         for j in range(2):
-            back.box(i * 19 - 2, 55 + j * 15, 17.5, 13.5, (226, 246, 234), 0)
+            back.box(i * 19 + first - 10, 55 + j * 15, 17.5, 13.5, mix(wall, WHITE, 0.55), 0)
     back.box(-4, 86, 140, 48, (252, 240, 220), 0)
+    tile = spot.of((240, 186, 142), (150, 180, 220), (170, 206, 160))
     for row, (y, height) in enumerate(((88, 12), (100, 13), (113, 16))):
         for column in range(7):
             if (row + column) % 2:
-                back.box(column * 21 - 8, y, 21, height, (240, 186, 142), 0)
-    _window(back, 84, 12, 32, 32)
+                back.box(column * 21 - 8, y, 21, height, tile, 0)
+    _window(back, spot.near(84, 4), spot.near(12, 3), 32, 32)
     back.box(-4, 26, 34, 70, (240, 246, 252))
     back.pen.line_through([(-4, 50), (30, 50)], back.shade((120, 130, 150)), 1.6)
     for y0, y1 in ((36, 45), (56, 70)):
         back.pen.line_through([(25, y0), (25, y1)], back.shade((120, 130, 150)), 2.6)
-    back.box(96, 66, 40, 28, (232, 150, 90))
+    back.box(96, 66, 40, 28, spot.of((232, 150, 90), (110, 160, 190), (190, 120, 150)))
     back.box(92, 62, 44, 5.5, (250, 246, 240))
     back.disc(116, 81, 1.8, 1.8, (120, 70, 50))
-    back.shape(smooth([(106, 62), (104, 52), (122, 52), (120, 62)]), (226, 62, 62))
+    back.shape(
+        smooth([(106, 62), (104, 52), (122, 52), (120, 62)]), spot.of((226, 62, 62), (70, 130, 210), (240, 180, 50))
+    )
     back.pen.line_through([(104, 54), (99, 54), (101, 58)], back.shade((120, 30, 40)), 2)
-    back.box(40, 22, 32, 4, (196, 130, 74), 1.2)
-    for x, colour in ((46, (255, 206, 80)), (56, (240, 110, 110)), (66, (110, 170, 240))):
-        back.box(x - 3.6, 11, 7.2, 11, colour, 1.2)
+    x, y = spot.near(40, 5), spot.near(22, 4)
+    back.box(x, y, 32, 4, (196, 130, 74), 1.2)
+    jars = spot.turned([(255, 206, 80), (240, 110, 110), (110, 170, 240)])
+    for dx, colour in zip((6, 16, 26), jars, strict=True):
+        back.box(x + dx - 3.6, y - 11, 7.2, 11, colour, 1.2)
 
 
 def _weather(back: Backdrop) -> None:
@@ -334,9 +414,9 @@ PLACES: dict[str, Callable[[Backdrop], None]] = {
 }  # fmt: skip
 
 
-def draw_setting(pen: Pen, setting: str, time: str, side: str, weather: str) -> None:
+def draw_setting(pen: Pen, setting: str, time: str, side: str, weather: str, spot: int = 0) -> None:
     """Draw a whole background over the 128-unit square."""
-    back = Backdrop(pen, time, weather)
+    back = Backdrop(pen, time, weather, Spot(setting, spot))
     with pen.moved(SIZE if side == "left" else 0, 0, mirror=side == "left"):
         PLACES[setting](back)
         if weather != "clear":

@@ -24,6 +24,7 @@ from training.toon.scene import (
     Look,
     Scene,
 )
+from training.toon.settings import Spot
 from training.toon.world import sample_frame
 
 PIP = MAIN[0]
@@ -52,6 +53,33 @@ def test_the_same_scene_gives_the_same_pixels():
         assert first.shape == (128, 128, 3)
         assert first.dtype == np.uint8
         assert hashlib.sha256(first.tobytes()).digest() == hashlib.sha256(second.tobytes()).digest()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_place_has_many_spots_and_each_is_always_the_same(setting):
+    spots = [picture(setting=setting, spot=number) for number in range(6)]
+    for one, other in itertools.combinations(spots, 2):
+        assert changed_px(one, other) >= 200
+    assert np.array_equal(spots[3], picture(setting=setting, spot=3))
+    assert np.array_equal(spots[0], picture(setting=setting))
+
+
+def test_a_spot_stays_what_it_is_at_night_and_in_rain():
+    asked_before, asked_only = Spot("park", 5), Spot("park", 5)
+    for _ in range(3):
+        asked_before.part("stars").near(0, 10)
+        asked_before.part("clouds").near(0, 10)
+    assert asked_before.near(20, 10) == asked_only.near(20, 10)
+    assert asked_before.part("clouds").near(0, 10) == asked_only.part("clouds").near(0, 10)
+    assert Spot("park", 5).near(0, 10) != Spot("park", 6).near(0, 10) != Spot("farm", 6).near(0, 10)
+
+
+def test_the_plain_spot_moves_nothing():
+    plain = Spot("park", 0)
+    assert plain.near(20, 10) == 20
+    assert plain.of((1, 2, 3), (4, 5, 6)) == (1, 2, 3)
+    assert plain.turned([(1, 2, 3), (4, 5, 6)]) == [(1, 2, 3), (4, 5, 6)]
+    assert plain.bumps([(1, 2), (3, 4)], 9) == [(1, 2), (3, 4)]
 
 
 @pytest.mark.parametrize("size_px", [64, 128, 257, 512])

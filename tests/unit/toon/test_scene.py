@@ -1,6 +1,7 @@
 """The truth of a picture can only be made valid, and survives JSON."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -24,6 +25,12 @@ def test_a_scene_survives_json(breadth):
     for seed in range(60):
         drawn = sample_frame(seed, breadth=breadth).scene
         assert Scene.from_json(drawn.to_json()) == drawn
+
+
+def test_a_scene_written_before_there_were_spots_is_in_the_plain_one():
+    raw = json.loads(sample_frame(3).scene.to_json())
+    del raw["spot"]
+    assert Scene.from_json(json.dumps(raw)).spot == 0
 
 
 def test_nobody_holds_nothing_and_nobody_carries_a_thing_while_running():

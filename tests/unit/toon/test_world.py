@@ -1,5 +1,6 @@
 """Frames and stories by seed, and splits that do not leak."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from training.toon.lexicon import SETTING_CUES
 from training.toon.scene import ACCESSORIES, ACTIONS, MOODS, PROPS, SETTINGS, SPECIES, TIMES
 from training.toon.splits import HELD_OUT_SHARE, is_held_out
 from training.toon.stories import TOLD_TIME_CUES, told_value
-from training.toon.world import SPLITS, sample_frame, sample_story
+from training.toon.world import SPLITS, SPOTS, sample_frame, sample_story
 
 NEW_IDS = {character.id for character in NEW}
 NEW_NAMES = {character.name for character in NEW}
@@ -46,6 +47,23 @@ def test_a_seed_is_a_frame(frames):
 
 def test_a_seed_is_a_story(stories):
     assert sample_story(17) == stories["train"][17]
+
+
+def test_a_story_comes_back_to_the_spot_it_left(stories):
+    seen = set()
+    for story in stories["train"]:
+        spots = {}
+        for frame in story.frames:
+            assert spots.setdefault(frame.scene.setting, frame.scene.spot) == frame.scene.spot
+        seen |= set(spots.items())
+    assert seen == {(setting, number) for setting in SETTINGS for number in range(SPOTS)}
+
+
+def test_no_word_tells_the_spot(frames):
+    frame = frames["train"][17]
+    moved = replace(frame, scene=replace(frame.scene, spot=frame.scene.spot + 1))
+    assert moved.description == frame.description
+    assert moved.scene.labels() == frame.scene.labels()
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from training.start import grown, start_captions
-from training.storage import FOLDER_VARIABLE
+from services.models.eyes import load_eyes
+from services.models.pack import load_pack
+from services.models.registry import load_frame_model
+from training import start
+from training.evaluation.judge import load_judge
+from training.eyes import trained_eyes
+from training.start import grown, start_captions, with_more_inputs
+from training.storage import FOLDER_VARIABLE, load_checkpoint
+from training.toon_pack import PACK
+from training.vae import encoding_vae
 
 
 def test_the_same_shape_is_taken_over_whole() -> None:
@@ -25,6 +34,48 @@ def test_new_channels_stay_fresh_and_old_ones_keep_their_weights() -> None:
     assert torch.equal(weight[:, :4], torch.ones(2, 4, 1, 1))
     assert not weight[:, 4:].any()
     assert not fresh["conv_in.weight"].any()  # the argument is left alone
+
+
+def test_what_was_there_does_not_hear_what_is_new() -> None:
+    known, fresh = {"conv.weight": torch.ones(2, 3, 1, 1)}, {"conv.weight": torch.full((4, 5, 1, 1), 7.0)}
+    weight = grown(fresh, known)["conv.weight"][:, :, 0, 0]
+    assert weight[:2].tolist() == [[1, 1, 1, 0, 0]] * 2
+    assert weight[2:].tolist() == [[7] * 5] * 2
+    assert with_more_inputs(torch.ones(2, 3), 5).tolist() == [[1, 1, 1, 0, 0]] * 2
+
+
+def test_an_autoencoder_with_more_channels_begins_as_the_packs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pack = load_pack(PACK)
+    shape = replace(start.toon.VAE, latent_channels=start.toon.VAE.latent_channels + 4)
+    monkeypatch.setattr(start.toon, "VAE", shape)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    start.start_vae(pack)
+    before, now = load_frame_model(pack).codec.vae.float(), encoding_vae()
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        was, found = before.encode(pixels).latent_dist, now.encode(pixels).latent_dist
+        old = was.mean.shape[1]
+        assert torch.allclose(found.mean[:, :old], was.mean, atol=1e-5)
+        assert torch.allclose(now.decode(found.mean).sample, before.decode(was.mean).sample, atol=1e-5)
+        assert float(found.std[:, old:].max()) < 0.5  # a new channel is no noise
+        assert float(found.mean[:, old:].std()) > 0.1  # and says something
+
+
+def test_the_eyes_and_the_judge_begin_as_those_that_are_shipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    pack = load_pack(PACK)
+    start.start_eyes(pack)
+    start.start_judge(pack)
+    with pytest.raises(FileExistsError, match="move it away"):
+        start.start_judge(pack)
+    shipped = load_eyes(pack.folder)
+    assert shipped is not None
+    assert all(torch.equal(value, shipped.state_dict()[name]) for name, value in trained_eyes().state_dict().items())
+    kept = load_checkpoint(tmp_path / "judge.safetensors")
+    assert kept is not None
+    assert all(torch.equal(kept.part("average")[f"judge.{n}"], value) for n, value in load_judge().state_dict().items())
 
 
 def test_means_and_log_variances_of_a_vae_grow_apart() -> None:
