@@ -49,12 +49,13 @@ def _processor() -> str:
     return f"{len(names)} cores of {names[0]}" if names else platform.processor() or platform.machine()
 
 
-def runs_table(folder: Path | None = None) -> str:
-    """What each training run did, read from its checkpoint."""
+def runs_table(folder: Path | None = None, earlier: str = "") -> str:
+    """What each training run did, read from its checkpoint; without one, the row that an `earlier` card has."""
     lines = ["| network | began with | steps | minutes | held-out figures |", "| --- | --- | --- | --- | --- |"]
     for name, file in _RUNS.items():
         found = load_checkpoint((folder or training_dir()) / file)
-        if found is None:
+        if found is None or not found.facts["step"]:  # a run that was only started has made nothing
+            lines += [line for line in earlier.splitlines() if line.startswith(f"| {name} |") and line.count("|") == 6]
             continue
         facts = found.facts
         known = facts["figures"]
@@ -79,8 +80,11 @@ def figures_table(evaluation: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def model_card(evaluation: Mapping[str, Any] | None = None, today: datetime | None = None) -> str:
-    """The card as Markdown. Without an evaluation it says that there is none yet."""
+def model_card(evaluation: Mapping[str, Any] | None = None, today: datetime | None = None, earlier: str = "") -> str:
+    """The card as Markdown. Without an evaluation it says that there is none yet.
+
+    `earlier` is the card of the pack before, whose networks this one has where no run of their own is known.
+    """
     gpu = on_gpu()
     vae, frame, judge, clip = toon_vae(gpu=gpu), toon_frame(gpu=gpu), toon_judge(gpu=gpu), toon_clip(gpu=gpu)
     text, eyes = toon_text(gpu=gpu), toon_eyes(gpu=gpu)
@@ -135,10 +139,10 @@ that the procedural world in `training/toon` makes; no other data, no other weig
 
 ## Runs
 
-{runs_table()}
+{runs_table(earlier=earlier)}
 
-A run may begin with the weights of an earlier pack (`training.start`). A network without a row here was taken over
-from the pack before as it was.
+A run may begin with the weights of an earlier pack (`training.start`). A network that had no run for this pack was
+taken over from the one before as it was, with its row.
 
 Rows a step: autoencoder {vae.batch} frames (as many pixels in crops at first), frame model
 {rows}, CLIP {clip.batch}, judge {judge.batch}. Muon for matrices, AdamW for the rest; the learning rate goes linearly
@@ -173,7 +177,9 @@ others are the pack's own, from captions and descriptions of its own).
 
 def write_card(pack: Pack, evaluation: Mapping[str, Any]) -> Pack:
     """Put the evaluation into the pack's card and seal the pack again."""
-    (pack.folder / CARD).write_text(model_card(evaluation), encoding="utf-8")
+    card = pack.folder / CARD
+    earlier = card.read_text(encoding="utf-8") if card.is_file() else ""
+    card.write_text(model_card(evaluation, earlier=earlier), encoding="utf-8")
     manifest = pack.manifest
     settings = PackSettings(**{name: getattr(manifest, name) for name in PackSettings.model_fields})
     return write_pack(pack.folder, settings, created=manifest.created)

@@ -4,7 +4,7 @@ Writes the checkpoint of step 0, which the run then continues from. A network th
 channels) keeps what it knew and computes it at first: weights lie in the corner of the larger ones they came from, what
 is new is fresh, and what was there learns to listen to it from zero.
 
-    python -m training.start vae text frame eyes judge captions [--pack DIR]
+    python -m training.start vae decoder text frame eyes judge captions [--pack DIR]
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from training.storage import Checkpoint, save_checkpoint, training_dir, with_pre
 from training.text import CHECKPOINT as TEXT_CHECKPOINT
 from training.text import TextTrainee, fresh_text
 from training.vae import CHECKPOINT as VAE_CHECKPOINT
+from training.vae import DECODER_CHECKPOINT, encoding_vae
 from training.widen import widened
 
 # A VAE's moments are its means followed by its log variances, so a grown one has two corners, not one.
@@ -103,6 +104,11 @@ def start_vae(pack: Pack) -> None:
     _save(VAE_CHECKPOINT, with_prefix("vae", weights), pack)
 
 
+def start_decoder(pack: Pack) -> None:
+    """Write step 0 of the run in which the decoder learns on alone. Raises FileNotFoundError without an autoencoder."""
+    _save(DECODER_CHECKPOINT, with_prefix("vae", encoding_vae().state_dict()), pack)
+
+
 def start_text(pack: Pack) -> None:
     """Write step 0 of the text encoder's run; who reads its states starts from nothing."""
     torch.manual_seed(6)
@@ -156,6 +162,7 @@ def _save(name: str, networks: dict[str, Tensor], pack: Pack) -> None:
 
 STARTS = {
     "vae": start_vae,
+    "decoder": start_decoder,
     "text": start_text,
     "frame": start_frame,
     "eyes": start_eyes,

@@ -35,8 +35,8 @@ __all__ = ["SPLITS", "Frame", "Story", "StoryFrame", "sample_frame", "sample_sto
 
 BREADTHS = ("scene", "looks", "wide")
 EDITION = 1  # one more whenever a seed gives another picture or text than before: what is kept of it is named by it
-# Of every place. More of them are something only references can tell; with one, the plain one, a background follows from
-# the words. Packs up to 7 know one: another number is another world (and EDITION), for networks that learned it.
+# Of every place. More of them are something only references can tell; with one, the plain one, a background follows
+# from the words. Networks know as many as they were trained on: another number is another EDITION.
 SPOTS = 1
 MAIN_SHARE = 0.65  # of the characters in "scene" frames; the others are side characters
 SIDE_HERO_SHARE = 0.25  # of the stories of the training splits; their heroes have names

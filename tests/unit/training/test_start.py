@@ -14,10 +14,12 @@ from services.models.registry import load_frame_model
 from training import start
 from training.evaluation.judge import load_judge
 from training.eyes import trained_eyes
+from training.loop import STARTED_FROM
 from training.start import grown, start_captions, with_more_inputs
 from training.storage import FOLDER_VARIABLE, load_checkpoint
 from training.toon_pack import PACK
-from training.vae import encoding_vae
+from training.vae import CHECKPOINT as VAE_CHECKPOINT
+from training.vae import DECODER_CHECKPOINT, encoding_vae
 
 
 def test_the_same_shape_is_taken_over_whole() -> None:
@@ -59,6 +61,20 @@ def test_an_autoencoder_with_more_channels_begins_as_the_packs(monkeypatch: pyte
         assert torch.allclose(now.decode(found.mean).sample, before.decode(was.mean).sample, atol=1e-5)
         assert float(found.std[:, old:].max()) < 0.5  # a new channel is no noise
         assert float(found.mean[:, old:].std()) > 0.1  # and says something
+
+
+def test_a_decoder_learns_on_from_the_autoencoder_and_says_whose_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    pack = load_pack(PACK)
+    start.start_vae(pack)
+    start.start_decoder(pack)
+    kept, whole = load_checkpoint(tmp_path / DECODER_CHECKPOINT), load_checkpoint(tmp_path / VAE_CHECKPOINT)
+    assert kept is not None
+    assert whole is not None
+    assert (kept.facts["step"], kept.facts[STARTED_FROM]) == (0, pack.digest)
+    assert all(torch.equal(kept.tensors[name], value) for name, value in whole.tensors.items())
 
 
 def test_the_eyes_and_the_judge_begin_as_those_that_are_shipped(
