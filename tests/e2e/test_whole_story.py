@@ -174,15 +174,27 @@ def test_somebody_new_is_taught_published_and_known_in_the_next_story(
 ) -> None:
     """From one story to the cast, in services that run all the while; the world's judge says who is to be seen."""
     taught = world_story(SOMEBODY_NEW, 256)
-    called = ("story", "continue", "--caption", f"Pip met {taught.name}.", "--frames", "4", "--seed", "7")
+    called = (
+        "story",
+        "continue",
+        "--caption",
+        f"{taught.name} waved to Pip in the park.",
+        "--frames",
+        "4",
+        "--seed",
+        "7",
+    )
     image = tmp_path / "pip.png"
     save_png(render(alone(MAIN[0]), 256), image)
 
+    descriptions = []
+
     def told(*arguments: str) -> tuple[list[str], int]:
-        """The frames that say their name, and in how many of these they are to be seen."""
+        """The descriptions that say their name, and in how many of these frames they are to be seen."""
         out = tmp_path / f"story-{len(arguments)}"
         story = installation.answer(*called, "--image", str(image), "--out", str(out), *arguments, timeout_s=1800)
-        frames = [f for f in story["story"]["frames"][1:] if taught.name in f["description"]]
+        descriptions.append([frame["description"] for frame in story["story"]["frames"]])
+        frames = [frame for frame in story["story"]["frames"][1:] if taught.name in frame["description"]]
         pictures = [np.asarray(Image.open(out / f"frame-{frame['index']}.png").convert("RGB")) for frame in frames]
         return [frame["description"] for frame in frames], sum(map(seen, load_judge().verdicts(pictures)))
 
@@ -194,14 +206,14 @@ def test_somebody_new_is_taught_published_and_known_in_the_next_story(
     _, by_chance = told()
     lesson = written(taught, tmp_path / SOMEBODY_NEW)
     trained = installation.answer(
-        "character", "train", str(lesson), "--accept", "*", "--steps", "60", "--seed", "1", timeout_s=3000
+        "character", "train", str(lesson), "--accept", "*", "--steps", "40", "--seed", "1", timeout_s=3000
     )
     assert trained["job"]["state"] == "succeeded", trained
     published = installation.answer("character", "publish", trained["job"]["job_id"])
-    assert published["version"]["character"]["name"] == taught.name
+    assert published["character"]["name"] == taught.name
     named, recognised = told("--character", taught.name)
-    assert len(named) >= 2, "the captioner keeps a learned name"
-    assert recognised > by_chance
+    assert len(named) >= 2, ("the captioner keeps a learned name", descriptions)
+    assert recognised > by_chance, (named, recognised, by_chance)
     assert recognised >= len(named) / 2, (named, recognised)
 
 
