@@ -8,8 +8,8 @@ has a seed of its own, so the same request alone gives the same text. Knows no t
 
 Guards look at what was written (`Guards`): the name lock at a description's names, also of learned characters, the
 repetition guard at a caption's likeness to the ones before, the thread guard at how long a story goes without its
-hero and at who is there twice. A fault is answered by second choices, of which the best is taken, and by a repair where
-there is one.
+hero and at who is there twice, the invention guard at names that are nobody's. A fault is answered by second choices,
+of which the best is taken, and by a repair where there is one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from services.caption.driver import Ask, Driver
 from services.caption.image import read_image
 from services.caption.job import TOKENS_MAX, DescribeJob, Finish, Sampling, StoryJob, Written
 from services.caption.learned import check_learned, completed, told
-from services.models import llava, prompts, repetition, thread
+from services.models import invention, llava, prompts, repetition, thread
 from services.models import looks as look_lock
 from services.models.captioner import read_adapters, read_captioner
 from services.models.cast import Cast, name_tokens
@@ -69,7 +69,8 @@ class Guards:
     name_lock: bool = True  # costs up to NAME_LOCK_TRIES more descriptions where names are wrong
     look_lock: bool = True  # costs nothing more: looks are mended, and better tries than the first share the above
     repetition: bool = True  # costs up to CAPTION_TRIES more captions where something is said again
-    thread: bool = True  # costs as many where the hero has long been out of sight; never more for both
+    thread: bool = True  # costs as many where the hero has long been out of sight; never more for all of these
+    invention: bool = True  # costs as many where somebody is named whom neither the pack nor the story knows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ class Observer(Protocol):
         """A request has ended. `outcome` is `written` or an error's reason in lower case."""
 
     def text_guarded(self, *, guard: str, outcome: str) -> None:
-        """A guard, `name_lock`, `look_lock`, `repetition` or `thread`, found a fault in the first try.
+        """A guard, `name_lock`, `look_lock`, `repetition`, `thread` or `invention`, found a fault in the first try.
 
         `outcome` is `second_choice` (another try has none), `repaired`, or `kept_faulty`.
         """
@@ -237,7 +238,9 @@ class CaptionEngine:
         return self._driver.unfinished_count
 
     async def write_caption(self, job: StoryJob) -> Written:
-        """The caption after the last of `job.captions`: none that repeats the story or loses its hero, if a try is not.
+        """The caption after the last of `job.captions`.
+
+        None that repeats the story, loses its hero or makes up somebody's name, where a try is none of these.
 
         Raises PackUnknown, CaptionEmpty, CaptionTooLong, ImageMissing, ImageTooLarge, ImageUnreadable, QueueFull,
         CaptionNotWritten, ReplicaLost, EngineDead or ShuttingDown.
@@ -261,7 +264,12 @@ class CaptionEngine:
         if self._guards.thread:
             rules["thread"] = lambda text: thread.faults(text, job.captions, self.model.cast)
 
+        if self._guards.invention:
+            rules["invention"] = lambda text: invention.faults(text, job.captions, self.model.world)
+
         def repair(text: str) -> str:
+            if self._guards.invention:
+                text = invention.repaired(text, job.captions, self.model.world)
             lost = thread.loses_thread(text, job.captions, self.model.cast)
             return thread.with_hero(text, job.captions, self.model.cast) if lost and self._guards.thread else text
 

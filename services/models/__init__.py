@@ -36,6 +36,7 @@ prompts.py       what the captioner is asked, as token ids
 cast.py          the name lock: whom a description may name, and how its names are mended
 repetition.py    the repetition guard: captions that say again what was said
 thread.py        the thread guard: captions that lose sight of the hero
+invention.py     the invention guard: captions that make up somebody's name
 world.py         what a pack knows of the world, and what it says of the rest
 familiarity.py   how familiar a picture is to a pack
 errors.py        what can go wrong, by name

@@ -206,6 +206,13 @@ def test_somebody_new_is_taught_published_and_known_in_the_next_story(
     assert published["character"]["name"] == taught.name
     assert recognised("after", "--character", taught.name) >= by_chance + len(DOINGS) / 2
 
+    # And they stay in a story that goes on by itself: the captioner, who never read the name, does not lose it.
+    told = ("--caption", f"{taught.name} waved to Pip in the park.", "--frames", "4", "--seed", "7")
+    story = installation.answer(
+        "story", "continue", "--image", str(image), *told, "--character", taught.name, timeout_s=1800
+    )["story"]
+    assert any(taught.name in frame["description"] for frame in story["frames"][1:]), story["frames"]
+
 
 def test_down_leaves_no_process_and_no_port(installation: LocalInstallation) -> None:
     seen = installation.sightings()

@@ -31,7 +31,7 @@ import numpy.typing as npt
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from services.models import llava, prompts, repetition, thread
+from services.models import invention, llava, prompts, repetition, thread
 from services.models import looks as look_lock
 from services.models.cast import Cast, name_tokens
 from services.models.eyes import load_eyes, new_looks
@@ -129,13 +129,15 @@ class Captioner:
             return texts
         faults = [partial(self._caption_faults, captions) for captions in histories]
         best = self._best_of("story", questions, texts, faults, CAPTION_TRIES)
-        return [
-            thread.with_hero(text, captions, self.cast) if thread.loses_thread(text, captions, self.cast) else text
-            for text, captions in zip(best, histories, strict=True)
-        ]
+        return [self._mended(captions, text) for captions, text in zip(histories, best, strict=True)]
+
+    def _mended(self, captions: Sequence[str], text: str) -> str:
+        text = invention.repaired(text, captions, self.world)
+        return thread.with_hero(text, captions, self.cast) if thread.loses_thread(text, captions, self.cast) else text
 
     def _caption_faults(self, captions: Sequence[str], text: str) -> int:
-        return repetition.faults(text, captions) + thread.faults(text, captions, self.cast)
+        told = repetition.faults(text, captions) + thread.faults(text, captions, self.cast)
+        return told + invention.faults(text, captions, self.world)
 
     def descriptions(
         self,

@@ -542,6 +542,32 @@ async def test_the_thread_guard_can_be_switched_off() -> None:
     assert (await engine.write_caption(LONG_STORY)).text == "She ran."
 
 
+WAVING = replace(STORY, captions=("Rosa waved to Mina.",))
+WORLD = World(words=("waved", "came", "to", "and"), characters={"Mina": "a rabbit"})
+
+
+async def test_a_caption_that_makes_up_a_name_is_chosen_again_or_mended() -> None:
+    model = replace(CAST_MODEL, world=WORLD)
+    for texts, told, outcome in (
+        (["Naiprux came.", "Weeck came.", "Mina came.", "Rosa came.", "Chais."], "Mina came.", "second_choice"),
+        (["Naiprux came to Mina."] * 5, "Rosa came to Mina.", "repaired"),
+        (["Rosa came, and Weeck came."] * 5, "Rosa came, and Weeck came.", "kept_faulty"),
+    ):
+        notes = Notes()
+        written = await CaptionEngine(model, SeededDriver(texts, seed=5), observer=notes).write_caption(WAVING)
+        assert written.text == told
+        assert notes.guarded == [("invention", outcome)]
+
+
+async def test_the_invention_guard_can_be_switched_off_and_needs_to_know_what_the_pack_knows() -> None:
+    off = CaptionEngine(
+        replace(CAST_MODEL, world=WORLD), SeededDriver(["Naiprux came."], seed=5), guards=Guards(invention=False)
+    )
+    unsaid = CaptionEngine(CAST_MODEL, SeededDriver(["Naiprux came."], seed=5))
+    for engine in (off, unsaid):
+        assert (await engine.write_caption(WAVING)).text == "Naiprux came."
+
+
 async def test_captions_that_name_nobody_are_about_whom_the_story_names() -> None:
     world = World(characters={"Pip": "an orange cat", "Mina": "a rabbit"})
     model = replace(MODEL, cast=Cast(("Mina", "Pip", "Bruno")), world=world)
