@@ -40,6 +40,13 @@ STARS = (
 )
 
 
+_PLAIN_PALE: dict[RGB, RGB] = {
+    (255, 226, 214): (255, 238, 230),  # the bedroom's wall and its stripes
+    (238, 112, 120): (255, 188, 176),  # its rug
+    (190, 230, 206): (226, 246, 234),  # the kitchen's wall and its tiles
+}
+
+
 class Spot:
     """Where exactly in a place: its answers differ from spot to spot and never change. 0 is the plain one."""
 
@@ -151,9 +158,9 @@ def _beach(back: Backdrop) -> None:
     back.shape(smooth([(10, 98), (12, 76), (top_x - 2, top_y), (top_x + 3, top_y + 1), (18, 76), (18, 98)]), trunk)
     leaf = spot.of((60, 166, 84), (108, 176, 60), (40, 142, 104))
     for dx, dy in ((-21, -3), (-15, -13), (1, -17), (17, -11), (21, 1)):
-        x, y = top_x + dx, top_y + spot.near(dy, 3)
-        mid = ((top_x + x) / 2 + 1, (top_y + y) / 2 - 7)
-        back.shape(smooth([(top_x, top_y), mid, (x, y), ((top_x + x) / 2, (top_y + y) / 2 + 2)]), leaf)
+        tip_x, tip_y = top_x + dx, top_y + spot.near(dy, 3)
+        mid = ((top_x + tip_x) / 2 + 1, (top_y + tip_y) / 2 - 7)
+        back.shape(smooth([(top_x, top_y), mid, (tip_x, tip_y), ((top_x + tip_x) / 2, (top_y + tip_y) / 2 + 2)]), leaf)
     back.disc(top_x - 1, top_y + 3, 3.2, 3.2, (120, 74, 44))
     shell = spot.of((255, 168, 160), (255, 240, 220), (200, 150, 220))
     for at, y in ((112, 108), (32, 121)):
@@ -339,29 +346,36 @@ def _window(back: Backdrop, x: float, y: float, width: float, height: float) -> 
     back.pen.stroke(pane, frame, 3.2)
 
 
+def _paler(colour: RGB, share: float) -> RGB:
+    """A colour's pale partner: that of the plain spot was chosen, those of the others are mixed."""
+    return _PLAIN_PALE.get(colour) or mix(colour, WHITE, share)
+
+
 def _bedroom(back: Backdrop) -> None:
     spot = back.spot
     wall = spot.of((255, 226, 214), (214, 226, 250), (222, 240, 210), (250, 236, 190), (232, 216, 244))
     back.box(0, 0, 128, 90, wall, 0)
     first = spot.near(10, 7)
     for x in range(0, 120, 28):
-        back.box(first + x, 0, 7, 88, mix(wall, WHITE, 0.4), 0)
+        back.box(first + x, 0, 7, 88, _paler(wall, 0.4), 0)
     back.box(-4, 88, 140, 48, (206, 150, 104), 0)
     back.box(-4, 85, 140, 4.5, (250, 244, 236), 1.2)
     for y in (100, 113):
         back.pen.line_through([(0, y), (128, y)], back.shade((184, 128, 84)), 1.3)
     _window(back, spot.near(84, 4), spot.near(14, 3), 32, 34)
-    x, y = spot.near(48, 10), spot.near(16, 5)
-    back.box(x, y, 20, 18, (255, 250, 240))
+    left, top = spot.near(48, 10), spot.near(16, 5)
+    back.box(left, top, 20, 18, (255, 250, 240))
     heart = [(10, 14), (4, 8), (4.5, 4), (8, 3.4), (10, 6), (12, 3.4), (15.5, 4), (16, 8)]
-    back.pen.fill(smooth([(x + dx, y + dy) for dx, dy in heart]), back.shade(spot.of((240, 110, 130), (96, 150, 220))))
+    back.pen.fill(
+        smooth([(left + dx, top + dy) for dx, dy in heart]), back.shade(spot.of((240, 110, 130), (96, 150, 220)))
+    )
     back.box(-6, 56, 8, 44, (150, 96, 60))
     back.box(-4, 76, 50, 20, spot.of((104, 150, 222), (226, 120, 110), (120, 184, 120), (170, 130, 210)))
     back.shape(smooth([(2, 78), (2, 68), (18, 68), (19, 78)]), (255, 255, 255))
     back.box(44, 72, 5, 28, (150, 96, 60))
-    rug, x = spot.of((238, 112, 120), (110, 160, 220), (126, 190, 130), (240, 190, 90)), spot.near(66, 10)
-    back.pen.fill(oval(x, 116, 48, 10), back.shade(rug))
-    back.pen.fill(oval(x, 116, 38, 7), back.shade(mix(rug, WHITE, 0.45)))
+    rug, middle = spot.of((238, 112, 120), (110, 160, 220), (126, 190, 130), (240, 190, 90)), spot.near(66, 10)
+    back.pen.fill(oval(middle, 116, 48, 10), back.shade(rug))
+    back.pen.fill(oval(middle, 116, 38, 7), back.shade(_paler(rug, 0.45)))
 
 
 def _kitchen(back: Backdrop) -> None:
@@ -369,9 +383,9 @@ def _kitchen(back: Backdrop) -> None:
     wall = spot.of((190, 230, 206), (250, 226, 170), (196, 216, 244), (246, 206, 196))
     back.box(0, 0, 128, 90, wall, 0)
     first = spot.near(-2, 8)
-    for i in range(8):
+    for i in range(-1, 8):
         for j in range(2):
-            back.box(i * 19 + first - 10, 55 + j * 15, 17.5, 13.5, mix(wall, WHITE, 0.55), 0)
+            back.box(i * 19 + first, 55 + j * 15, 17.5, 13.5, _paler(wall, 0.55), 0)
     back.box(-4, 86, 140, 48, (252, 240, 220), 0)
     tile = spot.of((240, 186, 142), (150, 180, 220), (170, 206, 160))
     for row, (y, height) in enumerate(((88, 12), (100, 13), (113, 16))):
@@ -390,11 +404,11 @@ def _kitchen(back: Backdrop) -> None:
         smooth([(106, 62), (104, 52), (122, 52), (120, 62)]), spot.of((226, 62, 62), (70, 130, 210), (240, 180, 50))
     )
     back.pen.line_through([(104, 54), (99, 54), (101, 58)], back.shade((120, 30, 40)), 2)
-    x, y = spot.near(40, 5), spot.near(22, 4)
-    back.box(x, y, 32, 4, (196, 130, 74), 1.2)
+    left, top = spot.near(40, 5), spot.near(22, 4)
+    back.box(left, top, 32, 4, (196, 130, 74), 1.2)
     jars = spot.turned([(255, 206, 80), (240, 110, 110), (110, 170, 240)])
     for dx, colour in zip((6, 16, 26), jars, strict=True):
-        back.box(x + dx - 3.6, y - 11, 7.2, 11, colour, 1.2)
+        back.box(left + dx - 3.6, top - 11, 7.2, 11, colour, 1.2)
 
 
 def _weather(back: Backdrop) -> None:
