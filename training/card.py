@@ -175,11 +175,14 @@ others are the pack's own, from captions and descriptions of its own).
 """
 
 
+def card_of(folder: Path) -> str:
+    """The card in a pack's folder; nothing when there is none yet."""
+    return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+
+
 def write_card(pack: Pack, evaluation: Mapping[str, Any]) -> Pack:
     """Put the evaluation into the pack's card and seal the pack again."""
-    card = pack.folder / CARD
-    earlier = card.read_text(encoding="utf-8") if card.is_file() else ""
-    card.write_text(model_card(evaluation, earlier=earlier), encoding="utf-8")
+    (pack.folder / CARD).write_text(model_card(evaluation, earlier=card_of(pack.folder)), encoding="utf-8")
     manifest = pack.manifest
     settings = PackSettings(**{name: getattr(manifest, name) for name in PackSettings.model_fields})
     return write_pack(pack.folder, settings, created=manifest.created)

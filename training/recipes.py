@@ -45,7 +45,7 @@ def toon_vae(minutes: float | None = None, *, gpu: bool = False) -> VaeRecipe:
             ShelfRecipe(split="train", breadth="looks", count=20_000),
         ),
         batch=32 if gpu else 4,
-        crops_share=0.25,
+        crops_share=0.45,
         square_weight=3.0,
         figure_weight=2.0,
         seen_weight=2.0,

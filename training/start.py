@@ -33,7 +33,7 @@ from training.eyes import WorldEyes
 from training.frame import CHECKPOINT as FRAME_CHECKPOINT
 from training.loop import STARTED_FROM
 from training.recipes import toon_text
-from training.storage import Checkpoint, save_checkpoint, training_dir, with_prefix
+from training.storage import Checkpoint, load_checkpoint, save_checkpoint, training_dir, with_prefix
 from training.text import CHECKPOINT as TEXT_CHECKPOINT
 from training.text import TextTrainee, fresh_text
 from training.vae import CHECKPOINT as VAE_CHECKPOINT
@@ -105,7 +105,13 @@ def start_vae(pack: Pack) -> None:
 
 
 def start_decoder(pack: Pack) -> None:
-    """Write step 0 of the run in which the decoder learns on alone. Raises FileNotFoundError without an autoencoder."""
+    """Write step 0 of the run in which the decoder learns on alone, behind the pack's own encoder.
+
+    Raises FileNotFoundError without an autoencoder, and ValueError for one that is not the pack's.
+    """
+    whole = load_checkpoint(training_dir() / VAE_CHECKPOINT)
+    if whole is not None and (whole.facts["step"], whole.facts.get(STARTED_FROM)) != (0, pack.digest):
+        raise ValueError("the autoencoder here is no longer the pack's: run `python -m training.vae --decoder` at once")
     _save(DECODER_CHECKPOINT, with_prefix("vae", encoding_vae().state_dict()), pack)
 
 

@@ -28,7 +28,7 @@ from services.models.registry import UNET_WEIGHTS, save_network
 from services.models.storygen import build_storygen
 from services.models.toon import FRAME_PX, MAX_REFERENCES, SCHEDULE, TEXT, UNET, VAE
 from services.models.vae import Codec
-from training.card import CARD, model_card
+from training.card import CARD, card_of, model_card
 from training.clip import CHECKPOINT as CLIP_CHECKPOINT
 from training.clip import export_clip, train_clip, trained_clip
 from training.draft import CHECKPOINT as DRAFT_CHECKPOINT
@@ -118,9 +118,7 @@ def seal(folder: Path = PACK) -> Pack:
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"the pack has no {name}/ yet: run `python -m training.captions --out {folder}`")
     write_knowledge(folder)
-    card = folder / CARD
-    earlier = card.read_text(encoding="utf-8") if card.is_file() else ""
-    card.write_text(model_card(earlier=earlier), encoding="utf-8")
+    (folder / CARD).write_text(model_card(earlier=card_of(folder)), encoding="utf-8")
     for leftover in folder.rglob("*.part"):
         leftover.unlink()
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)

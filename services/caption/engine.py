@@ -69,8 +69,8 @@ class Guards:
     name_lock: bool = True  # costs up to NAME_LOCK_TRIES more descriptions where names are wrong
     look_lock: bool = True  # costs nothing more: looks are mended, and better tries than the first share the above
     repetition: bool = True  # costs up to CAPTION_TRIES more captions where something is said again
-    thread: bool = True  # costs as many where the hero has long been out of sight; never more for all of these
-    invention: bool = True  # costs as many where somebody is named whom neither the pack nor the story knows
+    thread: bool = True  # costs as many where the hero has long been out of sight
+    invention: bool = True  # costs as many where somebody is named nobody knows; never more for all three
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from training.toon import world
 from training.toon.arcs import ARCS
 from training.toon.cast import MAIN, NEW, SIDE, combination
 from training.toon.lexicon import SETTING_CUES
@@ -49,14 +50,22 @@ def test_a_seed_is_a_story(stories):
     assert sample_story(17) == stories["train"][17]
 
 
-def test_a_story_comes_back_to_the_spot_it_left(stories):
+def test_a_story_comes_back_to_the_spot_it_left(monkeypatch):
+    monkeypatch.setattr(world, "SPOTS", 4)
     seen = set()
-    for story in stories["train"]:
+    for story in (sample_story(seed) for seed in range(250)):
         spots = {}
         for frame in story.frames:
             assert spots.setdefault(frame.scene.setting, frame.scene.spot) == frame.scene.spot
         seen |= set(spots.items())
-    assert seen == {(setting, number) for setting in SETTINGS for number in range(SPOTS)}
+    assert seen == {(setting, number) for setting in SETTINGS for number in range(4)}
+    assert len({sample_frame(seed).scene.spot for seed in range(40)}) == 4
+
+
+def test_the_world_of_today_is_plain(frames, stories):
+    scenes = [frame.scene for frame in frames["train"]]
+    scenes += [frame.scene for story in stories["train"] for frame in story.frames]
+    assert {scene.spot for scene in scenes} == set(range(SPOTS)) == {0}
 
 
 def test_no_word_tells_the_spot(frames):

@@ -9,17 +9,24 @@ import pytest
 import torch
 
 from services.models.eyes import load_eyes
-from services.models.pack import load_pack
+from services.models.pack import Pack, load_pack
 from services.models.registry import load_frame_model
 from training import start
 from training.evaluation.judge import load_judge
 from training.eyes import trained_eyes
 from training.loop import STARTED_FROM
 from training.start import grown, start_captions, with_more_inputs
-from training.storage import FOLDER_VARIABLE, load_checkpoint
+from training.storage import FOLDER_VARIABLE, Checkpoint, load_checkpoint, save_checkpoint
 from training.toon_pack import PACK
 from training.vae import CHECKPOINT as VAE_CHECKPOINT
 from training.vae import DECODER_CHECKPOINT, encoding_vae
+
+
+@pytest.fixture
+def pack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pack:
+    """The shipped pack, to start from in a training folder of the test's own."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    return load_pack(PACK)
 
 
 def test_the_same_shape_is_taken_over_whole() -> None:
@@ -46,11 +53,9 @@ def test_what_was_there_does_not_hear_what_is_new() -> None:
     assert with_more_inputs(torch.ones(2, 3), 5).tolist() == [[1, 1, 1, 0, 0]] * 2
 
 
-def test_an_autoencoder_with_more_channels_begins_as_the_packs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pack = load_pack(PACK)
+def test_an_autoencoder_with_more_channels_begins_as_the_packs(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = replace(start.toon.VAE, latent_channels=start.toon.VAE.latent_channels + 4)
     monkeypatch.setattr(start.toon, "VAE", shape)
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     start.start_vae(pack)
     before, now = load_frame_model(pack).codec.vae.float(), encoding_vae()
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -63,11 +68,7 @@ def test_an_autoencoder_with_more_channels_begins_as_the_packs(monkeypatch: pyte
         assert float(found.mean[:, old:].std()) > 0.1  # and says something
 
 
-def test_a_decoder_learns_on_from_the_autoencoder_and_says_whose_it_was(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    pack = load_pack(PACK)
+def test_a_decoder_learns_on_from_the_autoencoder_and_says_whose_it_was(pack: Pack, tmp_path: Path) -> None:
     start.start_vae(pack)
     start.start_decoder(pack)
     kept, whole = load_checkpoint(tmp_path / DECODER_CHECKPOINT), load_checkpoint(tmp_path / VAE_CHECKPOINT)
@@ -76,12 +77,13 @@ def test_a_decoder_learns_on_from_the_autoencoder_and_says_whose_it_was(
     assert (kept.facts["step"], kept.facts[STARTED_FROM]) == (0, pack.digest)
     assert all(torch.equal(kept.tensors[name], value) for name, value in whole.tensors.items())
 
+    (tmp_path / DECODER_CHECKPOINT).unlink()
+    save_checkpoint(tmp_path / VAE_CHECKPOINT, Checkpoint(whole.tensors, {**whole.facts, "step": 5}))
+    with pytest.raises(ValueError, match="no longer the pack's"):
+        start.start_decoder(pack)
 
-def test_the_eyes_and_the_judge_begin_as_those_that_are_shipped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    pack = load_pack(PACK)
+
+def test_the_eyes_and_the_judge_begin_as_those_that_are_shipped(pack: Pack, tmp_path: Path) -> None:
     start.start_eyes(pack)
     start.start_judge(pack)
     with pytest.raises(FileExistsError, match="move it away"):
