@@ -8,9 +8,9 @@ not say what it knows may name whom it likes. Pure: knows no model, no tokenizer
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
+from services.models.likeness import whole_word
 from services.models.world import World
 
 
@@ -31,11 +31,7 @@ def repaired(text: str, earlier: Sequence[str], world: World) -> str:
     In the order in which the story names them. A name for which nobody is left stays.
     """
     strangers = dict.fromkeys(name for caption in earlier for name in world.unknown_names(caption))
-    missing = [name for name in strangers if not re.search(_whole(name), text)]
+    missing = [name for name in strangers if not whole_word(name).search(text)]
     for made_up, name in zip(invented(text, earlier, world), missing, strict=False):
-        text = re.sub(_whole(made_up), name, text)
+        text = whole_word(made_up).sub(name, text)
     return text
-
-
-def _whole(name: str) -> str:
-    return rf"(?<!\w){re.escape(name)}(?!\w)"
