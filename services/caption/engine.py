@@ -240,10 +240,11 @@ class CaptionEngine:
     async def write_caption(self, job: StoryJob) -> Written:
         """The caption after the last of `job.captions`.
 
-        None that repeats the story, loses its hero or makes up somebody's name, where a try is none of these.
+        None that repeats the story, loses its hero or makes up somebody's name, where a try is none of these. Those of
+        `job.learned` belong to the story, whether or not a caption has named them.
 
-        Raises PackUnknown, CaptionEmpty, CaptionTooLong, ImageMissing, ImageTooLarge, ImageUnreadable, QueueFull,
-        CaptionNotWritten, ReplicaLost, EngineDead or ShuttingDown.
+        Raises PackUnknown, CaptionEmpty, CaptionTooLong, ImageMissing, ImageTooLarge, ImageUnreadable, ValueOutOfRange
+        for a learned character that is none, QueueFull, CaptionNotWritten, ReplicaLost, EngineDead or ShuttingDown.
         """
         self._check_pack(job.pack)
         if not job.captions:
@@ -252,6 +253,9 @@ class CaptionEngine:
             raise CaptionTooLong(f"{len(job.captions)} captions are more than {CAPTIONS_MAX}", field="captions")
         for number, caption in enumerate(job.captions):
             check_caption(caption, f"captions[{number}]")
+        check_learned(job.learned)
+        names = tuple(one.name for one in job.learned)
+        cast, people = Cast((*self.model.cast.names, *names)), (*job.captions, *names)
         budget = self._budget(job.sampling.max_tokens, STORY)
         prompt = self.model.wording.story_prompt(job.captions, budget)
 
@@ -262,16 +266,15 @@ class CaptionEngine:
         if self._guards.repetition:
             rules["repetition"] = lambda text: repetition.faults(text, job.captions)
         if self._guards.thread:
-            rules["thread"] = lambda text: thread.faults(text, job.captions, self.model.cast)
-
+            rules["thread"] = lambda text: thread.faults(text, job.captions, cast)
         if self._guards.invention:
-            rules["invention"] = lambda text: invention.faults(text, job.captions, self.model.world)
+            rules["invention"] = lambda text: invention.faults(text, people, self.model.world)
 
         def repair(text: str) -> str:
             if self._guards.invention:
-                text = invention.repaired(text, job.captions, self.model.world)
-            lost = thread.loses_thread(text, job.captions, self.model.cast)
-            return thread.with_hero(text, job.captions, self.model.cast) if lost and self._guards.thread else text
+                text = invention.repaired(text, people, self.model.world)
+            lost = thread.loses_thread(text, job.captions, cast)
+            return thread.with_hero(text, job.captions, cast) if lost and self._guards.thread else text
 
         return await self._guarded(rules, CAPTION_TRIES, job.sampling, write, repair)
 
@@ -282,7 +285,7 @@ class CaptionEngine:
         the looks of the first earlier description that tells them; while none does, those that the pack's eyes read off
         the picture.
 
-        Raises the same errors as `write_caption`, and ValueOutOfRange for a learned character that is none.
+        Raises the same errors as `write_caption`.
         """
         self._check_pack(job.pack)
         check_caption(job.previous_caption, "previous_caption")

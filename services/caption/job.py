@@ -42,21 +42,22 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoryJob:
-    """Asks for the caption after the last of `captions`; `image` is the last one's picture, as a file's bytes."""
-
-    image: bytes
-    captions: tuple[str, ...]
-    pack: str = ""
-    sampling: Sampling = field(default_factory=Sampling)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Learned:
     """Somebody whom the pack was taught: the name that stories use, and what descriptions say of their looks."""
 
     name: str
     phrase: str = ""  # begins with an article: "a pink pig with a teal hat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoryJob:
+    """Asks for the caption after the last of `captions`; `image` is the last one's picture, as a file's bytes."""
+
+    image: bytes
+    captions: tuple[str, ...]
+    learned: tuple[Learned, ...] = ()  # whom the story has besides the pack's cast, named by now or not
+    pack: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ class RemoteEngine:
         return self._running
 
     async def write_caption(self, job: StoryJob) -> Written:
-        """The caption after the last of `job.captions`.
+        """The caption after the last of `job.captions`; who may be in it is the server's business.
 
         Raises what our own engine raises for bad input, QueueFull; for what the server did Unavailable,
         DeadlineExceeded, CaptionNotWritten, ShuttingDown, FailedPrecondition or Internal.
@@ -116,13 +116,14 @@ class RemoteEngine:
         if not job.captions:
             raise CaptionEmpty("at least one caption is needed: that of the picture", field="captions")
         _check_texts("captions", job.captions)
+        check_learned(job.learned)
         names = [f"captions[{number}]" for number in range(len(job.captions))]
         return await self._write(job.image, STORY, job.captions, names, (), job.sampling)
 
     async def describe(self, job: DescribeJob) -> Written:
         """The description of `job.caption`, which has those of `job.learned` who are in that.
 
-        Raises the same errors as `write_caption`, and ValueOutOfRange for a learned character that is none.
+        Raises the same errors as `write_caption`.
         """
         self._check_pack(job.pack)
         check_caption(job.previous_caption, "previous_caption")

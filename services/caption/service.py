@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -72,6 +73,7 @@ def story_job_from_pb(request: pb.WriteCaptionRequest) -> StoryJob:
     return StoryJob(
         image=request.image,
         captions=tuple(request.captions),
+        learned=learned_from_pb(request.characters),
         pack=request.pack,
         sampling=sampling_from_pb(request.sampling),
     )
@@ -85,10 +87,15 @@ def describe_job_from_pb(request: pb.DescribeRequest) -> DescribeJob:
         caption=request.caption,
         earlier_captions=tuple(request.earlier_captions),
         earlier_descriptions=tuple(request.earlier_descriptions),
-        learned=tuple(Learned(name=each.name, phrase=each.phrase) for each in request.characters),
+        learned=learned_from_pb(request.characters),
         pack=request.pack,
         sampling=sampling_from_pb(request.sampling),
     )
+
+
+def learned_from_pb(messages: Iterable[pb.LearnedCharacter]) -> tuple[Learned, ...]:
+    """The characters that a story has learned."""
+    return tuple(Learned(name=each.name, phrase=each.phrase) for each in messages)
 
 
 def sampling_from_pb(message: pb.Sampling) -> Sampling:

@@ -15,7 +15,10 @@ from services.models.world import World
 
 
 def invented(text: str, earlier: Sequence[str], world: World) -> tuple[str, ...]:
-    """The names in a caption that are nobody's, each once; `earlier` are the captions before it."""
+    """The names in a caption that are nobody's, each once.
+
+    `earlier` are the texts that may name people: the captions before it, then the names of whom the story has learned.
+    """
     told = {name for caption in earlier for name in world.names_in(caption)}
     return tuple(name for name in world.unknown_names(text) if name not in told)
 

@@ -131,13 +131,21 @@ class CaptionBackend:
         self._stub = caption_grpc.CaptionServiceStub(channel.grpc_channel)
 
     async def write_caption(
-        self, *, pack: str, image: bytes, captions: Sequence[str], seed: int, temperature: float
+        self,
+        *,
+        pack: str,
+        image: bytes,
+        captions: Sequence[str],
+        characters: Iterable[StoryCharacter],
+        seed: int,
+        temperature: float,
     ) -> WrittenText:
-        """The caption after `captions`, of which the last belongs to `image`."""
+        """The caption after `captions`, of which the last belongs to `image`; `characters` belong to the story, too."""
         request = caption_pb.WriteCaptionRequest(
             pack=pack,
             image=image,
             captions=captions,
+            characters=_learned(characters),
             sampling=caption_pb.Sampling(temperature=temperature, seed=seed),
         )
         response = await self._channel.call(self._stub.WriteCaption, request, timeout_s=self._timeout_s)
@@ -167,7 +175,7 @@ class CaptionBackend:
             caption=caption,
             earlier_captions=earlier_captions,
             earlier_descriptions=earlier_descriptions,
-            characters=[caption_pb.LearnedCharacter(name=one.name, phrase=one.phrase) for one in characters],
+            characters=_learned(characters),
             sampling=caption_pb.Sampling(temperature=temperature, seed=seed),
         )
         response = await self._channel.call(self._stub.Describe, request, timeout_s=self._timeout_s)
@@ -351,6 +359,10 @@ def _drawn(frame: frame_pb.RenderedFrame, elapsed_s: float) -> DrawnFrame:
         render_s=frame.render_s or elapsed_s,
         warnings=_warnings(frame.warnings),
     )
+
+
+def _learned(characters: Iterable[StoryCharacter]) -> list[caption_pb.LearnedCharacter]:
+    return [caption_pb.LearnedCharacter(name=one.name, phrase=one.phrase) for one in characters]
 
 
 def _warnings(messages: Iterable[warning_pb2.Warning]) -> tuple[StoryWarning, ...]:

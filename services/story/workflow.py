@@ -340,6 +340,7 @@ class StoryWorkflows:
             pack=options.pack,
             image=await self._store.get(command.image_sha256),
             captions=command.captions,
+            characters=options.characters,
             seed=command.seed,
             temperature=options.temperature,
         )

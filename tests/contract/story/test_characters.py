@@ -124,6 +124,8 @@ def test_the_weights_reach_the_frames_that_name_somebody_and_no_others(story: St
 
 def test_the_caption_service_is_told_who_they_are(story: StoryProcess, script: Script) -> None:
     made = finished(story, "Rosa", "Otto")
+    told = [[(one.name, one.phrase) for one in call.characters] for call in asked(script, "WriteCaption")]
+    assert told == [[("Rosa", ROSA), ("Otto", OTTO)]] * 3
     for number, described in enumerate(asked(script, "Describe"), 1):
         assert [(one.name, one.phrase) for one in described.characters] == [("Rosa", ROSA), ("Otto", OTTO)]
         assert list(described.earlier_descriptions) == [frame.description for frame in made.frames[:number]]
@@ -136,7 +138,7 @@ def test_a_story_without_them_asks_nobody_and_is_told_as_before(
     assert not published.calls
     assert weights(script) == [[], [], []]
     assert [len(one.earlier_descriptions) for one in asked(script, "Describe")] == [1, 2, 3]
-    assert not any(one.characters for one in asked(script, "Describe"))
+    assert not any(one.characters for call in ("WriteCaption", "Describe") for one in asked(script, call))
     assert not made.characters
     with_rosa = finished(story, "Rosa")
     assert with_rosa.frames[1].description == made.frames[1].description

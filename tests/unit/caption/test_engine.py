@@ -559,6 +559,22 @@ async def test_a_caption_that_makes_up_a_name_is_chosen_again_or_mended() -> Non
         assert notes.guarded == [("invention", outcome)]
 
 
+async def test_somebody_learned_belongs_to_the_story_and_may_be_its_hero() -> None:
+    model = replace(CAST_MODEL, world=WORLD)
+    learned = (Learned(name="Rosa", phrase="a pink pig"),)
+    # Not named so far: she may come, and is who was meant by a name that is nobody's.
+    job = replace(WAVING, captions=("Mina waved.",), learned=learned)
+    for texts, told in ((["Rosa came."], "Rosa came."), (["Naiprux came."] * 5, "Rosa came.")):
+        assert (await CaptionEngine(model, SeededDriver(texts, seed=5)).write_caption(job)).text == told
+    # Named first, at a sentence's beginning: not the cast's Mina, who is named later, is whom the story is about.
+    lost = replace(WAVING, captions=("Rosa waved to Mina.", "Mina waved.", "Mina came."), learned=learned)
+    driver = SeededDriver(["Mina came to Mina.", "Mina waved.", "Rosa came.", "Mina came.", "Mina."], seed=5)
+    assert (await CaptionEngine(model, driver).write_caption(lost)).text == "Rosa came."
+    with pytest.raises(ValueOutOfRange) as raised:
+        await CaptionEngine(model, driver).write_caption(replace(WAVING, learned=(Learned(name=" "),)))
+    assert raised.value.field_violations[0].field == "characters[0].name"
+
+
 async def test_the_invention_guard_can_be_switched_off_and_needs_to_know_what_the_pack_knows() -> None:
     off = CaptionEngine(
         replace(CAST_MODEL, world=WORLD), SeededDriver(["Naiprux came."], seed=5), guards=Guards(invention=False)
