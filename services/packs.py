@@ -39,9 +39,9 @@ def library_folder(installation: Installation) -> Path:
 
 def add(given: argparse.Namespace, say: Say) -> Answer:
     """Copies a pack, or makes one of a published checkpoint. Raises ModelError."""
-    from services.models import captioner
-    from services.models.arldm_published import is_arldm, plan_arldm
-    from services.models.captioner_published import is_captioner, plan_captioner
+    from services.models.arldm.published import is_arldm, plan_arldm
+    from services.models.captions import captioner
+    from services.models.captions.published import is_captioner, plan_captioner
     from services.models.errors import PackSourceInvalid
     from services.models.library import plan_sealed
     from services.models.pack import MANIFEST

@@ -10,11 +10,11 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from services.models.arldm import LATENTS, SCHEDULE, ArldmConfig, FrameShape
-from services.models.arldm_blip import BlipShape
-from services.models.arldm_checkpoint import assemble, from_lightning
-from services.models.arldm_sampling import ArldmModel
-from services.models.arldm_text import BLIP_MARKS, CLIP_MARKS, CaptionTokenizer
+from services.models.arldm.blip import BlipShape
+from services.models.arldm.checkpoint import assemble, from_lightning
+from services.models.arldm.model import LATENTS, SCHEDULE, ArldmConfig, FrameShape
+from services.models.arldm.sampling import ArldmModel
+from services.models.arldm.text import BLIP_MARKS, CLIP_MARKS, CaptionTokenizer
 from services.models.schedule import Schedule
 from services.models.storygen import StoryGenConfig
 from services.models.text_encoder import TextShape

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save_file
 
-from services.models.arldm import LATENTS, SCHEDULE
-from services.models.arldm_checkpoint import convert
+from services.models.arldm.checkpoint import convert
+from services.models.arldm.model import LATENTS, SCHEDULE
 from services.models.pack import Pack, PackSettings, Sampling, write_pack
 from tests.reference_arldm import random_state
 from tests.tiny_arldm import GUIDANCE, SIZES, STEPS, blip_tokenizer, clip_tokenizer, config

@@ -32,8 +32,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from services.models import llava
-from services.models.cast import Cast, name_tokens
+from services.models.captions import llava
+from services.models.captions.cast import Cast, name_tokens
 from services.models.tokenizer import StoryTokenizer
 from training import loop, questions
 from training.captions_data import (

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from services.models import prompts
+from services.models.captions import prompts
 from services.models.tokenizer import StoryTokenizer
 from training.pictures import STORY_BREADTHS, ShelfRecipe, shelf
 from training.toon import world

@@ -43,7 +43,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from services.models.cast import Cast
+from services.models.captions.cast import Cast
 from services.models.epicevo import EpicEvoWeights
 from services.models.errors import ModelError
 from services.models.lora import read_adapter

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from services.models import llava, toon
+from services.models import toon
+from services.models.captions import llava
 from services.models.eyes import load_eyes
 from services.models.pack import Pack, load_pack
 from services.models.registry import TEXT_WEIGHTS, UNET_WEIGHTS, VAE_WEIGHTS

@@ -32,15 +32,15 @@ from services.caption.driver import Ask, Driver
 from services.caption.image import read_image
 from services.caption.job import TOKENS_MAX, DescribeJob, Finish, Sampling, StoryJob, Written
 from services.caption.learned import check_learned, completed, told
-from services.models import invention, llava, prompts, repetition, thread
-from services.models import looks as look_lock
-from services.models.captioner import read_adapters, read_captioner
-from services.models.cast import Cast, name_tokens
+from services.models.captions import invention, llava, prompts, repetition, thread
+from services.models.captions import looks as look_lock
+from services.models.captions.captioner import read_adapters, read_captioner
+from services.models.captions.cast import Cast, name_tokens
+from services.models.captions.wording import StoryWording, Wording
 from services.models.errors import PackManifestInvalid
 from services.models.eyes import Eyes, load_eyes, new_looks
 from services.models.pack import CaptionerManifest, SealedPack
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
-from services.models.wording import StoryWording, Wording
 from services.models.world import World
 from services.runtime.errors import CaptionEmpty, CaptionNotWritten, CaptionTooLong, FabulaError, PackUnknown, QueueFull
 

@@ -1,7 +1,7 @@
 """Characters that a pack was taught after it was made: what is told of their looks, and their names in descriptions.
 
-The pack's own cast is the business of `services.models.cast`; whom a story has learned, its requests say. Pure: knows
-no model and no tokenizer.
+The pack's own cast is the business of `services.models.captions.cast`; whom a story has learned, its requests say.
+Pure: knows no model and no tokenizer.
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ from services.caption.driver import (
 from services.caption.engine import CaptionEngine, Observer, adapter_folders, adapter_rank_max, read_model
 from services.caption.plain import PlainDriver
 from services.caption.remote import RemoteEngine, RemoteModel
-from services.models import captioner
+from services.models.captions import captioner
+from services.models.captions.writers import WRITERS
 from services.models.errors import PackUnsupported
 from services.models.footprint import check_writer, writer_footprint
 from services.models.pack import CaptionerManifest, RemoteManifest, find_pack, load_any_pack, read_any_manifest
 from services.models.remote import REMOTE_CAPTIONER
-from services.models.writers import WRITERS
 from services.runtime.config import Installation
 from services.runtime.memory import free_memory_bytes
 

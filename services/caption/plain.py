@@ -18,7 +18,7 @@ import torch
 
 from services.caption.driver import Ask, DriverSettings, InProcessDriver, Reply, prepare_environment
 from services.caption.job import Finish
-from services.models.writers import State, Writer, choose, load_writer
+from services.models.captions.writers import State, Writer, choose, load_writer
 
 log = structlog.get_logger("fabula.caption")
 

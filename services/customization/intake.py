@@ -30,7 +30,7 @@ from services.customization.checks import (
 )
 from services.customization.config import CustomizationSettings
 from services.customization.records import NewCharacter, StoredFrame, TrainingSettings
-from services.models.cast import Cast
+from services.models.captions.cast import Cast
 from services.models.errors import AdapterDamaged, ModelError, PackNotFound
 from services.models.pack import Manifest, find_pack, read_manifest
 from services.models.world import World

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from services.models.flux2 import Flux2Network
+from services.models.flux2.transformer import Flux2Network
 from services.models.schedule import Schedule
-from services.models.stable_diffusion_unet import StableDiffusionUNet
+from services.models.stable_diffusion.unet import StableDiffusionUNet
 from services.models.storygen import References, StoryGenUNet
 
 Network: TypeAlias = StoryGenUNet | StableDiffusionUNet | Flux2Network

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from services.models.errors import PackTooLarge
-from services.models.flux2_published import KEEPS_REFERENCES
-from services.models.flux2_text import WINDOW
-from services.models.flux2_vae import SIDE
+from services.models.flux2.published import KEEPS_REFERENCES
+from services.models.flux2.text import WINDOW
+from services.models.flux2.vae import SIDE
 from services.models.pack import CaptionerManifest, Manifest
 
 OVERRIDE = "FABULA_FRAME_CHECK_MEMORY=false"

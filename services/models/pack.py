@@ -151,7 +151,7 @@ class Manifest(PackSettings):
 
 
 class Captioner(_Strict):
-    """How a published captioner is asked, and what it sees. `services.models.wording` puts the question together."""
+    """How a published captioner is asked, and what it sees; the question is put together by `captions.wording`."""
 
     opening: str = Field(max_length=8000)  # before the question; holds `image_token` once where it stands for a picture
     closing: str = Field(max_length=8000)  # after it: the answer comes next

@@ -23,7 +23,7 @@ from services.models.errors import PackFileUnsafe, PackSourceInvalid, PackUnsupp
 from services.models.library import PackPlan, WantedFile, check_architecture
 from services.models.pack import PackSettings, Sampling
 from services.models.source import Source, SourceFile, read_start
-from services.models.stable_diffusion_pack import FAMILIES, read_scheduler
+from services.models.stable_diffusion.pack import FAMILIES, read_scheduler
 from services.models.vae import LatentScaling, ReferenceRange
 
 INDEX = "model_index.json"
@@ -84,8 +84,8 @@ def plan_published(
             "for example --licence MIT or --licence LicenseRef-name"
         )
     # They read with the functions of this module.
-    from services.models.flux2_published import PIPELINES as FLUX2_PIPELINES
-    from services.models.flux2_published import plan_flux2
+    from services.models.flux2.published import PIPELINES as FLUX2_PIPELINES
+    from services.models.flux2.published import plan_flux2
 
     if index.get("_class_name") in FLUX2_PIPELINES:
         return plan_flux2(source, files, told, index, architectures)

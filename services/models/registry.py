@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from services.models.arldm_checkpoint import load_arldm
-from services.models.arldm_reader import ArldmReader, arldm_files, check_arldm
+from services.models.arldm.checkpoint import load_arldm
+from services.models.arldm.reader import ArldmReader, arldm_files, check_arldm
 from services.models.denoiser import StoryDenoiser
 from services.models.errors import AdapterError, PackManifestInvalid, PackWeightsMismatch
-from services.models.flux2_networks import check_flux2, load_flux2_networks, transformer_files
+from services.models.flux2.networks import check_flux2, load_flux2_networks, transformer_files
 from services.models.glimpse import FILE as GLIMPSE_FILE
 from services.models.glimpse import Glimpse, load_glimpse
 from services.models.lora import Adapter, AdapterSlots, read_adapter_file
@@ -31,7 +31,7 @@ from services.models.pack import Manifest, Pack
 from services.models.ranges import FlowConfig
 from services.models.samplers import Sampler, samplers_of
 from services.models.schedule import FlowSchedule, Schedule
-from services.models.stable_diffusion import Networks, load_networks
+from services.models.stable_diffusion.networks import Networks, load_networks
 from services.models.storygen import StoryGenConfig, build_storygen
 from services.models.storygen_published import is_published_storygen, load_storygen_networks
 from services.models.text_encoder import (

@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from services.models.pack import Pack
-from services.models.stable_diffusion import CONFIG, Networks, load_published
+from services.models.stable_diffusion.networks import CONFIG, Networks, load_published
 from services.models.storygen import StoryGenConfig, StoryGenUNet, build_storygen
 
 _TEXT_CONFIG = f"text_encoder/{CONFIG}"

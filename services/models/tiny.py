@@ -13,7 +13,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-from services.models.llava import export_tiny
+from services.models.captions.llava import export_tiny
 from services.models.pack import Pack, PackSettings, Sampling, write_pack
 from services.models.registry import save_network
 from services.models.schedule import ScheduleConfig

@@ -5,7 +5,7 @@ or Arabic text is never `<unk>` (there is no such token). Text given to `encode`
 `<image>` or `<eos>` inside it becomes ordinary bytes, never a special token. Special tokens are
 placed by their ids, by code that means them.
 
-Knows nothing of prompts (`services.models.prompts`) or of how it was trained (`training.tokenizer`).
+Knows nothing of prompts (`services.models.captions.prompts`) or of how it was trained (`training.tokenizer`).
 
 Shapes: B texts, N tokens.
 """

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from services.models.arldm import Arldm, Dropout, Memory, frame_context
-from services.models.arldm_blip import as_blip_sees
-from services.models.arldm_reader import ArldmReader
-from services.models.arldm_text import TokenRows
+from services.models.arldm.blip import as_blip_sees
+from services.models.arldm.model import Arldm, Dropout, Memory, frame_context
+from services.models.arldm.reader import ArldmReader
+from services.models.arldm.text import TokenRows
 from services.models.denoiser import Example
 from services.models.registry import FrameModel
 from services.models.text_encoder import NO_WORDS, Words

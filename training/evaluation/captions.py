@@ -11,7 +11,7 @@
 * `…_unguarded`                 the same without name lock and repetition guard
 
 The texts are decoded by plain transformers from the files as they are shipped, with the guards of serving
-(`services.models.cast`, `services.models.repetition`). Knows no serving.
+(`services.models.captions.cast`, `services.models.captions.repetition`). Knows no serving.
 
     python -m training.evaluation.captions --pack services/models/packs/toon
 """
@@ -31,11 +31,11 @@ import numpy.typing as npt
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from services.models import invention, llava, prompts, repetition, thread
-from services.models import looks as look_lock
-from services.models.cast import Cast, name_tokens
+from services.models.captions import invention, llava, prompts, repetition, thread
+from services.models.captions import looks as look_lock
+from services.models.captions.cast import Cast, name_tokens
+from services.models.captions.repetition import is_near_copy
 from services.models.eyes import load_eyes, new_looks
-from services.models.repetition import is_near_copy
 from services.models.tokenizer import StoryTokenizer
 from services.models.world import World
 from training.evaluation.figures import Figure, share, table

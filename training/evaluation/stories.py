@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from services.models.captions.repetition import is_near_copy
 from services.models.drawing import Pixels, Seen
 from services.models.registry import FrameModel
-from services.models.repetition import is_near_copy
 from training.evaluation.arcs import drops_hero, has_arc
 from training.evaluation.captions import SERVED_TEMPERATURE, Captioner, expected, names_agree, names_in
 from training.evaluation.figures import Figure, share

@@ -23,7 +23,7 @@ from services.caption.driver import Ask
 from services.caption.engine import CaptionEngine, Guards
 from services.caption.job import DescribeJob, Sampling, StoryJob
 from services.caption.loading import build_engine
-from services.models.llava import ADAPTERS
+from services.models.captions.llava import ADAPTERS
 from services.runtime.config import Installation
 
 CAPTIONS = ("Momo found a kite.", "She said: 'the <image> was A S'.")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from services.caption.driver import Ask
 from services.caption.image import read_image
-from services.models import llava, prompts
+from services.models.captions import llava, prompts
 from services.models.tokenizer import StoryTokenizer
 from services.runtime.channel import ServiceChannel
 from services.runtime.errors import (

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from services.models.captioner_published import plan_captioner
+from services.models.captions.published import plan_captioner
 from services.models.library import Library
 from services.models.published import Told
 from services.models.source import FolderSource

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from services.models import llava, prompts
+from services.models.captions import llava, prompts
 from services.models.tokenizer import StoryTokenizer
 from services.runtime.config import SHIPPED_PACKS
 from training.captions_data import (

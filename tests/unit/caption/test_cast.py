@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.models.cast import Cast, name_tokens
+from services.models.captions.cast import Cast, name_tokens
 from services.models.tokenizer import StoryTokenizer
 from services.runtime.config import SHIPPED_PACKS
 from training.toon.grammar import describe

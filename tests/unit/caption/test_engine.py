@@ -25,10 +25,10 @@ from services.caption.engine import (
 )
 from services.caption.image import read_image
 from services.caption.job import DescribeJob, Finish, Learned, Sampling, StoryJob
-from services.models.cast import Cast
+from services.models.captions.cast import Cast
+from services.models.captions.wording import StoryWording
 from services.models.eyes import LOOK, Eyes, EyesShape, Figure
 from services.models.tokenizer import StoryTokenizer
-from services.models.wording import StoryWording
 from services.models.world import World
 from services.runtime.config import SHIPPED_PACKS
 from services.runtime.errors import CaptionEmpty, CaptionNotWritten, CaptionTooLong, QueueFull, ValueOutOfRange

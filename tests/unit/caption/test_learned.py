@@ -6,7 +6,7 @@ import pytest
 
 from services.caption.job import Learned
 from services.caption.learned import MOST_LEARNED, check_learned, completed, told
-from services.models import prompts
+from services.models.captions import prompts
 from services.runtime.errors import ValueOutOfRange
 
 PIG, OWL = "a pink pig with a teal hat", "a grey owl in a red coat"

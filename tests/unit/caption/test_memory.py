@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from services.caption import loading
 from services.caption.config import CaptionSettings
 from services.caption.loading import build_engine
-from services.models.captioner_published import plan_captioner
+from services.models.captions.published import plan_captioner
 from services.models.errors import PackTooLarge
 from services.models.footprint import check_writer, writer_footprint
 from services.models.library import Library

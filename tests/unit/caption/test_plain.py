@@ -16,9 +16,9 @@ from services.caption.config import CaptionSettings
 from services.caption.driver import Ask, DriverSettings
 from services.caption.job import Finish
 from services.caption.plain import PlainDriver, PlainEngine
-from services.models.captioner import BLIP, CAUSAL_LM
+from services.models.captions.captioner import BLIP, CAUSAL_LM
+from services.models.captions.writers import State, load_writer
 from services.models.errors import PackUnsupported
-from services.models.writers import State, load_writer
 from services.runtime.errors import Internal
 from tests import caption_checkpoints as checkpoints
 

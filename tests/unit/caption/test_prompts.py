@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.models import prompts
+from services.models.captions import prompts
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
 from services.runtime.config import SHIPPED_PACKS
 

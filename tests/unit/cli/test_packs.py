@@ -238,7 +238,7 @@ def test_the_help_names_every_family_that_can_be_told() -> None:
     """Those of Stable Diffusion, and architectures that are families by themselves."""
     from services.models.registry import ARCHITECTURES
     from services.models.remote import ARCHITECTURES as REMOTE
-    from services.models.stable_diffusion_pack import FAMILIES
+    from services.models.stable_diffusion.pack import FAMILIES
 
     command: Any = typer.main.get_command(app)
     parameters = command.commands["pack"].commands["add"].params

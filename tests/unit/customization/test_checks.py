@@ -24,7 +24,7 @@ from services.customization.checks import (
     noun_of,
     read_picture,
 )
-from services.models.cast import Cast
+from services.models.captions.cast import Cast
 from services.models.eyes import Eyes, load_eyes
 from services.models.world import World
 from training.new_story import Called

@@ -20,10 +20,10 @@ from torch import Tensor
 from services.frame import engine as engine_module
 from services.frame.engine import EngineSettings, FrameEngine, Ticket
 from services.frame.job import EditedImage, Event, FrameJob, Preview, Progress, ReferenceImage, RenderedFrame
-from services.models.arldm import LATENTS, SCHEDULE
-from services.models.arldm_checkpoint import convert, load_arldm
-from services.models.arldm_sampling import ArldmModel, Story, draw_stories
-from services.models.arldm_unet import Context
+from services.models.arldm.checkpoint import convert, load_arldm
+from services.models.arldm.model import LATENTS, SCHEDULE
+from services.models.arldm.sampling import ArldmModel, Story, draw_stories
+from services.models.arldm.unet import Context
 from services.models.character import CharacterWeights
 from services.models.drawing import Drawing, Pixels, Randomness, Seen, Sketch, begin, finish
 from services.models.errors import PackFileMissing, PackManifestInvalid

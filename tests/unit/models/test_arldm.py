@@ -12,11 +12,11 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from services.models.arldm import Memory, frame_context, guided
-from services.models.arldm_blip import as_blip_sees, as_pictures, black
-from services.models.arldm_sampling import Story, StoryDoesNotFit, draw_stories, frames_of
-from services.models.arldm_text import BLIP_MARKS, CLIP_MARKS, CaptionTokenizer, TokenRows
-from services.models.arldm_unet import Context
+from services.models.arldm.blip import as_blip_sees, as_pictures, black
+from services.models.arldm.model import Memory, frame_context, guided
+from services.models.arldm.sampling import Story, StoryDoesNotFit, draw_stories, frames_of
+from services.models.arldm.text import BLIP_MARKS, CLIP_MARKS, CaptionTokenizer, TokenRows
+from services.models.arldm.unet import Context
 from services.models.errors import TextTooLong
 from tests.reference_arldm import blip_picture
 from tests.tiny_arldm import (

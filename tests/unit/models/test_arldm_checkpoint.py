@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from services.models.arldm import ArldmConfig, build_arldm
-from services.models.arldm_checkpoint import (
+from services.models.arldm.checkpoint import (
     NETWORKS,
     assemble,
     convert,
@@ -22,8 +21,9 @@ from services.models.arldm_checkpoint import (
     save_arldm,
     states_of,
 )
-from services.models.arldm_sampling import Story, draw_stories
-from services.models.arldm_text import resized_table
+from services.models.arldm.model import ArldmConfig, build_arldm
+from services.models.arldm.sampling import Story, draw_stories
+from services.models.arldm.text import resized_table
 from services.models.errors import PackFileMissing, PackManifestInvalid, PackWeightsMismatch
 from tests.reference_arldm import PUBLISHED, Reference, Sizes, State, layout, random_state
 from tests.tiny_arldm import (

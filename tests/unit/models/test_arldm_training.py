@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.models.arldm import (
+from services.models.arldm.blip import as_blip_sees
+from services.models.arldm.model import (
     CUSTOMIZE_FREEZE,
     PUBLISHED_FREEZE,
     Dropout,
@@ -19,8 +20,7 @@ from services.models.arldm import (
     set_training,
     training_context,
 )
-from services.models.arldm_blip import as_blip_sees
-from services.models.arldm_text import TokenRows
+from services.models.arldm.text import TokenRows
 from tests.tiny_arldm import CAPTIONS, LATENT, SIZES, Both, both, nulls, picture, texts_by_hand, worst
 
 STORIES = (CAPTIONS, tuple(reversed(CAPTIONS)))

@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.models import captioner, prompts
-from services.models.captioner import read_captioner
-from services.models.captioner_published import RenamedSource, is_captioner, plan_captioner
+from services.models.captions import captioner, prompts
+from services.models.captions.captioner import read_captioner
+from services.models.captions.published import RenamedSource, is_captioner, plan_captioner
+from services.models.captions.wording import PublishedWording
+from services.models.captions.writers import choose, load_writer
 from services.models.errors import PackError, PackFileUnsafe, PackManifestInvalid, PackSourceInvalid, PackUnsupported
 from services.models.library import Library, plan_sealed
 from services.models.pack import Captioner, CaptionerManifest, SealedPack, load_any_pack, load_pack, read_manifest
 from services.models.published import Told
 from services.models.source import FolderSource, read_start
-from services.models.wording import PublishedWording
-from services.models.writers import choose, load_writer
 from tests import caption_checkpoints as checkpoints
 
 MODEL = "model.safetensors"

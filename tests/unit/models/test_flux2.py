@@ -19,9 +19,9 @@ from torch import Tensor
 from services.models.cost import flops_of_a_row
 from services.models.drawing import Drawing, Edit, Pixels, Randomness, Seen, Sketch, begin, finish, preview
 from services.models.errors import PackManifestInvalid, PackWeightsMismatch, TextTooLong
-from services.models.flux2 import BETWEEN_PICTURES, Flux2KvNetwork, Flux2Network
-from services.models.flux2_networks import weight_files
-from services.models.flux2_text import WINDOW, QwenTexts
+from services.models.flux2.networks import weight_files
+from services.models.flux2.text import WINDOW, QwenTexts
+from services.models.flux2.transformer import BETWEEN_PICTURES, Flux2KvNetwork, Flux2Network
 from services.models.pack import MANIFEST, Pack, write_pack
 from services.models.ranges import FlowConfig, LatentScaling
 from services.models.registry import FrameModel, load_frame_model

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from services.models.drawing import Randomness, Sketch, begin
 from services.models.errors import PackError, PackFileUnsafe, PackSourceInvalid, PackUnsupported
-from services.models.flux2_published import PLAIN, read_flow_scheduler
+from services.models.flux2.published import PLAIN, read_flow_scheduler
 from services.models.footprint import footprint
 from services.models.library import Library, PackPlan
 from services.models.published import Told, plan_published

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.models.invention import faults, invented, repaired
+from services.models.captions.invention import faults, invented, repaired
 from services.models.world import World
 
 WORLD = World(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.models.looks import faults, repaired
+from services.models.captions.looks import faults, repaired
 
 LOOKS = {"Tessa": "a red duck with a teal top hat", "Pip": "an orange cat with a blue scarf"}
 RIGHT = "On the beach. Tessa, a red duck with a teal top hat, runs. Pip, an orange cat with a blue scarf, sits."

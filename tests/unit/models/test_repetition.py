@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.models.repetition import NEAR_COPY_RATIO, faults, is_near_copy, repeats_itself
+from services.models.captions.repetition import NEAR_COPY_RATIO, faults, is_near_copy, repeats_itself
 
 EARLIER = ("Once upon a time Mina found a red kite.", "She let it fly over the hill.")
 

@@ -36,7 +36,7 @@ from services.models.lora import ALPHA, NOBODY, AdapterSlots, Worn, read_adapter
 from services.models.registry import FrameModel, load_frame_model
 from services.models.samplers import SAMPLERS
 from services.models.schedule import Schedule
-from services.models.stable_diffusion_pack import read_scheduler
+from services.models.stable_diffusion.pack import read_scheduler
 from services.models.step import advance
 from tests.stable_diffusion_checkpoints import BETAS, KINDS, pipeline, sealed, write_checkpoint
 

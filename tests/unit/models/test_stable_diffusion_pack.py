@@ -17,7 +17,7 @@ from services.models.errors import PackError, PackManifestInvalid, PackWeightsMi
 from services.models.pack import MANIFEST, Pack, PackSettings, write_pack
 from services.models.registry import load_frame_model, load_weights
 from services.models.schedule import ScheduleConfig
-from services.models.stable_diffusion_pack import FAMILIES, read_scheduler
+from services.models.stable_diffusion.pack import FAMILIES, read_scheduler
 from services.models.storygen import StoryGenConfig, build_storygen
 from tests.stable_diffusion_checkpoints import BETAS, KINDS, sealed, write_checkpoint
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from services.models.cast import Cast
-from services.models.thread import UNNAMED_MAX, doubles_somebody, faults, hero_of, loses_thread, with_hero
+from services.models.captions.cast import Cast
+from services.models.captions.thread import UNNAMED_MAX, doubles_somebody, faults, hero_of, loses_thread, with_hero
 
 CAST = Cast(("Mina", "Pip"))
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from services.models import prompts
+from services.models.captions import prompts
 from training.toon.cast import BY_ID, MAIN, NEW
 from training.toon.grammar import WORD_LIMITS, describe, describe_plainly, parse, phrase
 from training.toon.lexicon import (

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from services.frame.engine import EngineSettings, FrameEngine
 from services.frame.job import Event, FrameJob, ReferenceImage, RenderedFrame
-from services.models.arldm_blip import as_blip_sees
-from services.models.arldm_reader import ArldmReader
+from services.models.arldm.blip import as_blip_sees
+from services.models.arldm.reader import ArldmReader
 from services.models.character import CharacterWeights
 from services.models.epicevo import EpicEvoWeights
 from services.models.lora import read_adapter

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from services.customization import checks
-from services.models.arldm_reader import ArldmReader
+from services.models.arldm.reader import ArldmReader
 from services.models.denoiser import Dropout
 from services.models.registry import FrameModel, load_frame_model
 from services.models.text_encoder import TextEncoder

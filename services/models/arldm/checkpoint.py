@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from services.models.arldm import LATENTS, SCHEDULE, Arldm, ArldmConfig, FrameShape
-from services.models.arldm_blip import BlipShape
-from services.models.arldm_sampling import ArldmModel
-from services.models.arldm_text import BLIP_MARKS, CLIP_MARKS, CaptionTokenizer, resized_table
+from services.models.arldm.blip import BlipShape
+from services.models.arldm.model import LATENTS, SCHEDULE, Arldm, ArldmConfig, FrameShape
+from services.models.arldm.sampling import ArldmModel
+from services.models.arldm.text import BLIP_MARKS, CLIP_MARKS, CaptionTokenizer, resized_table
 from services.models.errors import PackFileMissing, PackManifestInvalid, PackWeightsMismatch
 from services.models.schedule import Schedule
 from services.models.storygen import StoryGenConfig

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from services.models.captioner import BLIP, CAUSAL_LM
+from services.models.captions.captioner import BLIP, CAUSAL_LM
 from services.models.errors import PackUnsupported, PackWeightsMismatch
 
 

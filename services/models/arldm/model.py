@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.models.arldm_blip import Blip, BlipShape, black, build_blip
-from services.models.arldm_text import TokenRows
-from services.models.arldm_unet import ArldmUNet, Context
+from services.models.arldm.blip import Blip, BlipShape, black, build_blip
+from services.models.arldm.text import TokenRows
+from services.models.arldm.unet import ArldmUNet, Context
 from services.models.schedule import Schedule, ScheduleConfig
 from services.models.shape import config_values
 from services.models.storygen import StoryGenConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from services.models.prompts import told_looks
+from services.models.captions.prompts import told_looks
 
 _WEARING = re.compile(r"\b(?:wearing|in)\b")
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from services.models.stable_diffusion_unet import StableDiffusionUNet
+from services.models.stable_diffusion.unet import StableDiffusionUNet
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import Any
 
 import tokenizers
 
+from services.models.captions.wording import LookingWording, PublishedWording, Wording
 from services.models.errors import PackManifestInvalid
 from services.models.pack import Captioner, CaptionerManifest, SealedPack
-from services.models.wording import LookingWording, PublishedWording, Wording
 
 FOLDER = "captioner"
 ADAPTERS_FOLDER = "adapters"

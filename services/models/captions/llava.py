@@ -1,7 +1,7 @@
 """The small LLaVA of a pack: its shape, its preprocessing, and the files vLLM and transformers both load.
 
 One base (`LlavaForConditionalGeneration`: a CLIP vision tower, a two-layer projector, a Llama) and
-PEFT adapters on the Llama. Knows nothing of prompts (`services.models.prompts`), of serving
+PEFT adapters on the Llama. Knows nothing of prompts (`services.models.captions.prompts`), of serving
 (`services.caption.engine`) or of training (`training.captions`).
 
 Shapes: B pictures, H and W pixels, C colour channels, P image tokens (one per patch), D text width.
@@ -198,7 +198,7 @@ def save_base(model: nn.Module, tokenizer: StoryTokenizer, folder: Path) -> None
 
 
 def chat_template() -> str:
-    """The one-turn layout of `services.models.prompts`, for other tools that load the folder."""
+    """The one-turn layout of `services.models.captions.prompts`, for other tools that load the folder."""
     return (
         "{{ bos_token }}{% for message in messages %}"
         "{% if message['role'] == 'user' %}" + USER + "{% else %}" + ASSISTANT + "{% endif %}"

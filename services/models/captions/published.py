@@ -20,10 +20,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from services.models.captioner import ADAPTERS_FOLDER, BLIP, CAUSAL_LM, FOLDER, LLAVA, VISION_LANGUAGE
+from services.models.captions.captioner import ADAPTERS_FOLDER, BLIP, CAUSAL_LM, FOLDER, LLAVA, VISION_LANGUAGE
+from services.models.captions.llava import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, ADAPTERS
 from services.models.errors import PackFileUnsafe, PackSourceInvalid, PackUnsupported
 from services.models.library import PackPlan, WantedFile
-from services.models.llava import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, ADAPTERS
 from services.models.pack import Captioner, CaptionerSettings
 from services.models.published import PICKLES, Told, pack_name, read_header, read_json, stored_dtype
 from services.models.source import Source, SourceFile, read_start

@@ -17,9 +17,9 @@ from typing import Protocol
 
 import tokenizers
 
-from services.models import prompts
+from services.models.captions import prompts
+from services.models.captions.prompts import Prompt
 from services.models.pack import Captioner
-from services.models.prompts import Prompt
 from services.models.tokenizer import StoryTokenizer
 
 _BREAKS_MAX = 8  # breaking one token up may make another; whatever is left then is found in the ids

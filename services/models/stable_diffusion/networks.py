@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from services.models.pack import Pack
-from services.models.stable_diffusion_text import ClipTokenizer, Penultimate, TwoTextEncoders
-from services.models.stable_diffusion_unet import PIXELS_PER_LATENT, build_stable_diffusion_unet
+from services.models.stable_diffusion.text import ClipTokenizer, Penultimate, TwoTextEncoders
+from services.models.stable_diffusion.unet import PIXELS_PER_LATENT, build_stable_diffusion_unet
 from services.models.text_encoder import TextEncoder
 from services.models.vae import Codec
 from services.models.weights import load_weights

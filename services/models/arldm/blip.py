@@ -21,7 +21,7 @@ from transformers import BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from services.models.arldm_text import TokenRows
+from services.models.arldm.text import TokenRows
 from services.models.shape import config_values
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)

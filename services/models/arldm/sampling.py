@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.models.arldm import GUIDANCE, Arldm, Memory, Nothing, frame_context, guided
-from services.models.arldm_blip import as_blip_sees, as_pictures
-from services.models.arldm_text import CaptionTokenizer, TokenRows
-from services.models.arldm_unet import Context
+from services.models.arldm.blip import as_blip_sees, as_pictures
+from services.models.arldm.model import GUIDANCE, Arldm, Memory, Nothing, frame_context, guided
+from services.models.arldm.text import CaptionTokenizer, TokenRows
+from services.models.arldm.unet import Context
 from services.models.errors import ModelError
 from services.models.samplers import ddim
 from services.models.schedule import Schedule

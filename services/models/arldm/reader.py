@@ -17,11 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from services.models.arldm import Memory, Nothing, frame_context
-from services.models.arldm_blip import as_blip_sees
-from services.models.arldm_checkpoint import BLIP_TOKENIZER, CLIP_TOKENIZER, CONFIG, NETWORKS
-from services.models.arldm_sampling import ArldmModel
-from services.models.arldm_text import FILE_NAME, CaptionTokenizer, TokenRows
+from services.models.arldm.blip import as_blip_sees
+from services.models.arldm.checkpoint import BLIP_TOKENIZER, CLIP_TOKENIZER, CONFIG, NETWORKS
+from services.models.arldm.model import Memory, Nothing, frame_context
+from services.models.arldm.sampling import ArldmModel
+from services.models.arldm.text import FILE_NAME, CaptionTokenizer, TokenRows
 from services.models.pack import Manifest
 from services.models.text_encoder import NO_WORDS, TextChange, Words, ids_with_words
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from services.models.cast import Cast
+from services.models.captions.cast import Cast
 
 UNNAMED_MAX = 2  # captions in a row that may go without the hero's name
 

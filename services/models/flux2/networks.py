@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
-from services.models.flux2 import Flux2Network, build_flux2
-from services.models.flux2_text import QwenTexts, QwenTokenizer
-from services.models.flux2_vae import Flux2Codec, build_flux2_vae
+from services.models.flux2.text import QwenTexts, QwenTokenizer
+from services.models.flux2.transformer import Flux2Network, build_flux2
+from services.models.flux2.vae import Flux2Codec, build_flux2_vae
 from services.models.pack import Manifest, Pack
 from services.models.ranges import FlowConfig
 from services.models.weights import load_parts

@@ -1,7 +1,7 @@
 """From AR-LDM's published checkpoint to a pack: first a folder of ours, then what its manifest will say.
 
     fabula pack convert last.ckpt flat                        what Lightning pickled becomes safetensors
-    python -m services.models.arldm_published flat/last.safetensors flintstones \
+    python -m services.models.arldm.published flat/last.safetensors flintstones \
         --clip-tokenizer CLIP --blip-tokenizer BLIP --words fred barney wilma … --given-frames 1
     fabula pack add flintstones --licence LicenseRef-arldm
 
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from services.models.arldm import GUIDANCE, LATENTS, SCHEDULE, ArldmConfig, FrameShape
-from services.models.arldm_checkpoint import CONFIG, convert
-from services.models.arldm_reader import arldm_files
-from services.models.arldm_text import BLIP_MARKS, CLIP_MARKS, CaptionTokenizer
+from services.models.arldm.checkpoint import CONFIG, convert
+from services.models.arldm.model import GUIDANCE, LATENTS, SCHEDULE, ArldmConfig, FrameShape
+from services.models.arldm.reader import arldm_files
+from services.models.arldm.text import BLIP_MARKS, CLIP_MARKS, CaptionTokenizer
 from services.models.errors import ModelError, PackSourceInvalid
 from services.models.library import PackPlan, WantedFile
 from services.models.pack import PackSettings, Sampling
@@ -89,7 +89,7 @@ def plan_arldm(source: Source, files: Mapping[str, SourceFile], told: Told) -> P
 
 def main() -> int:
     """The command that converts."""
-    parser = argparse.ArgumentParser(prog="python -m services.models.arldm_published")
+    parser = argparse.ArgumentParser(prog="python -m services.models.arldm.published")
     parser.add_argument("checkpoint", type=Path, help="the state dictionary as one safetensors file")
     parser.add_argument("folder", type=Path, help="where the folder is written; must not exist")
     parser.add_argument("--clip-tokenizer", type=Path, required=True, help="CLIP's tokenizer.json, or its folder")
