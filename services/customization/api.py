@@ -156,7 +156,10 @@ class CustomizationApi:
         with CHECK_SECONDS.time():
             findings = await asyncio.to_thread(self._look_over, story, await self._known(pack, story), pack)
         measured = await self._repository.measured(
-            pack_digest=settings.pack_digest, method=settings.method, learns=settings.learns
+            pack_digest=settings.pack_digest,
+            method=settings.method,
+            learns=settings.learns,
+            workers=settings.workers,
         )
         expected = estimate(
             settings, measured=measured, ahead=await self._repository.waiting(), gpus=self._settings.gpus

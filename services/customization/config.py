@@ -34,7 +34,8 @@ class CustomizationSettings(Settings):
     most_budget_s: float = Field(default=24 * 3600.0, gt=0)  # training time that a job may ask for
     # Workers that train a job together under Ray Train, from when it is made to its end; 0: one process, without Ray.
     # Each takes batches of its own, so more of them learn from more at a step, and no step is taken sooner.
-    workers: int = Field(default=0, ge=0, le=64)
+    workers: int = Field(default=0, ge=0, le=64)  # of a job that does not say how many
+    max_workers: int = Field(default=4, ge=0, le=64)  # that a job may ask for, if `workers` is not more
     worker_cpus: float = Field(default=0.0, ge=0)  # that each worker asks Ray for; 0: as many as it has threads
     threads: int = Field(default=0, ge=0, le=256)  # CPU threads of a process or worker; 0: every core, shared out
     niceness: int = Field(default=10, ge=0, le=19)  # of a local training process: it gets what serving leaves
@@ -68,9 +69,16 @@ class CustomizationSettings(Settings):
         return folder if folder is not None and folder.is_dir() else None
 
     @property
-    def thread_count(self) -> int:
-        """CPU threads of a training process. A worker on another machine than this one shares it with nobody."""
-        own = max(1, self.workers) if self.backend == "local" else 1
+    def most_workers(self) -> int:
+        """Workers that a job may ask for: what every job gets nobody is refused."""
+        return max(self.workers, self.max_workers)
+
+    def threads_of(self, workers: int) -> int:
+        """CPU threads of a training process, or of each of so many workers.
+
+        A worker on another machine than this one shares it with nobody.
+        """
+        own = max(1, workers) if self.backend == "local" else 1
         return self.threads or max(1, len(os.sched_getaffinity(0)) // own)
 
     def cpus_of_a_worker(self, threads: int) -> float:

@@ -13,7 +13,8 @@ from services.customization.records import Estimate, Job, TrainingSettings
 from services.customization.states import State
 
 START_S = 30.0  # until the first step: libraries, networks, and what the encoders say of the story
-# Seconds a step on two CPU cores with the toon pack, by method, where nothing was measured here.
+# Seconds a step on so many CPU cores with the toon pack, by method, where nothing was measured here.
+GUESSED_CORES = 2
 GUESSED_STEP_S = {
     "custom-diffusion": 0.9,
     "dreambooth": 1.4,
@@ -31,7 +32,7 @@ def estimate(
     settings: TrainingSettings, *, measured: Sequence[float], ahead: Sequence[Job], gpus: float = 0.0
 ) -> Estimate:
     """`measured` are seconds a step of earlier jobs like this one, `ahead` the jobs that are trained before it."""
-    step_s = median(measured) if measured else GUESSED_STEP_S.get(settings.method, 1.0)
+    step_s = median(measured) if measured else _guessed_step_s(settings, gpus)
     if settings.budget_s is not None:
         training_s, (low, high) = settings.budget_s, _BUDGET_RANGE
     else:
@@ -45,6 +46,12 @@ def estimate(
         max_eta_s=START_S * 3 + training_s * high + sum(high for _, high in waits),
         measured_count=len(measured),
     )
+
+
+def _guessed_step_s(settings: TrainingSettings, gpus: float) -> float:
+    """Workers of one machine share its cores, and whoever has fewer takes longer."""
+    step_s = GUESSED_STEP_S.get(settings.method, 1.0)
+    return step_s if gpus > 0 else step_s * max(1.0, GUESSED_CORES / settings.threads)
 
 
 def left_s(job: Job) -> tuple[float, float]:

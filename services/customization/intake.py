@@ -86,6 +86,7 @@ class JobRequest:
     budget_s: float | None = None
     rate: float | None = None
     seed: int | None = None
+    workers: int | None = None
     body_sha256: str = ""  # of all of it but the request id
 
 
@@ -185,6 +186,13 @@ def training_settings(request: JobRequest, pack: TaughtPack, settings: Customiza
         raise ValueOutOfRange("rate is above 0 and at most 1", field="rate")
     if request.seed is not None and not 0 <= request.seed < SEED_LIMIT:
         raise ValueOutOfRange("seed is below 2^31", field="seed")
+    workers = settings.workers if request.workers is None else request.workers
+    if not 0 <= workers <= settings.most_workers:
+        raise ValueOutOfRange(
+            f"{workers} workers are asked for; a job has at most {settings.most_workers} here",
+            field="workers",
+            metadata={"most": str(settings.most_workers)},
+        )
     return TrainingSettings(
         pack=pack.manifest.name,
         pack_digest=pack.manifest.digest,
@@ -194,11 +202,11 @@ def training_settings(request: JobRequest, pack: TaughtPack, settings: Customiza
         budget_s=budget_s,
         rate=request.rate,
         seed=secrets.randbelow(SEED_LIMIT) if request.seed is None else request.seed,
-        threads=settings.thread_count,
+        threads=settings.threads_of(workers),
         snapshots=settings.snapshots,
         save_every_s=settings.save_every_s,
         probes=settings.probes,
-        workers=settings.workers,
+        workers=workers,
     )
 
 

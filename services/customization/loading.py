@@ -37,7 +37,7 @@ def _local(settings: CustomizationSettings, installation: Installation) -> Backe
 def _ray(settings: CustomizationSettings, installation: Installation) -> Backend:
     return RayJobsBackend(
         lambda: job_client(settings.ray_address),
-        cpus=0.0 if settings.gpus else float(settings.thread_count),
+        cpus=0.0 if settings.gpus else float(settings.threads_of(0)),
         gpus=settings.gpus,
         stop_grace_s=settings.stop_grace_s,
     )

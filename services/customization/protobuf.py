@@ -56,6 +56,7 @@ def request_from_pb(request: Any) -> JobRequest:
         budget_s=request.budget.ToNanoseconds() / 1e9 if request.HasField("budget") else None,
         rate=request.rate if request.HasField("rate") else None,
         seed=request.seed if request.HasField("seed") else None,
+        workers=request.workers if request.HasField("workers") else None,
         body_sha256=hashlib.sha256(body.SerializeToString(deterministic=True)).hexdigest(),
     )
 
@@ -120,6 +121,7 @@ def settings_to_pb(settings: TrainingSettings) -> Any:
         rate=settings.rate or 0.0,
         seed=settings.seed,
         threads=settings.threads,
+        workers=settings.workers,
     )
 
 

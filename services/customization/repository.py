@@ -436,8 +436,12 @@ class Repository:
             )
             return [row.job_id for row in rows]
 
-    async def measured(self, *, pack_digest: str, method: str, learns: str, limit: int = 20) -> list[float]:
-        """Seconds a step of the newest jobs like this one, newest first."""
+    async def measured(
+        self, *, pack_digest: str, method: str, learns: str, workers: int, limit: int = 20
+    ) -> list[float]:
+        """Seconds a step of the newest jobs like this one, newest first. One of other workers is not like it: they
+        wait for each other at every step, and may share a machine.
+        """
         async with reading(self._engine) as connection:
             rows = await connection.execute(
                 select(jobs.c.settings, jobs.c.following).order_by(jobs.c.job_id.desc()).limit(500)
@@ -448,6 +452,7 @@ class Repository:
                 if row.following.get("seconds_a_step")
                 and (row.settings["pack_digest"], row.settings["method"], row.settings["learns"])
                 == (pack_digest, method, learns)
+                and row.settings.get("workers", 0) == workers
             ]
         return told[:limit]
 

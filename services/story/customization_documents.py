@@ -81,6 +81,12 @@ class CreateCustomizationJobBody(BaseModel):
     budget_s: float | None = Field(default=None, ge=0, le=1e8, description="Training time to fit the steps into.")
     rate: float | None = Field(default=None, description="Learning rate, above 0 and at most 1. Default: the recipe's.")
     seed: int | None = Field(default=None, ge=0, lt=1 << 53, description="Left out: the server picks one.")
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        lt=1 << 32,
+        description="Workers that train together; 0 means one process. Default: the service's.",
+    )
 
 
 class PublishBody(BaseModel):
@@ -123,7 +129,7 @@ class FindingDocument(BaseModel):
 class EstimateDocument(BaseModel):
     """What a job is expected to cost and take."""
 
-    compute_s: float = Field(description="The price: seconds of a GPU, or of a CPU core.")
+    compute_s: float = Field(description="The price: seconds of a GPU, or of a CPU core, all workers together.")
     is_gpu: bool
     min_eta_s: float
     max_eta_s: float
@@ -151,6 +157,7 @@ class JobSettingsDocument(BaseModel):
     rate: float
     seed: int
     threads: int
+    workers: int = Field(description="That train together; 0: one process.")
 
 
 class JobErrorDocument(BaseModel):
@@ -299,6 +306,7 @@ def read_create_body(data: bytes, request_id: str) -> pb.CreateCustomizationJobR
         budget=budget,
         rate=body.rate,
         seed=body.seed,
+        workers=body.workers,
     )
 
 
@@ -368,6 +376,7 @@ def job_document(job: job_pb2.CustomizationJob) -> CustomizationJobDocument:
             rate=settings.rate,
             seed=settings.seed,
             threads=settings.threads,
+            workers=settings.workers,
         ),
         findings=[finding_document(each) for each in job.findings],
         estimate=_estimate(job.estimate) if job.HasField("estimate") else None,

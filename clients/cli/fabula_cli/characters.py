@@ -89,6 +89,15 @@ def train(
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Learning rate.", show_default="the recipe's")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same weights.", min=0, max=2**53 - 1)] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Workers that train together, each on batches of its own; 0: one process.",
+            min=0,
+            max=2**32 - 1,
+            show_default="the service's",
+        ),
+    ] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="Calling again with the same key starts no second job.")
     ] = None,
@@ -120,6 +129,7 @@ def train(
         "budget_s": None if minutes is None else minutes * 60.0,
         "rate": rate,
         "seed": seed,
+        "workers": workers,
     }
     with connected(home, port_base, target, as_json) as client:
         if check:

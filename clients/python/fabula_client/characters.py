@@ -43,6 +43,7 @@ class Training(TypedDict, total=False):
     budget_s: float | None  # of training time to fit the steps into; left out, and no steps either: the service's
     rate: float | None  # of learning; left out: the recipe's
     seed: int | None
+    workers: int | None  # that train together, 0: one process; left out: the service's
 
 
 class JobState(StrEnum):
@@ -90,7 +91,7 @@ class Finding:
 class Estimate:
     """What a job is expected to cost and take."""
 
-    compute_s: float  # the price: seconds of a GPU, or of a CPU core
+    compute_s: float  # the price: seconds of a GPU, or of a CPU core, all workers together
     is_gpu: bool
     min_eta_s: float
     max_eta_s: float
@@ -128,7 +129,8 @@ class TrainingSettings:
     budget_s: float | None
     rate: float  # 0: the recipe's own
     seed: int
-    threads: int
+    threads: int  # of each worker
+    workers: int  # that train together; 0: one process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +359,7 @@ def job_from_pb(message: job_pb2.CustomizationJob) -> Job:
             rate=settings.rate,
             seed=settings.seed,
             threads=settings.threads,
+            workers=settings.workers,
         ),
         findings=tuple(_finding(each) for each in message.findings),
         estimate=_estimate(message.estimate) if message.HasField("estimate") else None,

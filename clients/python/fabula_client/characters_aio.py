@@ -388,6 +388,7 @@ async def _request(wanted: Training) -> pb.CreateCustomizationJobRequest:
         budget=budget,
         rate=wanted.get("rate"),
         seed=wanted.get("seed"),
+        workers=wanted.get("workers"),
     )
 
 

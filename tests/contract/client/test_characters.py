@@ -110,10 +110,11 @@ def trained(client: Client, frames: list[ExampleFrame], **more: Any) -> JobHandl
 def test_somebody_is_taught_published_and_their_weights_are_read(
     client: Client, script: CustomizationScript, frames: list[ExampleFrame]
 ) -> None:
-    job = trained(client, frames, noun="penguin", method="lora", learns="lora", budget_s=1.5, seed=7)
+    job = trained(client, frames, noun="penguin", method="lora", learns="lora", budget_s=1.5, seed=7, workers=2)
     value = job.wait(timeout_s=60)
     assert (value.state, value.attempt, value.character.noun) == (JobState.SUCCEEDED, 1, "penguin")
     assert (value.settings.method, value.settings.learns, value.settings.budget_s) == ("lora", "lora", 1.5)
+    assert value.settings.workers == 2
     assert value.progress is not None
     assert value.progress.losses["mse_new"] == 0.5
     (asked,) = script.requests("CreateCustomizationJob")
@@ -312,12 +313,13 @@ def told(output: str) -> Any:
 
 
 def test_a_folder_becomes_a_character(fabula: Any, script: CustomizationScript, folder: Path, tmp_path: Path) -> None:
-    status, output = fabula("train", str(folder), "--steps", "100", "--seed", "5", "--json")
+    status, output = fabula("train", str(folder), "--steps", "100", "--seed", "5", "--workers", "0", "--json")
     assert status == exits.OK, output
     job_id = told(output)["job"]["job_id"]
     assert told(output)["job"]["state"] == "succeeded"
     (asked,) = script.requests("CreateCustomizationJob")
     assert (asked.steps, asked.seed, asked.character.name) == (100, 5, "Otto")
+    assert (asked.HasField("workers"), asked.workers) == (True, 0), "one process, whatever the service would choose"
     assert [(frame.caption, frame.description) for frame in asked.frames] == [
         (f"Otto runs, {number}.", "Otto runs.") for number in range(1, 6)
     ]

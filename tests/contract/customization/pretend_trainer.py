@@ -57,6 +57,8 @@ def leave(folder: Path, path: Path, step: int, state: str, arguments: argparse.N
 def train(arguments: argparse.Namespace, progress: Progress, stop: Stop) -> int:
     count = arguments.steps or BUDGET_STEPS
     progress.tell("began", pid=os.getpid(), steps=count)
+    if arguments.workers is not None:  # what the real one would give to Ray
+        write(arguments.folder / "workers.json", json.dumps([arguments.workers, arguments.worker_cpus]).encode())
     saved = arguments.folder / "checkpoint.json"
     step, state = 0, f"seed {arguments.seed}"
     if saved.is_file():
@@ -100,9 +102,9 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     for name in ("pack", "story", "out", "folder", "progress", "stop-file"):
         parser.add_argument(f"--{name}", type=Path)
-    for name in ("steps", "seed", "threads", "snapshots"):
+    for name in ("steps", "seed", "threads", "snapshots", "workers"):
         parser.add_argument(f"--{name}", type=int)
-    for name in ("minutes", "rate", "save-every-s"):
+    for name in ("minutes", "rate", "save-every-s", "worker-cpus", "worker-gpus"):
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--method")
     parser.add_argument("--learns")

@@ -188,6 +188,33 @@ async def test_validate_only_says_what_a_job_would_be_and_makes_none(service: Se
     )
 
 
+async def test_a_job_chooses_its_workers_and_is_told_their_price(service: Service) -> None:
+    alone, several = [
+        (await service.call("CreateCustomizationJob", request(validate_only=True, steps=1000, **asked))).estimate
+        for asked in ({}, {"workers": 3})
+    ]
+    assert several.compute_duration.ToSeconds() == 3 * alone.compute_duration.ToSeconds()
+    assert several.max_eta == alone.max_eta, "they share no cores here: each has one thread"
+    job = await service.create(workers=3)
+    assert (job.settings.workers, job.settings.threads) == (3, 1)
+    assert job.estimate.compute_duration.ToSeconds() % 3 == 0
+    await service.until(job.job_id, State.STATE_SUCCEEDED)
+    assert json.loads((service.folder(job.job_id) / "workers.json").read_text()) == [3, 1.0]
+    one = await service.create()
+    assert one.settings.workers == 0
+    await service.until(one.job_id, State.STATE_SUCCEEDED)
+    assert not (service.folder(one.job_id) / "workers.json").exists()
+
+
+async def test_a_job_that_says_nothing_has_the_workers_of_the_service(tmp_path: Path) -> None:
+    async with running(tmp_path, workers=2, max_workers=0) as service:
+        assert (await service.create(request_id="mine")).settings.workers == 2
+        assert (await service.create(workers=0)).settings.workers == 0
+        assert (await service.refusal(service.create(workers=3)))[1] == "VALUE_OUT_OF_RANGE"
+        code, reason, _ = await service.refusal(service.create(request_id="mine", workers=2))
+        assert (code, reason) == (grpc.StatusCode.ALREADY_EXISTS, "IDEMPOTENCY_KEY_REUSED"), "asked for otherwise"
+
+
 async def test_an_estimate_learns_from_earlier_jobs(service: Service) -> None:
     job = await service.create(steps=60)
     await service.until(job.job_id, State.STATE_SUCCEEDED)
@@ -238,6 +265,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"rate": float("nan")}, "VALUE_OUT_OF_RANGE", "rate"),
     ({"rate": 0.0}, "VALUE_OUT_OF_RANGE", "rate"),
     ({"seed": 2**31}, "VALUE_OUT_OF_RANGE", "seed"),
+    ({"workers": 5}, "VALUE_OUT_OF_RANGE", "workers"),
+    ({"workers": 2**32 - 1}, "VALUE_OUT_OF_RANGE", "workers"),
     ({"request_id": "with a space"}, "REQUEST_ID_INVALID", "request_id"),
     ({"frames": []}, "EXAMPLE_STORY_REFUSED", "frames"),
     ({"frames": [job_pb2.ExampleFrame(image=b"x" * (9 << 20))] * 6}, "VALUE_OUT_OF_RANGE", "frames"),

@@ -181,6 +181,7 @@ class ScriptedCustomization(pb_grpc.CustomizationServiceServicer):
                     steps=request.steps,
                     seed=request.seed,
                     threads=2,
+                    workers=request.workers,
                     **({"budget": request.budget} if request.HasField("budget") else {}),
                 ),
                 findings=findings,

@@ -131,6 +131,7 @@ def test_a_job_reaches_the_service_as_it_was_asked_for(story: StoryProcess, scri
             budget_s=90.25,
             rate=0.001,
             seed=2**53 - 1,
+            workers=2,
             accepted_findings=["FRAME_BLURRED"],
         ),
         headers={"idempotency-key": "one"},
@@ -142,6 +143,7 @@ def test_a_job_reaches_the_service_as_it_was_asked_for(story: StoryProcess, scri
     assert (asked.pack, asked.method, asked.learns) == ("toon", "lora", job_pb2.LEARNS_LORA)
     assert asked.budget == Duration(seconds=90, nanos=250_000_000)
     assert (asked.rate, asked.seed, asked.HasField("steps")) == (0.001, 2**53 - 1, False)
+    assert (asked.workers, answer.json()["job"]["settings"]["workers"]) == (2, 2)
     assert list(asked.accepted_findings) == ["FRAME_BLURRED"]
     assert (asked.character.name, asked.character.phrase) == (OTTO["name"], OTTO["phrase"])
     assert [frame.caption for frame in asked.frames] == [f"Otto runs, {number}." for number in range(5)]

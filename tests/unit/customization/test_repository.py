@@ -63,12 +63,19 @@ async def repository(tmp_path: Path) -> AsyncIterator[Repository]:
     await engine.dispose()
 
 
-async def made(repository: Repository, number: int, request_id: str = "", body: str = "b", room: int = 10) -> bool:
+async def made(
+    repository: Repository,
+    number: int,
+    request_id: str = "",
+    body: str = "b",
+    room: int = 10,
+    settings: TrainingSettings = SETTINGS,
+) -> bool:
     _, is_new = await repository.create(
         job_id=job_id(number),
         character=NewCharacter(name="Otto", phrase="a black penguin", noun="penguin"),
         frames=FRAMES,
-        settings=SETTINGS,
+        settings=settings,
         findings=[Finding(code="FRAMES_FEW", severity="warning", message="m", mend="n")],
         estimate=ESTIMATE,
         request_id=request_id,
@@ -179,6 +186,16 @@ def test_an_estimate_is_as_wide_as_it_is_unsure() -> None:
     assert on_gpu.compute_s == pytest.approx(230.0)
     budgeted = estimate(replace(SETTINGS, budget_s=600.0, steps=0), measured=[5.0], ahead=[])
     assert budgeted.compute_s == pytest.approx(1260.0)
+
+
+async def test_a_job_is_measured_on_jobs_of_as_many_workers(repository: Repository) -> None:
+    for number, workers, speed in ((1, 0, 1.0), (2, 2, 3.0), (3, 2, 4.0)):
+        await made(repository, number, settings=replace(SETTINGS, workers=workers))
+        await repository.set_following(job_id(number), Following(seconds_a_step=speed))
+    like = {"pack_digest": "d", "method": "lora", "learns": ""}
+    assert await repository.measured(**like, workers=0) == [1.0]
+    assert await repository.measured(**like, workers=2) == [4.0, 3.0]
+    assert await repository.measured(**like, workers=3) == []
 
 
 async def test_who_waits_waits_for_those_before(repository: Repository) -> None:

@@ -15,10 +15,13 @@ import pytest
 
 from services.customization.backends import Run, arguments_of
 from services.customization.config import CustomizationSettings
-from services.customization.estimate import estimate
+from services.customization.estimate import START_S, estimate
+from services.customization.intake import JobRequest, TaughtPack, taught_pack, training_settings
 from services.customization.kuberay import KubeRaySettings, ray_job
 from services.customization.ray_jobs import RayJobsBackend
 from services.customization.records import TrainingSettings
+from services.runtime.config import Installation
+from services.runtime.errors import ValueOutOfRange
 from training.customize import command
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
@@ -93,16 +96,57 @@ def test_a_job_of_before_there_were_workers_is_read_as_one_process() -> None:
 
 
 def test_what_a_worker_may_have() -> None:
-    local = CustomizationSettings(workers=2, threads=3)
-    assert (local.thread_count, local.cpus_of_a_worker(3)) == (3, 3.0)
+    local = CustomizationSettings(threads=3)
+    assert (local.threads_of(2), local.cpus_of_a_worker(3)) == (3, 3.0)
     assert CustomizationSettings(worker_cpus=0.5).cpus_of_a_worker(3) == 0.5
     assert CustomizationSettings(backend="kuberay", kuberay_cpus=8).cpus_of_a_worker(3) == 8.0
-    cores = CustomizationSettings().thread_count
-    assert CustomizationSettings(workers=64).thread_count == max(1, cores // 64), "workers of a machine share its cores"
-    assert CustomizationSettings(workers=64, backend="ray").thread_count == cores
+    cores = CustomizationSettings().threads_of(0)
+    assert CustomizationSettings().threads_of(64) == max(1, cores // 64), "workers of a machine share its cores"
+    assert CustomizationSettings(backend="ray").threads_of(64) == cores
 
 
-@pytest.mark.parametrize("fields", [{"workers": -1}, {"workers": 65}, {"worker_cpus": -0.5}])
+@pytest.fixture(scope="module")
+def toon(tmp_path_factory: pytest.TempPathFactory) -> TaughtPack:
+    return taught_pack("toon", Installation(home=tmp_path_factory.mktemp("home")).pack_folders)
+
+
+@pytest.mark.parametrize(
+    ("asked", "fields", "workers"),
+    [
+        (None, {}, 0),
+        (None, {"workers": 3}, 3),
+        (2, {}, 2),
+        (0, {"workers": 3}, 0),
+        (4, {"max_workers": 4}, 4),
+        (6, {"workers": 6, "max_workers": 4}, 6),
+    ],
+)
+def test_a_job_has_the_workers_that_it_asks_for_or_those_of_the_service(
+    toon: TaughtPack, asked: int | None, fields: dict[str, Any], workers: int
+) -> None:
+    settings = CustomizationSettings(backend="ray", threads=2, **fields)
+    assert training_settings(JobRequest(steps=3, workers=asked), toon, settings).workers == workers
+
+
+@pytest.mark.parametrize(("asked", "fields"), [(5, {}), (1, {"max_workers": 0}), (7, {"workers": 6})])
+def test_more_workers_than_a_job_may_have_are_refused_by_name(
+    toon: TaughtPack, asked: int, fields: dict[str, Any]
+) -> None:
+    settings = CustomizationSettings(**fields)
+    with pytest.raises(ValueOutOfRange, match=f"{asked} workers are asked for; a job has at most") as refused:
+        training_settings(JobRequest(steps=3, workers=asked), toon, settings)
+    assert refused.value.field_violations[0].field == "workers"
+    assert refused.value.metadata["most"] == str(settings.most_workers)
+
+
+def test_workers_that_a_job_asks_for_share_the_cores_of_this_machine(toon: TaughtPack) -> None:
+    alone, several = (
+        training_settings(JobRequest(steps=3, workers=count), toon, CustomizationSettings()) for count in (0, 4)
+    )
+    assert several.threads == max(1, alone.threads // 4)
+
+
+@pytest.mark.parametrize("fields", [{"workers": -1}, {"workers": 65}, {"max_workers": 65}, {"worker_cpus": -0.5}])
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         CustomizationSettings(**fields)
@@ -112,6 +156,16 @@ def test_the_price_is_that_of_all_workers() -> None:
     one, three = (estimate(settings, measured=[1.0], ahead=[]) for settings in (ALONE, SEVERAL))
     assert three.compute_s == 3 * one.compute_s
     assert three.max_eta_s == one.max_eta_s, "a step takes as long, and sees more"
+
+
+def test_a_guess_knows_that_a_worker_with_fewer_cores_takes_longer() -> None:
+    halved = replace(ALONE, workers=2, threads=1)
+    whole, shared = (estimate(settings, measured=[], ahead=[]) for settings in (ALONE, halved))
+    assert shared.max_eta_s > whole.max_eta_s
+    assert shared.compute_s == pytest.approx((2 * (whole.compute_s / 2 - START_S) + START_S) * 2)
+    on_gpus = estimate(halved, measured=[], ahead=[], gpus=1.0)
+    assert on_gpus.max_eta_s == whole.max_eta_s
+    assert on_gpus.compute_s == whole.compute_s, "two GPUs, as two cores"
 
 
 # -- Ray Jobs --------------------------------------------------------------------------------------------------------

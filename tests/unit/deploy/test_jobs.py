@@ -73,6 +73,13 @@ def test_the_service_keeps_jobs_on_the_volume(rendered, settings):
     assert mode == ("ReadWriteMany" if settings.backend == "kuberay" else "ReadWriteOnce")
 
 
+def test_stories_of_those_whom_packs_know_lie_where_jobs_see_them_and_jobs_of_no_pod_have_workers(rendered, settings):
+    assert settings.known_folder is not None
+    assert settings.known_folder.parent == settings.folder, "a job's pods mount this volume and no other"
+    in_pods_of_their_own = settings.backend == "kuberay"
+    assert (settings.most_workers > 0) == in_pods_of_their_own
+
+
 def test_every_ray_pod_has_the_settings_because_serve_builds_applications_anywhere(rendered):
     name = rendered.one("ConfigMap", "customization-settings")["metadata"]["name"]
     assert name == "customization-settings", "the RayService names it literally"
