@@ -6,6 +6,7 @@ Every method raises FabulaError and nothing else that a client should see.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -47,17 +48,19 @@ from services.customization.publishing import (
     imported_manifest,
     imported_version,
     manifest_of,
-    put_weights,
     version_of,
+    weights_of,
 )
 from services.customization.records import CharacterVersion, Checkpoint, Estimate, Event, Job, StoredFrame
 from services.customization.reporting import Reporter
 from services.customization.repository import Repository, unsuitable
+from services.customization.shelf import Shelf
 from services.customization.states import State, Wish, wished
 from services.customization.suggestion import Measured, suggestion
 from services.runtime import paging
 from services.runtime.database import now_us
 from services.runtime.errors import (
+    CharacterVersionDeleted,
     CharacterVersionNotFound,
     CharacterWeightsUnknown,
     CheckpointNotFound,
@@ -125,14 +128,16 @@ class CustomizationApi:
         repository: Repository,
         objects: ObjectStore,
         characters: ObjectStore,
+        shelf: Shelf,
         broadcaster: Broadcaster,
         settings: CustomizationSettings,
         folder: Path,
         pack_folders: Sequence[Path],
         eyes: Eyes,
     ) -> None:
-        """`objects` has pictures, `characters` is what frame replicas read weights from."""
+        """`objects` has pictures, `characters` is what frame replicas read weights from; `shelf` is over both."""
         self._repository, self._objects, self._characters = repository, objects, characters
+        self._shelf = shelf
         self._broadcaster, self._settings, self._folder = broadcaster, settings, folder
         self._pack_folders, self._eyes = tuple(pack_folders), eyes
         self._reporter = Reporter(repository, objects)
@@ -172,25 +177,26 @@ class CustomizationApi:
             raise _refusal(findings, request.accepted_findings)
         await self._repository.check_room(max_queued=self._settings.max_queued)
         pictures = await asyncio.to_thread(clean_pictures, [frame.image for frame in request.frames], "frames")
-        frames = [
-            StoredFrame(
-                image_sha256=await self._objects.put(picture),
-                caption=given.caption.strip(),
-                description=given.description.strip(),
+        async with self._shelf.alone():  # what somebody else has no use for any more is not removed between the two
+            frames = [
+                StoredFrame(
+                    image_sha256=await self._objects.put(picture),
+                    caption=given.caption.strip(),
+                    description=given.description.strip(),
+                )
+                for given, picture in zip(request.frames, pictures, strict=True)
+            ]
+            job, is_new = await self._repository.create(
+                job_id=str(uuid_utils.uuid7()),
+                character=new_character(story),
+                frames=frames,
+                settings=settings,
+                findings=findings,
+                estimate=expected,
+                request_id=request.request_id,
+                body_sha256=request.body_sha256,
+                max_queued=self._settings.max_queued,
             )
-            for given, picture in zip(request.frames, pictures, strict=True)
-        ]
-        job, is_new = await self._repository.create(
-            job_id=str(uuid_utils.uuid7()),
-            character=new_character(story),
-            frames=frames,
-            settings=settings,
-            findings=findings,
-            estimate=expected,
-            request_id=request.request_id,
-            body_sha256=request.body_sha256,
-            max_queued=self._settings.max_queued,
-        )
         if is_new:
             CREATED.inc()
             log.info("job_created", job_id=job.job_id, pack=settings.pack, method=settings.method)
@@ -258,7 +264,7 @@ class CustomizationApi:
         return CheckpointPage(checkpoints=checkpoints, suggested_step=_suggested(every), next_page_token=token)
 
     async def publish(self, job_id: str, step: int) -> CharacterVersion:
-        """Makes a checkpoint a version that frame services can draw at once."""
+        """Makes a checkpoint a version that frame services can draw at once; a deleted one is back by that."""
         job = await self._repository.get(_checked(job_id))
         if not step:
             step = _suggested(await self._repository.checkpoints(job_id))
@@ -267,10 +273,8 @@ class CustomizationApi:
         checkpoint, file, card = await self._repository.checkpoint(job_id, step)
         manifest = manifest_of(job, card, [frame.image_sha256 for frame in job.frames])
         version = version_of(job, checkpoint, card, manifest, now_us())
-        await put_weights(self._characters, checkpoint, self._folder / job_id / file)
-        # Under its own digest, which is the version's name: whoever has the weights' store can say whose they are.
-        await self._characters.put(manifest.encode())
-        published, is_new = await self._repository.publish(version, manifest)
+        weights = await weights_of(checkpoint, self._folder / job_id / file)
+        published, is_new = await self._shelf.publish(version, manifest, weights)
         if is_new:
             PUBLISHED.inc()
             log.info("version_published", job_id=job_id, version_id=published.version_id, step=step)
@@ -278,7 +282,7 @@ class CustomizationApi:
         return published
 
     async def import_version(self, request: ImportRequest) -> tuple[CharacterVersion, bool]:
-        """Makes weights from elsewhere a version; says whether it is new.
+        """Makes weights from elsewhere a version; says whether it is new. A deleted one is back by that.
 
         Raises CharacterWeightsUnusable with the cause in its metadata, CharacterWeightsUnknown for a SHA-256 that the
         store has not got, PackUnknown, InvalidArgument, QueueFull.
@@ -291,12 +295,10 @@ class CustomizationApi:
         pictures = await asyncio.to_thread(clean_pictures, request.references, "references")
         weights = request.weights or await self._stored(request.weights_sha256)
         fitted = await self._importer.fit(weights, request.adapter_config, pack.folder)
-        references = [await self._objects.put(picture) for picture in pictures]
+        references = [hashlib.sha256(picture).hexdigest() for picture in pictures]
         manifest = imported_manifest(character, fitted, pack.manifest.name, references)
         version = imported_version(character, fitted, pack.manifest, references, manifest, now_us())
-        await self._characters.put(fitted.payload)
-        await self._characters.put(manifest.encode())
-        published, is_new = await self._repository.publish(version, manifest)
+        published, is_new = await self._shelf.publish(version, manifest, fitted.payload, pictures)
         if is_new:
             PUBLISHED.inc()
             log.info("version_imported", version_id=published.version_id, pack=pack.manifest.name)
@@ -313,30 +315,57 @@ class CustomizationApi:
     async def delete(self, job_id: str) -> Job:
         """Deletes a job, after cancelling it; it can be undeleted for a while. Published versions stay."""
         await self.wish(job_id, "cancel")
-        purge_us = now_us() + round(self._settings.keep_deleted_s * 1e6)
-        return await self._repository.delete(job_id, purge_us=purge_us)
+        return await self._repository.delete(job_id, purge_us=self._purge_us())
+
+    def _purge_us(self) -> int:
+        """When what is deleted now goes for good."""
+        return now_us() + round(self._settings.keep_deleted_s * 1e6)
 
     async def undelete(self, job_id: str) -> Job:
         """Takes a deletion back."""
         return await self._repository.undelete(_checked(job_id))
 
-    async def versions(self, *, page_size: int, page_token: str, name: str) -> VersionPage:
-        """Published versions, newest first."""
+    async def versions(self, *, page_size: int, page_token: str, name: str, show_deleted: bool) -> VersionPage:
+        """Versions, newest first."""
         size = paging.page_size(page_size)
         last = paging.place_after(page_token, _VERSION_PLACE)
         before = (int(last[1]), last[2]) if last else None
-        found = await self._repository.versions(limit=size + 1, before=before, name=name)
+        found = await self._repository.versions(limit=size + 1, before=before, name=name, show_deleted=show_deleted)
         versions, token = paging.cut(found, size, lambda one: f"{one.publish_us} {one.version_id}")
         return VersionPage(versions=versions, next_page_token=token)
 
+    async def delete_version(self, version_id: str) -> CharacterVersion:
+        """Deletes a version: frame services find its weights no more. It can be undeleted for a while.
+
+        Raises CharacterVersionNotFound.
+        """
+        version = await self._shelf.delete(_checked_version(version_id), purge_us=self._purge_us())
+        log.info("version_deleted", version_id=version_id)
+        return version
+
+    async def undelete_version(self, version_id: str) -> CharacterVersion:
+        """Takes a deletion back. Raises CharacterVersionNotFound, also once its time is over, and DataLoss."""
+        version = await self._shelf.undelete(_checked_version(version_id))
+        log.info("version_undeleted", version_id=version_id)
+        return version
+
     async def read_weights(self, version_id: str) -> bytes:
-        """The safetensors file of a version."""
-        return await self._characters.get((await self._version(version_id)).weights_sha256)
+        """The safetensors file of a version. Raises CharacterVersionNotFound, CharacterVersionDeleted."""
+        version = await self._version(version_id)
+        try:
+            return await self._characters.get(version.weights_sha256)
+        except ObjectNotFound:
+            await self._version(version_id)  # it may have been deleted just now
+            raise
 
     async def _version(self, version_id: str) -> CharacterVersion:
-        if not SHA256.fullmatch(version_id):
-            raise CharacterVersionNotFound(metadata={"version_id": version_id[:64]})
-        return await self._repository.version(version_id)
+        version = await self._repository.version(_checked_version(version_id))
+        if version.delete_us is not None:
+            raise CharacterVersionDeleted(
+                "this character version is deleted; undelete it to read what belongs to it",
+                metadata={"version_id": version_id},
+            )
+        return version
 
     async def read_report(self, job_id: str) -> bytes:
         """The page on a job: HTML that stands alone."""
@@ -376,6 +405,13 @@ def _refusal(findings: Sequence[Finding], accepted: Sequence[str]) -> ExampleSto
         metadata={"codes": ",".join(dict.fromkeys(one.code for one in open_))},
         field_violations=violations(open_),
     )
+
+
+def _checked_version(version_id: str) -> str:
+    # As with jobs: what cannot be an id is not looked up.
+    if not SHA256.fullmatch(version_id):
+        raise CharacterVersionNotFound(metadata={"version_id": version_id[:64]})
+    return version_id
 
 
 def _checked(job_id: str) -> str:

@@ -21,6 +21,7 @@ from services.customization.local import LocalBackend
 from services.customization.ray_jobs import RayJobsBackend, job_client
 from services.customization.repository import Repository
 from services.customization.runner import Runner
+from services.customization.shelf import Shelf
 from services.runtime.config import ConfigInvalid, Installation
 from services.runtime.database import open_async
 from services.runtime.store import ObjectStore
@@ -102,11 +103,13 @@ class CustomizationProcess:
         repository = Repository(self._engine)
         objects = ObjectStore.open("", folder / "objects")
         characters = ObjectStore.open(settings.characters_url, installation.home / "characters")
+        shelf = Shelf(repository, characters=characters, objects=objects, folder=folder)
         self._broadcaster = Broadcaster()
         self.api = CustomizationApi(
             repository=repository,
             objects=objects,
             characters=characters,
+            shelf=shelf,
             broadcaster=self._broadcaster,
             settings=settings,
             folder=folder,
@@ -116,6 +119,7 @@ class CustomizationProcess:
         self._runner = Runner(
             repository=repository,
             objects=objects,
+            shelf=shelf,
             backend=self.backend,
             broadcaster=self._broadcaster,
             settings=settings,

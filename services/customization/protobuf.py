@@ -187,6 +187,8 @@ def version_to_pb(version: CharacterVersion) -> Any:
         job_id=version.job_id,
         publish_time=timestamp(version.publish_us),
         figures=dict(version.figures),
+        delete_time=timestamp(version.delete_us) if version.delete_us is not None else None,
+        purge_time=timestamp(version.purge_us) if version.purge_us is not None else None,
     )
 
 

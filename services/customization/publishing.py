@@ -19,7 +19,6 @@ from services.customization.importing import Fitted
 from services.customization.records import CharacterVersion, Checkpoint, Job, NewCharacter
 from services.models.pack import Manifest
 from services.runtime.errors import DataLoss
-from services.runtime.store import ObjectStore
 
 MANIFEST_FORMAT = 1
 IMPORTED = "import"  # in the place of a method
@@ -110,12 +109,12 @@ def version_of(
     )
 
 
-async def put_weights(store: ObjectStore, checkpoint: Checkpoint, path: Path) -> None:
-    """Puts a checkpoint's weights where frame replicas read. Raises DataLoss when they are not what was written."""
+async def weights_of(checkpoint: Checkpoint, path: Path) -> bytes:
+    """The file of a checkpoint's weights. Raises DataLoss when it is not what was written."""
     try:
         payload = await asyncio.to_thread(path.read_bytes)
     except FileNotFoundError:
         raise DataLoss(f"the weights of step {checkpoint.step} are gone; train the job again") from None
     if hashlib.sha256(payload).hexdigest() != checkpoint.weights_sha256:
         raise DataLoss(f"the weights of step {checkpoint.step} are damaged; publish another checkpoint")
-    await store.put(payload)
+    return payload

@@ -102,6 +102,8 @@ class CharacterVersion:
     job_id: str
     publish_us: int
     figures: Mapping[str, float] = field(default_factory=dict)
+    delete_us: int | None = None
+    purge_us: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +209,8 @@ KINDS: dict[str, type[Any]] = {
     "probe_drawn": ProbeDrawn,
     "version_published": VersionPublished,
 }
+# Of a version, and in columns of their own: the release before reads what this one writes, and knows no such fields.
+_IN_COLUMNS = frozenset({"delete_us", "purge_us"})
 _NAMES = {cls: name for name, cls in KINDS.items()}
 
 
@@ -217,7 +221,9 @@ def kind_of(what: Durable) -> str:
 
 def to_json(what: Any) -> dict[str, Any]:
     """A record as the database keeps it."""
-    told: dict[str, Any] = dataclasses.asdict(what)
+    told: dict[str, Any] = dataclasses.asdict(
+        what, dict_factory=lambda pairs: {name: value for name, value in pairs if name not in _IN_COLUMNS}
+    )
     return told
 
 

@@ -297,15 +297,21 @@ class Repository:
         return Checkpoint(**row.payload), row.file, row.card
 
     async def publish(self, version: CharacterVersion, manifest: str) -> tuple[CharacterVersion, bool]:
-        """Adds a version, with its job's event; says whether it is new. One that is there already stays as it is."""
+        """Adds a version, with its job's event; says whether it is new.
+
+        One that is there already stays as it is, and is back if it was deleted. Raises CustomizationJobNotFound.
+        """
         at = now_us()
         try:
             async with writing(self._engine) as connection:
-                found = await connection.scalar(
-                    select(versions.c.payload).where(versions.c.version_id == version.version_id)
+                found = await connection.execute(
+                    update(versions)
+                    .where(versions.c.version_id == version.version_id)
+                    .values(delete_us=None, purge_us=None)
+                    .returning(*versions.c)
                 )
-                if found is not None:
-                    return version_from_json(found), False
+                if (row := found.one_or_none()) is not None:
+                    return _version_from(row), False
                 await connection.execute(
                     insert(versions).values(
                         version_id=version.version_id,
@@ -324,18 +330,17 @@ class Repository:
             return await self.version(version.version_id), False
 
     async def version(self, version_id: str) -> CharacterVersion:
-        """One version. Raises CharacterVersionNotFound."""
+        """One version, deleted ones that are not purged included. Raises CharacterVersionNotFound."""
         async with reading(self._engine) as connection:
-            row = (await connection.execute(select(versions).where(versions.c.version_id == version_id))).one_or_none()
-        if row is None:
-            raise CharacterVersionNotFound(metadata={"version_id": version_id[:64]})
-        return version_from_json(row.payload)
+            return _version_from(await _version_row(connection, version_id))
 
     async def versions(
-        self, *, limit: int, before: tuple[int, str] | None = None, name: str = ""
+        self, *, limit: int, before: tuple[int, str] | None = None, name: str = "", show_deleted: bool = False
     ) -> list[CharacterVersion]:
         """Versions, newest first, older than `before` (publish time, id) if it is given."""
         statement = select(versions).order_by(versions.c.publish_us.desc(), versions.c.version_id.desc()).limit(limit)
+        if not show_deleted:
+            statement = statement.where(versions.c.delete_us.is_(None))
         if name:
             statement = statement.where(versions.c.name == name)
         if before is not None:
@@ -343,7 +348,98 @@ class Repository:
             same_time = and_(versions.c.publish_us == at, versions.c.version_id < version_id)
             statement = statement.where(or_(versions.c.publish_us < at, same_time))
         async with reading(self._engine) as connection:
-            return [version_from_json(row.payload) for row in await connection.execute(statement)]
+            return [_version_from(row) for row in await connection.execute(statement)]
+
+    async def delete_version(self, version_id: str, *, purge_us: int) -> CharacterVersion:
+        """Marks a version as deleted until it is purged, and as unsettled. One that is deleted already stays as it is.
+
+        Raises CharacterVersionNotFound.
+        """
+        at = now_us()
+        async with writing(self._engine) as connection:
+            await connection.execute(
+                update(versions)
+                .where(versions.c.version_id == version_id, versions.c.delete_us.is_(None))
+                .values(delete_us=at, purge_us=purge_us, unsettled_us=at)
+            )
+            return _version_from(await _version_row(connection, version_id))
+
+    async def undelete_version(self, version_id: str) -> CharacterVersion:
+        """Takes a deletion back. Raises CharacterVersionNotFound."""
+        async with writing(self._engine) as connection:
+            await connection.execute(
+                update(versions).where(versions.c.version_id == version_id).values(delete_us=None, purge_us=None)
+            )
+            return _version_from(await _version_row(connection, version_id))
+
+    async def unsettle_deleted(self, version_id: str) -> None:
+        """Marks a version that is about to come back; one that is not deleted, or not there, is left alone."""
+        async with writing(self._engine) as connection:
+            await connection.execute(
+                update(versions)
+                .where(versions.c.version_id == version_id, versions.c.delete_us.is_not(None))
+                .values(unsettled_us=now_us())
+            )
+
+    async def unsettled(self, version_id: str) -> tuple[CharacterVersion, str] | None:
+        """A version and its manifest if the stores may not be as it says; None when they are, or there is none."""
+        async with reading(self._engine) as connection:
+            row = (
+                await connection.execute(
+                    select(versions).where(versions.c.version_id == version_id, versions.c.unsettled_us.is_not(None))
+                )
+            ).one_or_none()
+        return None if row is None else (_version_from(row), str(row.manifest))
+
+    async def unsettled_versions(self) -> list[str]:
+        """Versions whose files may not lie where they belong, who has waited longest being first."""
+        async with reading(self._engine) as connection:
+            rows = await connection.execute(
+                select(versions.c.version_id)
+                .where(versions.c.unsettled_us.is_not(None))
+                .order_by(versions.c.unsettled_us)
+            )
+            return [row.version_id for row in rows]
+
+    async def settle(self, version_id: str) -> None:
+        """Its files lie where they belong."""
+        async with writing(self._engine) as connection:
+            await connection.execute(
+                update(versions).where(versions.c.version_id == version_id).values(unsettled_us=None)
+            )
+
+    async def has_weights(self, weights_sha256: str, *, deleted: bool, beside: str = "") -> bool:
+        """Whether a version has these weights, of those that are deleted or of those that are not, `beside` one."""
+        async with reading(self._engine) as connection:
+            found = await connection.scalar(
+                select(versions.c.version_id)
+                .where(
+                    versions.c.payload["weights_sha256"].as_string() == weights_sha256,
+                    versions.c.delete_us.is_not(None) if deleted else versions.c.delete_us.is_(None),
+                    versions.c.version_id != beside,
+                )
+                .limit(1)
+            )
+        return found is not None
+
+    async def purgeable_versions(self, *, at_us: int) -> list[str]:
+        """Deleted versions whose time is over."""
+        async with reading(self._engine) as connection:
+            rows = await connection.execute(select(versions.c.version_id).where(versions.c.purge_us <= at_us))
+            return [row.version_id for row in rows]
+
+    async def own_pictures(self, version: CharacterVersion) -> list[str]:
+        """Its pictures that no job and no other version has."""
+        own = set(version.reference_sha256s)
+        async with reading(self._engine) as connection:
+            shared = set(await connection.scalars(select(images.c.sha256).where(images.c.sha256.in_(own))))
+            shared |= await _version_pictures(connection, beside=version.version_id)
+        return sorted(own - shared)
+
+    async def purge_version(self, version_id: str) -> None:
+        """Removes a version for good."""
+        async with writing(self._engine) as connection:
+            await connection.execute(delete(versions).where(versions.c.version_id == version_id))
 
     # -- pages -------------------------------------------------------------------------------------------------------
 
@@ -411,7 +507,7 @@ class Repository:
     async def purge(self, job_id: str) -> list[str]:
         """Removes a job for good.
 
-        Returns its objects that nobody has any more: its page and its pictures; published versions keep theirs.
+        Returns its objects that nobody has any more: its page and its pictures; versions keep theirs, deleted ones too.
         """
         async with writing(self._engine) as connection:
             page = await connection.scalar(select(jobs.c.report_sha256).where(jobs.c.job_id == job_id))
@@ -420,8 +516,7 @@ class Repository:
                 await connection.execute(delete(table).where(table.c.job_id == job_id))
             await connection.execute(delete(jobs).where(jobs.c.job_id == job_id))
             shared = set(await connection.scalars(select(images.c.sha256).where(images.c.sha256.in_(own))))
-            for row in await connection.execute(select(versions.c.payload)):
-                shared.update(row.payload["reference_sha256s"])
+            shared |= await _version_pictures(connection)
             return [sha256 for sha256 in (*own, *([page] if page else ())) if sha256 not in shared]
 
     # -- what the runner asks ----------------------------------------------------------------------------------------
@@ -562,6 +657,23 @@ async def _row(connection: AsyncConnection, job_id: str, *, lock: bool = False) 
     return row
 
 
+async def _version_row(connection: AsyncConnection, version_id: str) -> Any:
+    row = (await connection.execute(select(versions).where(versions.c.version_id == version_id))).one_or_none()
+    if row is None:
+        raise CharacterVersionNotFound(metadata={"version_id": version_id[:64]})
+    return row
+
+
+async def _version_pictures(connection: AsyncConnection, *, beside: str = "") -> set[str]:
+    """Reference pictures of every version, deleted ones included, `beside` one."""
+    rows = await connection.execute(select(versions.c.payload).where(versions.c.version_id != beside))
+    return {sha256 for row in rows for sha256 in row.payload["reference_sha256s"]}
+
+
+def _version_from(row: Any) -> CharacterVersion:
+    return replace(version_from_json(row.payload), delete_us=row.delete_us, purge_us=row.purge_us)
+
+
 async def _ahead(connection: AsyncConnection, row: Any) -> int:
     """Jobs that are trained before this one, those that are being trained included."""
     if row.state not in _WAITING:
@@ -577,9 +689,11 @@ async def _ahead(connection: AsyncConnection, row: Any) -> int:
 async def _job(connection: AsyncConnection, job_id: str) -> Job:
     row = await _row(connection, job_id)
     found = await connection.execute(
-        select(versions.c.payload).where(versions.c.job_id == job_id).order_by(versions.c.publish_us)
+        select(versions)
+        .where(versions.c.job_id == job_id, versions.c.delete_us.is_(None))
+        .order_by(versions.c.publish_us)
     )
-    own = tuple(version_from_json(each.payload) for each in found)
+    own = tuple(_version_from(each) for each in found)
     return replace(_job_from(row), ahead_count=await _ahead(connection, row), versions=own)
 
 

@@ -46,6 +46,7 @@ from services.customization.records import (
 )
 from services.customization.reporting import Reporter
 from services.customization.repository import Repository
+from services.customization.shelf import Shelf
 from services.customization.states import OCCUPYING, State, after, before
 from services.runtime.database import now_us
 from services.runtime.errors import FabulaError, StorageFull, Unavailable
@@ -78,13 +79,14 @@ class Runner:
         *,
         repository: Repository,
         objects: ObjectStore,
+        shelf: Shelf,
         backend: Backend,
         broadcaster: Broadcaster,
         settings: CustomizationSettings,
         folder: Path,
         pack_folders: tuple[Path, ...],
     ) -> None:
-        self._repository, self._objects, self._backend = repository, objects, backend
+        self._repository, self._objects, self._shelf, self._backend = repository, objects, shelf, backend
         self._broadcaster, self._settings = broadcaster, settings
         self._folder, self._pack_folders = folder, pack_folders
         self._reporter = Reporter(repository, objects)
@@ -128,7 +130,7 @@ class Runner:
         return True
 
     async def tick(self) -> None:
-        """One look at every job that something may have to be done about."""
+        """One look at every job and version that something may have to be done about."""
         with LOOK_SECONDS.time():
             for job_id in await self._repository.in_states({State.VALIDATING}):
                 await self._guarded(self._lay_out, job_id)
@@ -145,15 +147,20 @@ class Runner:
                 await self._guarded(self._reporter.keep, job_id)
             for job_id in await self._repository.purgeable(at_us=now_us()):
                 await self._guarded(self._purge, job_id)
+            for version_id in await self._repository.unsettled_versions():
+                await self._guarded(self._shelf.settle, version_id, "version")
+            for version_id in await self._repository.purgeable_versions(at_us=now_us()):
+                await self._guarded(self._shelf.purge, version_id, "version")
 
-    async def _guarded(self, what: Any, job_id: str) -> None:
-        """One job's trouble is not the others'."""
+    async def _guarded(self, what: Any, one: str, kind: str = "job") -> None:
+        """One job's or version's trouble is not the others'."""
+        told = {f"{kind}_id": one}
         try:
-            await what(job_id)
+            await what(one)
         except Unavailable as error:
-            log.warning("job_waits", job_id=job_id, reason=error.reason, message=error.message)
+            log.warning(f"{kind}_waits", reason=error.reason, message=error.message, **told)
         except Exception as error:
-            log.error("job_look_failed", job_id=job_id, exc_info=error)
+            log.error(f"{kind}_look_failed", exc_info=error, **told)
 
     # -- one job -----------------------------------------------------------------------------------------------------
 
@@ -271,9 +278,9 @@ class Runner:
             self._broadcaster.note(job_id)
 
     async def _purge(self, job_id: str) -> None:
-        unused = await self._repository.purge(job_id)
-        for sha256 in unused:
-            await self._objects.delete(sha256)
+        async with self._shelf.alone():  # nobody puts or publishes meanwhile what is found unused here
+            for sha256 in await self._repository.purge(job_id):
+                await self._objects.delete(sha256)
         await asyncio.to_thread(shutil.rmtree, self._folder / job_id, True)
         log.info("job_purged", job_id=job_id)
 

@@ -81,6 +81,9 @@ versions = Table(
     Column("publish_us", BigInteger, nullable=False),
     Column("payload", JSON, nullable=False),
     Column("manifest", Text, nullable=False),
+    Column("delete_us", BigInteger),
+    Column("purge_us", BigInteger),
+    Column("unsettled_us", BigInteger),  # since when what lies in the stores may not be what this row says
     Index(None, "name"),
     Index(None, "job_id"),
 )

@@ -126,7 +126,10 @@ class CustomizationServicer(pb_grpc.CustomizationServiceServicer):  # type: igno
     @unary_method(pb.ListCharacterVersionsResponse)
     async def ListCharacterVersions(self, request: Any, context: Any) -> Any:
         page = await (await self._api()).versions(
-            page_size=request.page_size, page_token=request.page_token, name=request.name
+            page_size=request.page_size,
+            page_token=request.page_token,
+            name=request.name,
+            show_deleted=request.show_deleted,
         )
         return pb.ListCharacterVersionsResponse(
             versions=[version_to_pb(version) for version in page.versions], next_page_token=page.next_page_token
@@ -136,6 +139,16 @@ class CustomizationServicer(pb_grpc.CustomizationServiceServicer):  # type: igno
     async def ImportCharacterVersion(self, request: Any, context: Any) -> Any:
         version, is_new = await (await self._api()).import_version(import_from_pb(request))
         return pb.ImportCharacterVersionResponse(version=version_to_pb(version), is_new=is_new)
+
+    @unary_method(pb.DeleteCharacterVersionResponse)
+    async def DeleteCharacterVersion(self, request: Any, context: Any) -> Any:
+        version = await (await self._api()).delete_version(request.version_id)
+        return pb.DeleteCharacterVersionResponse(version=version_to_pb(version))
+
+    @unary_method(pb.UndeleteCharacterVersionResponse)
+    async def UndeleteCharacterVersion(self, request: Any, context: Any) -> Any:
+        version = await (await self._api()).undelete_version(request.version_id)
+        return pb.UndeleteCharacterVersionResponse(version=version_to_pb(version))
 
     @stream_method(pb.ReadWeightsResponse)
     async def ReadWeights(self, request: Any, context: Any) -> AsyncIterator[Any]:

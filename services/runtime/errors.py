@@ -51,6 +51,7 @@ FabulaError
 │   ├── StoryTooLong              STORY_TOO_LONG                  409
 │   ├── FeatureMissing            FEATURE_MISSING                 409
 │   ├── CharacterOfAnotherPack    CHARACTER_OF_ANOTHER_PACK       409
+│   ├── CharacterVersionDeleted   CHARACTER_VERSION_DELETED       409
 │   └── JobStateUnsuitable        JOB_STATE_UNSUITABLE            409
 ├── ResourceExhausted             RESOURCE_EXHAUSTED              429  try again only when `retry_after_s` is set
 │   ├── QueueFull                 QUEUE_FULL                      429
@@ -374,7 +375,7 @@ class CheckpointNotFound(NotFound):
 
 
 class CharacterVersionNotFound(NotFound):
-    """No character version with this id was published here."""
+    """No character version with this id was published here; it may have been deleted for good."""
 
     reason = "CHARACTER_VERSION_NOT_FOUND"
 
@@ -442,6 +443,12 @@ class CharacterOfAnotherPack(FailedPrecondition):
     """The character was learned on another network than the pack has now: teach them to this one."""
 
     reason = "CHARACTER_OF_ANOTHER_PACK"
+
+
+class CharacterVersionDeleted(FailedPrecondition):
+    """The character version is deleted: undelete it first."""
+
+    reason = "CHARACTER_VERSION_DELETED"
 
 
 class JobStateUnsuitable(FailedPrecondition):

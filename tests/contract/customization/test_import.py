@@ -189,6 +189,21 @@ async def test_other_words_or_pictures_make_another_version_whose_pictures_can_b
     assert (await service.refusal(service.bytes_of("ReadImage", of_two)))[1] == "INVALID_ARGUMENT"
 
 
+async def test_importing_a_deleted_version_again_has_it_back(service: Service, model: FrameModel) -> None:
+    weights = write_adapter(learned(model, seed=8))
+    given: dict[str, Any] = {"character": {"name": "Berta"}, "references": [picture(77)]}
+    version, _ = await imported(service, weights, **given)
+    message = pb.DeleteCharacterVersionRequest(version_id=version.version_id)
+    await service.call("DeleteCharacterVersion", message)
+    assert not await listed(service, "Berta")
+    stored = asked(weights_sha256=version.weights_sha256, **given)
+    assert (await refusal(service, stored))[0] == "CHARACTER_WEIGHTS_UNKNOWN", "they are out of the store"
+    assert await imported(service, weights, **given) == (version, False)
+    assert await listed(service, "Berta") == [version]
+    shown = pb.ReadImageRequest(version_id=version.version_id, sha256=version.reference_sha256s[0])
+    assert await service.bytes_of("ReadImage", shown)
+
+
 async def test_the_strength_beside_pefts_file_counts(service: Service, model: FrameModel) -> None:
     adapter = learned(model, seed=4)
     tensors = {

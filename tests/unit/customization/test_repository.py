@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from services.customization.checks import Finding
 from services.customization.database import VERSION_TABLE, async_url, database_url, is_current, upgrade
 from services.customization.estimate import estimate, left_s
 from services.customization.records import (
+    CharacterVersion,
     Checkpoint,
     CheckpointSaved,
     Estimate,
@@ -25,6 +26,9 @@ from services.customization.records import (
     StateChanged,
     StoredFrame,
     TrainingSettings,
+    VersionPublished,
+    to_json,
+    version_from_json,
 )
 from services.customization.repository import Repository
 from services.customization.schema import metadata
@@ -70,11 +74,12 @@ async def made(
     body: str = "b",
     room: int = 10,
     settings: TrainingSettings = SETTINGS,
+    frames: Sequence[StoredFrame] = FRAMES,
 ) -> bool:
     _, is_new = await repository.create(
         job_id=job_id(number),
         character=NewCharacter(name="Otto", phrase="a black penguin", noun="penguin"),
-        frames=FRAMES,
+        frames=frames,
         settings=settings,
         findings=[Finding(code="FRAMES_FEW", severity="warning", message="m", mend="n")],
         estimate=ESTIMATE,
@@ -170,6 +175,29 @@ async def test_purging_says_which_pictures_nobody_has_any_more(repository: Repos
     assert await repository.purge(job_id(1)) == ["e" * 64], "the example's pictures are the other job's, too"
     with pytest.raises(CustomizationJobNotFound):
         await repository.get(job_id(1))
+
+
+def test_what_is_kept_of_a_version_the_release_before_can_read() -> None:
+    version = CharacterVersion(
+        version_id="v",
+        weights_sha256="w",
+        character=NewCharacter(name="Otto", phrase="a black penguin", noun="penguin"),
+        pack="toon",
+        pack_digest="d",
+        base_digest="b",
+        method="lora",
+        step=5,
+        rank=4,
+        size_bytes=9,
+        reference_sha256s=("r",),
+        job_id=job_id(1),
+        publish_us=1,
+        delete_us=2,
+        purge_us=3,
+    )
+    assert not to_json(version).keys() & {"delete_us", "purge_us"}, "it knows no such fields, and they have columns"
+    assert not to_json(VersionPublished(version=version))["version"].keys() & {"delete_us", "purge_us"}
+    assert version_from_json(to_json(version)) == replace(version, delete_us=None, purge_us=None)
 
 
 # -- what a job costs and takes --------------------------------------------------------------------------------------
