@@ -26,6 +26,8 @@ from services.story.records import (
     StoryWarning,
 )
 
+UNLOAD_TIMEOUT_S = 3.0  # whoever deletes a character does not wait longer for a replica to forget it
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnFrame:
@@ -299,6 +301,14 @@ class FrameBackend:
             )
             for pack in response.packs
         )
+
+    async def unload(self, digest: str) -> None:
+        """Puts a character's weights out of the memory of the replica that answers. Jobs that wear them are finished.
+
+        Where there are several replicas, the others keep them until they need the room.
+        """
+        request = frame_pb.UnloadCharacterRequest(digest=digest)
+        await self._channel.call(self._stub.UnloadCharacter, request, timeout_s=UNLOAD_TIMEOUT_S)
 
 
 # What is not here is a newer service's: nobody at this edge could ask for it.

@@ -2,20 +2,29 @@
 
 The service's own requests and answers pass through here as they are, over gRPC and, in JSON, over HTTP. What the edge
 adds is what no service behind it shall do: pictures from outside are decoded in the sandbox, and go on as plain PNGs.
+And who was deleted is put out of the frame service's memory, of which the customization service knows nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
+import structlog
 from fabula.customization.v1 import customization_service_pb2 as pb
 from fabula.customization.v1 import customization_service_pb2_grpc as pb_grpc
 from fabula.customization.v1 import job_pb2
 
 from services.runtime.channel import ServiceChannel
-from services.runtime.errors import DeadlineExceeded, ImageTooLarge, ImageUnreadable, InvalidArgument, ValueOutOfRange
+from services.runtime.errors import (
+    DeadlineExceeded,
+    FabulaError,
+    ImageTooLarge,
+    ImageUnreadable,
+    InvalidArgument,
+    ValueOutOfRange,
+)
 from services.story.intake import MOST_IMAGE_BYTES, check_request_id
 from services.story.sandbox import Sandbox
 
@@ -29,12 +38,23 @@ IMPORT_TIMEOUT_S = 320.0  # the service reads a whole pack for it, after those w
 VERSIONS_PAGE = 200
 WATCH_S = 3600.0  # of one stream; whoever follows a job takes it up again
 
+log = structlog.get_logger("fabula.story.customization")
+
 
 class Customizations:
     """The operations on customization jobs. Every method raises FabulaError."""
 
-    def __init__(self, channel: ServiceChannel, sandbox: Sandbox, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        channel: ServiceChannel,
+        sandbox: Sandbox,
+        *,
+        unload: Callable[[str], Awaitable[None]],
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> None:
+        """`unload` puts weights, by their digest, out of the frame service's memory. It may raise FabulaError."""
         self._channel = channel
+        self._unload = unload
         self._sandbox = sandbox
         self._timeout_s = timeout_s
         self._stub = pb_grpc.CustomizationServiceStub(channel.grpc_channel)
@@ -109,13 +129,26 @@ class Customizations:
         )
         return imported
 
+    async def delete_version(self, request: pb.DeleteCharacterVersionRequest) -> pb.DeleteCharacterVersionResponse:
+        """Deletes a version, and has the frame replica that answers forget it, if it can be reached.
+
+        Others draw it until they need its room, or start again. Weights that another version has, too, are read again
+        when somebody asks for them.
+        """
+        deleted: pb.DeleteCharacterVersionResponse = await self.ask("DeleteCharacterVersion", request)
+        try:
+            await self._unload(deleted.version.weights_sha256)
+        except FabulaError as error:  # it is deleted all the same
+            log.info("not_unloaded", version_id=request.version_id[:64], reason=error.reason)
+        return deleted
+
     async def ask(self, method: str, request: Any, *, timeout_s: float | None = None) -> Any:
         """The service's answer to any other unary method, by its name in the proto."""
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         return await self._channel.call(getattr(self._stub, method), request, timeout_s=limit_s)
 
     async def versions(self, *, name: str = "") -> AsyncGenerator[job_pb2.CharacterVersion, None]:
-        """Published characters, newest first; only those of a name where one is given."""
+        """Published characters that are not deleted, newest first; only those of a name where one is given."""
         token = ""
         while True:
             page = await self.ask(

@@ -192,6 +192,8 @@ class CharacterVersionDocument(BaseModel):
     job_id: str
     publish_time: datetime | None
     figures: dict[str, float]
+    delete_time: datetime | None
+    purge_time: datetime | None = Field(description="Until then a deleted version can be undeleted.")
     weights_url: str = Field(description="Path of the weights on this edge.")
 
 
@@ -433,6 +435,8 @@ def version_document(version: job_pb2.CharacterVersion) -> CharacterVersionDocum
         job_id=version.job_id,
         publish_time=_time(version, "publish_time"),
         figures=dict(version.figures),
+        delete_time=_time(version, "delete_time"),
+        purge_time=_time(version, "purge_time"),
         weights_url=f"/v1/character-versions/{version.version_id}/weights",
     )
 

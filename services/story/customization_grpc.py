@@ -78,6 +78,14 @@ class CustomizationForward(pb_grpc.CustomizationServiceServicer):  # type: ignor
     async def ImportCharacterVersion(self, request: Any, context: Any) -> Any:
         return await self._customizations.import_version(request)
 
+    @unary_method(pb.DeleteCharacterVersionResponse)
+    async def DeleteCharacterVersion(self, request: Any, context: Any) -> Any:
+        return await self._customizations.delete_version(request)
+
+    @unary_method(pb.UndeleteCharacterVersionResponse)
+    async def UndeleteCharacterVersion(self, request: Any, context: Any) -> Any:
+        return await self._customizations.ask("UndeleteCharacterVersion", request)
+
     @stream_method(pb.ReadWeightsResponse)
     async def ReadWeights(self, request: Any, context: Any) -> AsyncIterator[Any]:
         async with aclosing(self._customizations.read("ReadWeights", request)) as chunks:

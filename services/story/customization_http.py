@@ -300,11 +300,14 @@ def _add_versions(app: FastAPI, customizations: Customizations) -> None:
         ] = 0,
         page_token: Annotated[str, Query(description="next_page_token of the page before.")] = "",
         name: Annotated[str, Query(description="Only versions of this name.")] = "",
+        show_deleted: Annotated[bool, Query(description="Deleted versions that are not yet purged, too.")] = False,
     ) -> CharacterVersionListDocument:
-        """Lists published character versions, newest first."""
+        """Lists character versions, newest first."""
         found = await customizations.ask(
             "ListCharacterVersions",
-            pb.ListCharacterVersionsRequest(page_size=page_size, page_token=page_token, name=name),
+            pb.ListCharacterVersionsRequest(
+                page_size=page_size, page_token=page_token, name=name, show_deleted=show_deleted
+            ),
         )
         return CharacterVersionListDocument(
             versions=[version_document(each) for each in found.versions], next_page_token=found.next_page_token
@@ -325,6 +328,18 @@ def _add_versions(app: FastAPI, customizations: Customizations) -> None:
             response.status_code = 200
         return version_document(imported.version)
 
+    @app.delete(f"{VERSIONS}/{{version_id}}", response_model=CharacterVersionDocument)
+    async def delete_character_version(version_id: str) -> CharacterVersionDocument:
+        """Deletes a version: nothing new is drawn with it. Until `purge_time` it can be undeleted."""
+        deleted = await customizations.delete_version(pb.DeleteCharacterVersionRequest(version_id=version_id))
+        return version_document(deleted.version)
+
+    @app.post(f"{VERSIONS}/{{version_id}}:undelete", response_model=CharacterVersionDocument)
+    async def undelete_character_version(version_id: str) -> CharacterVersionDocument:
+        """Takes a deletion back: the version can be drawn at once."""
+        request = pb.UndeleteCharacterVersionRequest(version_id=version_id)
+        return version_document((await customizations.ask("UndeleteCharacterVersion", request)).version)
+
     @app.get(
         f"{VERSIONS}/{{version_id}}/images/{{sha256}}",
         response_class=Response,
@@ -340,7 +355,7 @@ def _add_versions(app: FastAPI, customizations: Customizations) -> None:
         responses={200: {"description": "A safetensors file.", "content": {"application/octet-stream": {}}}},
     )
     async def read_weights(version_id: str) -> Response:
-        """Reads the weights of a published version. They never change."""
+        """Reads the weights of a version that is not deleted. They never change."""
         chunks = customizations.read("ReadWeights", pb.ReadWeightsRequest(version_id=version_id))
         try:
             first = await anext(chunks)  # what is refused is refused with a status, and not in the middle of a file

@@ -81,6 +81,7 @@ class StoryProcess:
         customizations = Customizations(
             ServiceChannel(settings.customizing_target(installation), application="customization", token=token),
             self._sandbox,
+            unload=frame.unload,
         )
         self._api = StoryApi(
             repository=repository,

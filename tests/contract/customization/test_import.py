@@ -20,6 +20,8 @@ import pytest_asyncio
 import torch
 from fabula.customization.v1 import customization_service_pb2 as pb
 from fabula.customization.v1 import job_pb2
+from fabula.frame.v1 import frame_service_pb2 as frame_pb
+from fabula.frame.v1 import frame_service_pb2_grpc as frame_pb_grpc
 from fabula.story.v1 import story_pb2
 from fabula_client import AsyncClient
 from google.rpc import error_details_pb2, status_pb2
@@ -31,7 +33,7 @@ from services.models.lora import Adapter, LowRank, adapted_layers, read_adapter,
 from services.models.pack import load_pack
 from services.models.registry import FrameModel, load_frame_model
 from services.runtime.store import ObjectStore
-from tests.contract.customization.harness import TOKEN, Service, running
+from tests.contract.customization.harness import TOKEN, Service, refused, running
 from tests.contract.customization.test_training import drawing
 from tests.contract.story.pictures import plain
 from tests.contract.story.scripted_services import ScriptedServices
@@ -233,6 +235,18 @@ async def test_what_the_store_has_already_needs_no_upload(service: Service, mode
     assert unknown[:2] == ("CHARACTER_WEIGHTS_UNKNOWN", "")
 
 
+async def drawn(target: str, digest: str) -> bytes:
+    """A picture that the frame service draws with somebody's weights."""
+    request = frame_pb.RenderFrameRequest(
+        pack="tiny", description="Zoe runs.", seed=1, characters=[frame_pb.CharacterWeights(digest=digest)]
+    )
+    async with grpc.aio.insecure_channel(target) as channel:
+        call = frame_pb_grpc.FrameServiceStub(channel).RenderFrame(
+            request, metadata=[("fabula-token", TOKEN)], timeout=600
+        )
+        return [event async for event in call][-1].frame.image
+
+
 async def unfit(case: str, model: FrameModel) -> bytes:
     adapter = learned(model)
     if case == "another network":
@@ -351,8 +365,8 @@ async def test_imports_are_read_one_at_a_time_and_too_many_are_told_when_to_come
     monkeypatch.setattr(importing.Importer, "_told", slow)
     weights = write_adapter(learned(model))
     calls = [asyncio.create_task(refusal(service, asked(weights))) for _ in range(importing.MOST_WAITING + 3)]
-    for refused in itertools.islice(asyncio.as_completed(calls), 2):  # all others have come by then, and wait
-        assert (await refused)[0] == "QUEUE_FULL"
+    for early in itertools.islice(asyncio.as_completed(calls), 2):  # all others have come by then, and wait
+        assert (await early)[0] == "QUEUE_FULL"
     open_.set()
     reasons = sorted([(await one)[0] for one in calls])
     assert reasons == ["CHARACTER_WEIGHTS_UNUSABLE"] * (importing.MOST_WAITING + 1) + ["QUEUE_FULL"] * 2
@@ -405,6 +419,15 @@ async def test_what_comes_through_the_edge_is_told_of_in_a_story_and_carried_on(
                     again = await client.characters.import_archive(archive)
                 alone = await asyncio.to_thread(told)
                 named = await asyncio.to_thread(told, "Zoe")
+                async with AsyncClient(edge.grpc_target) as client:
+                    worn = await drawn(target, zoe.version.weights_sha256)
+                    deleted = await client.characters.delete_version(zoe.version.version_id)
+                    with pytest.raises(grpc.aio.AioRpcError) as unknown:
+                        await drawn(target, zoe.version.weights_sha256)
+                    with pytest.raises(grpc.RpcError) as nobody:
+                        await asyncio.to_thread(told, "Zoe")
+                    back = await client.characters.undelete_version(zoe.version.version_id)
+                    assert await drawn(target, zoe.version.weights_sha256) == worn
             finally:
                 assert await asyncio.to_thread(edge.terminate) == 0
     finally:
@@ -413,3 +436,6 @@ async def test_what_comes_through_the_edge_is_told_of_in_a_story_and_carried_on(
     assert (again.is_new, again.version) == (False, zoe.version), "the same content, so the same version"
     assert [one.version_id for one in named.characters] == [zoe.version.version_id]
     assert named.frames[1].image_sha256 != alone.frames[1].image_sha256, "it is drawn with what was imported"
+    assert (deleted.deleted is not None, back) == (True, zoe.version)
+    assert refused(unknown.value)[1] == "CHARACTER_WEIGHTS_UNKNOWN", "the running replica has forgotten them"
+    assert refused(nobody.value)[1] == "CHARACTER_NOT_FOUND"

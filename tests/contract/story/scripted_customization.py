@@ -309,7 +309,8 @@ class ScriptedCustomization(pb_grpc.CustomizationServiceServicer):
     async def ListCharacterVersions(self, request: Any, context: Any) -> Any:
         self._enter("ListCharacterVersions", request)
         found = [*self.script.versions, *(version for job in self.script.jobs.values() for version in job.versions)]
-        named = [version for version in found if request.name in ("", version.character.name)]
+        shown = [version for version in found if request.show_deleted or not version.HasField("delete_time")]
+        named = [version for version in shown if request.name in ("", version.character.name)]
         first = int(request.page_token or 0)
         last = first + min(request.page_size or 50, self.script.versions_a_page)
         return pb.ListCharacterVersionsResponse(
@@ -336,6 +337,29 @@ class ScriptedCustomization(pb_grpc.CustomizationServiceServicer):
             self.script.versions.insert(0, version)
             self.script.pictures.update((hashlib.sha256(one).hexdigest(), one) for one in request.references)
         return pb.ImportCharacterVersionResponse(version=version, is_new=is_new)
+
+    def _version(self, version_id: str) -> Any:
+        every = [*self.script.versions, *(version for job in self.script.jobs.values() for version in job.versions)]
+        for version in every:
+            if version.version_id == version_id:
+                return version
+        raise CharacterVersionNotFound(metadata={"version_id": version_id[:100]})
+
+    @unary_method(pb.DeleteCharacterVersionResponse)
+    async def DeleteCharacterVersion(self, request: Any, context: Any) -> Any:
+        self._enter("DeleteCharacterVersion", request)
+        version = self._version(request.version_id)
+        version.delete_time.CopyFrom(AT)
+        version.purge_time.CopyFrom(Timestamp(seconds=AT.seconds + 86_400))
+        return pb.DeleteCharacterVersionResponse(version=version)
+
+    @unary_method(pb.UndeleteCharacterVersionResponse)
+    async def UndeleteCharacterVersion(self, request: Any, context: Any) -> Any:
+        self._enter("UndeleteCharacterVersion", request)
+        version = self._version(request.version_id)
+        version.ClearField("delete_time")
+        version.ClearField("purge_time")
+        return pb.UndeleteCharacterVersionResponse(version=version)
 
     @stream_method(pb.ReadWeightsResponse)
     async def ReadWeights(self, request: Any, context: Any) -> AsyncIterator[Any]:

@@ -247,6 +247,11 @@ class ScriptedFrame(frame_grpc.FrameServiceServicer):
             )
         )
 
+    @unary_method(frame_pb.UnloadCharacterResponse)
+    async def UnloadCharacter(self, request: Any, context: Any) -> Any:
+        await self.script.enter("UnloadCharacter", request, 0)
+        return frame_pb.UnloadCharacterResponse(was_loaded=True)
+
     @unary_method(frame_pb.ListPacksResponse)
     async def ListPacks(self, request: Any, context: Any) -> Any:
         names = [*self.script.packs, *self.script.drawers_alone]

@@ -107,6 +107,36 @@ def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str, str, str]:
     return raised.value.code(), info.reason, info.metadata.get("field", ""), status.message
 
 
+# -- deleting ----------------------------------------------------------------------------------------------------------
+
+
+def test_who_was_deleted_is_forgotten_by_the_frame_service_and_told_of_no_more(
+    story: StoryProcess, script: Script, published: CustomizationScript
+) -> None:
+    newest, _, before, _ = published.versions
+    answer = story.http.delete(f"/v1/character-versions/{newest.version_id}")
+    assert answer.status_code == 200, answer.text
+    assert [one.digest for one in asked(script, "UnloadCharacter")] == [newest.weights_sha256]
+    told = finished(story, "Rosa")
+    assert [one.version_id for one in told.characters] == [before.version_id], "the newest one that is left"
+    story.http.delete(f"/v1/character-versions/{before.version_id}")
+    for wanted in ("Rosa", newest.version_id):
+        _, reason, field, _ = refusal(lambda wanted=wanted: story.create(plain(), characters=(wanted,)))
+        assert (reason, field) == ("CHARACTER_NOT_FOUND", "characters[0]")
+    assert story.http.post(f"/v1/character-versions/{newest.version_id}:undelete").status_code == 200
+    assert [one.version_id for one in finished(story, "Rosa").characters] == [newest.version_id]
+    assert len(asked(script, "UnloadCharacter")) == 2
+
+
+def test_a_version_is_deleted_though_the_frame_service_does_not_answer(
+    story: StoryProcess, script: Script, published: CustomizationScript
+) -> None:
+    script.failures["UnloadCharacter"].append(Unavailable("away"))
+    answer = story.http.delete(f"/v1/character-versions/{'a' * 64}")
+    assert (answer.status_code, len(asked(script, "UnloadCharacter"))) == (200, 1)
+    assert published.versions[0].HasField("delete_time")
+
+
 # -- telling -----------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,12 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
 
-from services.runtime.errors import CharacterWeightsUnusable, JobStateUnsuitable, QueueFull
+from services.runtime.errors import (
+    CharacterVersionDeleted,
+    CharacterWeightsUnusable,
+    JobStateUnsuitable,
+    QueueFull,
+)
 from tests.contract.story.pictures import encoded, plain, two_colours
 from tests.contract.story.scripted_customization import (
     PROBE,
@@ -355,6 +360,35 @@ def test_a_deleted_job_can_be_taken_back(story: StoryProcess, script: Customizat
     assert len(story.http.get(JOBS).json()["jobs"]) == 1
 
 
+def test_a_deleted_version_can_be_taken_back(story: StoryProcess, script: CustomizationScript) -> None:
+    made = story.http.post(IMPORT, json=importing()).json()
+    assert (made["delete_time"], made["purge_time"]) == (None, None)
+    url = f"{VERSIONS}/{made['version_id']}"
+    deleted = story.http.delete(url)
+    assert deleted.status_code == 200, "though no frame service is there to forget it"
+    assert deleted.json() == {
+        **made,
+        "delete_time": "2023-11-14T22:13:20.500000Z",
+        "purge_time": "2023-11-15T22:13:20Z",
+    }
+    assert story.http.delete(url).json() == deleted.json()
+    assert story.http.get(VERSIONS).json()["versions"] == []
+    assert story.http.get(VERSIONS, params={"show_deleted": True}).json()["versions"] == [deleted.json()]
+    assert story.http.post(f"{url}:undelete").json() == made
+    assert story.http.get(VERSIONS).json()["versions"] == [made]
+    asked = pb.DeleteCharacterVersionRequest(version_id=made["version_id"])
+    over_grpc = stub(story).DeleteCharacterVersion(asked, timeout=20).version
+    assert over_grpc.purge_time.ToSeconds() == over_grpc.delete_time.ToSeconds() + 86_400
+    back = stub(story).UndeleteCharacterVersion(
+        pb.UndeleteCharacterVersionRequest(version_id=made["version_id"]), timeout=20
+    )
+    assert not back.version.HasField("delete_time")
+    problem_of(story.http.delete(f"{VERSIONS}/nobody"), 404, "CHARACTER_VERSION_NOT_FOUND")
+    problem_of(story.http.post(f"{VERSIONS}/nobody:undelete"), 404, "CHARACTER_VERSION_NOT_FOUND")
+    script.failures["ReadWeights"].append(CharacterVersionDeleted(metadata={"version_id": made["version_id"]}))
+    problem_of(story.http.get(made["weights_url"]), 409, "CHARACTER_VERSION_DELETED")
+
+
 def test_a_checkpoint_is_published_and_its_weights_are_read(story: StoryProcess, script: CustomizationScript) -> None:
     job_id = created(story)["job_id"]
     found = story.http.get(f"{JOBS}/{job_id}/checkpoints", params={"page_size": 50}).json()["checkpoints"]
@@ -584,6 +618,8 @@ def test_the_contract_is_written_down(story: StoryProcess) -> None:
         f"{JOBS}/{{job_id}}/report",
         VERSIONS,
         IMPORT,
+        f"{VERSIONS}/{{version_id}}",
+        f"{VERSIONS}/{{version_id}}:undelete",
         f"{VERSIONS}/{{version_id}}/images/{{sha256}}",
         f"{VERSIONS}/{{version_id}}/weights",
     }

@@ -234,7 +234,7 @@ async def test_pages_are_turned_to_the_end_and_no_further(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("services.story.customization.pb_grpc.CustomizationServiceStub", Stub)
     channel = Channel([["A", "B"], [], ["C"]])
-    customizations = Customizations(channel, None)  # type: ignore[arg-type]
+    customizations = Customizations(channel, None, unload=None)  # type: ignore[arg-type]
     assert [one.character.name async for one in customizations.versions()] == ["A", "B", "C"]
     assert channel.tokens == ["", "1", "2"]
     channel.pages = []
