@@ -1,5 +1,5 @@
 """`fabula character …`: train, list, show, watch, compare, pause, resume, cancel, delete, undelete, publish, versions,
-export, import.
+delete-version, undelete-version, export, import.
 
 What needs a pack's networks in this place (export in another layout, import of what is too large for one call) is done
 by `services.characters` in a process of its own: this command starts without torch.
@@ -8,6 +8,7 @@ by `services.characters` in a process of its own: this command starts without to
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ MOST_STORY_BYTES = 1 << 20
 
 JobId = Annotated[str, typer.Argument(help="The job's id, as `fabula character list` shows it.", show_default=False)]
 Form = Literal["diffusers", "peft", "kohya", "archive"]
+VERSION_ID = re.compile(r"[0-9a-f]{64}")
 ARCHIVE = ".zip"
 CONFIG_FILE = "adapter_config.json"  # PEFT keeps it beside its weights
 VersionId = Annotated[
@@ -336,6 +338,7 @@ def publish(
 def versions(
     name: Annotated[str, typer.Argument(help="Only versions of this name.", show_default=False)] = "",
     limit: Annotated[int, typer.Option(help="Most versions to list.", min=1)] = 20,
+    deleted: Annotated[bool, typer.Option("--deleted", help="Deleted versions, too.")] = False,
     home: Home = None,
     port_base: PortBase = None,
     target: Target = None,
@@ -347,7 +350,7 @@ def versions(
     """
     found: list[CharacterVersion] = []
     with connected(home, port_base, target, as_json) as client:
-        for version in client.characters.versions(name=name, page_size=min(limit, 200)):
+        for version in client.characters.versions(name=name, page_size=min(limit, 200), show_deleted=deleted):
             found.append(version)
             if len(found) == limit:
                 break
@@ -357,9 +360,57 @@ def versions(
     table = Table("version", "name", "phrase", "pack", "method", "step", "size", "published", box=None, padding=(0, 2))
     for each in found:
         published = each.published.strftime("%Y-%m-%d %H:%M:%S") if each.published else ""
+        if each.deleted:
+            published = "deleted"
         cells = (each.version_id[:12], each.character.name, each.character.phrase, each.pack, each.method)
         table.add_row(*(escape(clean(cell)) for cell in cells), str(each.step), size(each.size_bytes), published)
     people.print(table if found else "No characters yet.")
+
+
+@app.command("delete-version")
+def delete_version(
+    version: VersionId, home: Home = None, port_base: PortBase = None, target: Target = None, as_json: AsJson = False
+) -> None:
+    """Delete a published character's version: nothing new is drawn with it. For a while it can be undeleted.
+
+    Example: fabula character delete-version Otto
+    """
+    with connected(home, port_base, target, as_json) as client:
+        deleted = client.characters.delete_version(_meant(client, version, as_json, deleted=False))
+    if as_json:
+        say_json(deleted)
+        return
+    until = f" until {deleted.purged.strftime('%Y-%m-%d %H:%M:%S')} UTC" if deleted.purged else ""
+    name = escape(clean(deleted.character.name))
+    people.print(f"[green]✓[/] [bold]{name}[/] of version {escape(deleted.version_id[:12])} is deleted.")
+    people.print(f"  Back again{until}: fabula character undelete-version {escape(deleted.version_id)}", soft_wrap=True)
+
+
+@app.command("undelete-version")
+def undelete_version(
+    version: Annotated[
+        str,
+        typer.Argument(
+            help="A deleted version's id or its beginning, or a name, of `fabula character versions --deleted`.",
+            show_default=False,
+        ),
+    ],
+    home: Home = None,
+    port_base: PortBase = None,
+    target: Target = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a version's deletion back.
+
+    Example: fabula character undelete-version Otto
+    """
+    with connected(home, port_base, target, as_json) as client:
+        back = client.characters.undelete_version(_meant(client, version, as_json, deleted=True))
+    if as_json:
+        say_json(back)
+        return
+    name = escape(clean(back.character.name))
+    people.print(f"[green]✓[/] [bold]{name}[/] of version {escape(back.version_id[:12])} is back.")
 
 
 @app.command()
@@ -543,18 +594,31 @@ def _wish(verb: str, job_id: str, home: Path | None, port_base: int | None, targ
         _answer(job.value, as_json)
 
 
-def _chosen(client: Client, version: str, as_json: bool) -> CharacterVersion:
-    """The version that was meant: by id, by its beginning where that is clear, or the newest of a name."""
+def _meant(client: Client, version: str, as_json: bool, *, deleted: bool) -> str:
+    """The id of the version that was meant. A whole one goes on as it is: deleting twice is well."""
+    if VERSION_ID.fullmatch(version):
+        return version
+    return _chosen(client, version, as_json, deleted=deleted).version_id
+
+
+def _chosen(client: Client, version: str, as_json: bool, *, deleted: bool = False) -> CharacterVersion:
+    """The version that was meant: by id, by its beginning where that is clear, or the newest of a name.
+
+    Of those that can be drawn, or of those that are deleted.
+    """
     like: list[CharacterVersion] = []
-    for each in client.characters.versions(page_size=200):
+    for each in client.characters.versions(page_size=200, show_deleted=deleted):
+        if deleted and each.deleted is None:
+            continue
         if version in (each.version_id, each.character.name):
             return each
         if len(version) >= 6 and each.version_id.startswith(version):
             like.append(each)
     if len(like) == 1:
         return like[0]
-    problem = f"{version} is the beginning of several versions" if like else f"there is no character version {version}"
-    fail(f"{problem}; see `fabula character versions`", status=exits.REFUSED, as_json=as_json, reason="VERSION_UNKNOWN")
+    kind, listed = ("deleted version", "versions --deleted") if deleted else ("character version", "versions")
+    problem = f"{version} is the beginning of several versions" if like else f"there is no {kind} {version}"
+    fail(f"{problem}; see `fabula character {listed}`", status=exits.REFUSED, as_json=as_json, reason="VERSION_UNKNOWN")
 
 
 def _follow(job: JobHandle, *, quiet: bool, after: int = 0) -> None:

@@ -159,6 +159,8 @@ class CharacterVersion:
     job_id: str
     published: datetime | None
     figures: Mapping[str, float]
+    deleted: datetime | None
+    purged: datetime | None  # until then a deleted version can be undeleted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +210,7 @@ class Imported:
     """What became of weights from elsewhere."""
 
     version: CharacterVersion
-    is_new: bool  # False: a version with this content was there before
+    is_new: bool  # False: a version with this content was there before; if it was deleted, it is back
 
 
 class JobFacts(ABC):
@@ -407,6 +409,8 @@ def version_from_pb(message: job_pb2.CharacterVersion) -> CharacterVersion:
         job_id=message.job_id,
         published=_time(message, "publish_time"),
         figures=dict(message.figures),
+        deleted=_time(message, "delete_time"),
+        purged=_time(message, "purge_time"),
     )
 
 

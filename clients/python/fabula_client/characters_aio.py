@@ -110,12 +110,14 @@ class AsyncCharacters:
                 return
 
     async def versions(
-        self, *, name: str = "", page_size: int = 0, timeout_s: float | None = None
+        self, *, name: str = "", page_size: int = 0, show_deleted: bool = False, timeout_s: float | None = None
     ) -> AsyncIterator[CharacterVersion]:
         """Published versions, newest first: everybody's, or of one name."""
         token = ""
         while True:
-            request = pb.ListCharacterVersionsRequest(page_size=page_size, page_token=token, name=name)
+            request = pb.ListCharacterVersionsRequest(
+                page_size=page_size, page_token=token, name=name, show_deleted=show_deleted
+            )
             answer = await self._connection.call(self._stub.ListCharacterVersions, request, timeout_s=timeout_s)
             for version in answer.versions:
                 yield version_from_pb(version)
@@ -123,14 +125,37 @@ class AsyncCharacters:
             if not token:
                 return
 
+    async def delete_version(self, version_id: str, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> CharacterVersion:
+        """Deletes a version: nothing new is drawn with it. It can be undeleted until the answer's `purged`.
+
+        Frames that are being drawn are finished. Deleting it again changes nothing. Raises NotFound.
+        """
+        request = pb.DeleteCharacterVersionRequest(version_id=version_id)
+        answer = await self._connection.call(self._stub.DeleteCharacterVersion, request, timeout_s=timeout_s)
+        return version_from_pb(answer.version)
+
+    async def undelete_version(
+        self, version_id: str, *, timeout_s: float | None = UPLOAD_TIMEOUT_S
+    ) -> CharacterVersion:
+        """Takes a deletion back. Raises NotFound once its time is over."""
+        request = pb.UndeleteCharacterVersionRequest(version_id=version_id)
+        answer = await self._connection.call(self._stub.UndeleteCharacterVersion, request, timeout_s=timeout_s)
+        return version_from_pb(answer.version)
+
     async def read_weights(self, version: CharacterVersion, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> bytes:
-        """The safetensors file of a version, checked against its SHA-256. Raises NotFound, ImageCorrupt."""
+        """The safetensors file of a version, checked against its SHA-256.
+
+        Raises NotFound, FailedPrecondition for a deleted one, ImageCorrupt.
+        """
         request = pb.ReadWeightsRequest(version_id=version.version_id)
         parts = await self._connection.collect(self._stub.ReadWeights, request, timeout_s=timeout_s)
         return _whole([part.chunk for part in parts], version.weights_sha256)
 
     async def read_image(self, version: CharacterVersion, sha256: str, *, timeout_s: float | None = None) -> bytes:
-        """A reference picture of a version, checked against its SHA-256. Raises NotFound, ImageCorrupt."""
+        """A reference picture of a version, checked against its SHA-256.
+
+        Raises NotFound, FailedPrecondition for a deleted one, ImageCorrupt.
+        """
         request = pb.ReadImageRequest(version_id=version.version_id, sha256=sha256)
         parts = await self._connection.collect(self._stub.ReadImage, request, timeout_s=timeout_s)
         return _whole([part.chunk for part in parts], sha256)

@@ -67,10 +67,19 @@ class Characters:
             yield JobHandle(self._loop, job)
 
     def versions(
-        self, *, name: str = "", page_size: int = 0, timeout_s: float | None = None
+        self, *, name: str = "", page_size: int = 0, show_deleted: bool = False, timeout_s: float | None = None
     ) -> Iterator[CharacterVersion]:
         """Published versions, newest first. See AsyncCharacters.versions."""
-        return self._loop.iterate(self._core.versions(name=name, page_size=page_size, timeout_s=timeout_s))
+        found = self._core.versions(name=name, page_size=page_size, show_deleted=show_deleted, timeout_s=timeout_s)
+        return self._loop.iterate(found)
+
+    def delete_version(self, version_id: str, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> CharacterVersion:
+        """Deletes a version. See AsyncCharacters.delete_version."""
+        return self._loop.run(self._core.delete_version(version_id, timeout_s=timeout_s))
+
+    def undelete_version(self, version_id: str, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> CharacterVersion:
+        """Takes a deletion back. See AsyncCharacters.undelete_version."""
+        return self._loop.run(self._core.undelete_version(version_id, timeout_s=timeout_s))
 
     def read_weights(self, version: CharacterVersion, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> bytes:
         """The safetensors file of a version. See AsyncCharacters.read_weights."""

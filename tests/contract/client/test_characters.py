@@ -465,6 +465,43 @@ def test_an_archive_carries_a_character_from_one_installation_to_another(
     assert (status, told(output)["error"]["reason"]) == (exits.REFUSED, "ARCHIVE_UNREADABLE")
 
 
+def test_a_version_is_deleted_and_comes_back(
+    fabula: Any, client: Client, script: CustomizationScript, folder: Path
+) -> None:
+    job_id = told(fabula("train", str(folder), "--json")[1])["job"]["job_id"]
+    made = client.characters.get(job_id).publish()
+    assert (made.deleted, made.purged) == (None, None)
+    deleted = client.characters.delete_version(made.version_id)
+    assert deleted.deleted is not None
+    assert deleted.purged is not None
+    assert deleted.purged > deleted.deleted
+    assert list(client.characters.versions(name="Otto")) == []
+    assert list(client.characters.versions(show_deleted=True)) == [deleted]
+    assert client.characters.undelete_version(made.version_id) == made
+    with pytest.raises(NotFound):
+        client.characters.delete_version("0" * 64)
+
+    status, output = fabula("delete-version", "Otto", "--json")
+    assert (status, told(output)["purged"] is not None) == (exits.OK, True)
+    assert fabula("delete-version", VERSION_ID)[0] == exits.OK, "twice is well, by its id"
+    status, output = fabula("delete-version", "Otto", "--json")
+    assert (status, told(output)["error"]["reason"]) == (exits.REFUSED, "VERSION_UNKNOWN")
+    assert "No characters yet." in fabula("versions")[1]
+    assert told(fabula("versions", "--json")[1])["versions"] == []
+    assert len(told(fabula("versions", "--deleted", "--json")[1])["versions"]) == 1
+    assert "deleted" in fabula("versions", "--deleted")[1]
+    assert VERSION_ID in fabula("delete-version", VERSION_ID)[1].replace("\n", ""), "it says how to have it back"
+    for name in ("Otto", VERSION_ID[:8]):
+        status, output = fabula("undelete-version", name, "--json")
+        assert (status, told(output)["version_id"], told(output)["deleted"]) == (exits.OK, VERSION_ID, None)
+        fabula("delete-version", VERSION_ID)
+    status, output = fabula("undelete-version", "Rosa", "--json")
+    assert (status, told(output)["error"]["reason"]) == (exits.REFUSED, "VERSION_UNKNOWN")
+    assert "versions --deleted" in told(output)["error"]["message"]
+    status, output = fabula("delete-version", "0" * 64, "--json")
+    assert (status, told(output)["error"]["reason"]) == (exits.REFUSED, "CHARACTER_VERSION_NOT_FOUND")
+
+
 def test_weights_without_a_name_are_not_sent(fabula: Any, script: CustomizationScript, tmp_path: Path) -> None:
     file = tmp_path / "otto.safetensors"
     file.write_bytes(WEIGHTS)
