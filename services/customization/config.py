@@ -45,7 +45,7 @@ class CustomizationSettings(Settings):
     crashes_max: int = Field(default=3, ge=0, le=100)  # in a row without a step between them; one more fails the job
     stop_grace_s: float = Field(default=300.0, gt=0)  # for the step in progress and its save; then it is killed
     poll_s: float = Field(default=0.5, gt=0)  # how often jobs are looked at, and what other processes wrote
-    keep_deleted_s: float = Field(default=7 * 86_400.0, ge=0)  # a deleted job can be undeleted for so long
+    keep_deleted_s: float = Field(default=7 * 86_400.0, ge=0)  # a deleted job or version can be undeleted for so long
     # Let the pack's eyes look whether the character is to be seen. Costs the memory of torch, once.
     eyes: bool = True
 
