@@ -254,7 +254,7 @@ class Prober:
             if stop():
                 raise RunStopped("stopped while probes were drawn")
             advance(model, drawings, cache)
-        return [finish(model, drawing) for drawing in drawings]
+        return finish(model, drawings)
 
     def _dressed(self, payload: bytes | None) -> tuple[FrameModel, tuple[CharacterWeights, ...], Outfit, Words]:
         """The model with what was learned, as a frame service draws it."""

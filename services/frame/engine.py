@@ -44,7 +44,7 @@ from services.frame.sketch import CHARACTERS_MAX, checked_characters, sketch_of
 from services.models.character import CharacterWeights
 from services.models.cost import flops_of_a_row, peak_flops
 from services.models.denoiser import StoryDenoiser
-from services.models.drawing import Drawing, Pixels, Sketch, begin, finish, preview, rows_of_a_frame
+from services.models.drawing import Drawing, Pixels, Sketch, are_sound, begin, finish, preview, rows_of_a_frame
 from services.models.errors import AdapterDamaged, AdapterError
 from services.models.familiarity import gain_over_shrinking_db
 from services.models.lora import NOBODY, Adapter, AdapterSlots, Worn, read_adapter
@@ -625,8 +625,10 @@ class FrameEngine:
             self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if rows.total else None)
         flops = rows.total * self._row_flops.get(batch[0].model.manifest.name, 0.0)
         self._observer.step_done(jobs=len(stepped), rows=rows, seconds=seconds, flops=flops)
-        for ticket in stepped:
-            if not _drawing(ticket).is_sound:
+        sound = are_sound([_drawing(ticket) for ticket in stepped]) if stepped else []
+        whole = []
+        for ticket, is_sound in zip(stepped, sound, strict=True):
+            if not is_sound:
                 forget(_drawing(ticket), _cache(ticket), everything=True)
                 self._end(ticket, RenderFailed("the picture's numbers are not finite; try another seed or guidance"))
                 continue
@@ -634,6 +636,11 @@ class FrameEngine:
                 self._tell(ticket)
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(ticket, error)
+                continue
+            if _drawing(ticket).finished:
+                whole.append(ticket)
+        for together in [[ticket] for ticket in whole] if self.settings.strict else [whole]:
+            self._finish(together)
 
     def _advance(self, batch: Sequence[Ticket]) -> tuple[list[Ticket], StepRows]:
         """Those of `batch` that took their step, and what that took; nothing when it did not go as it should.
@@ -663,22 +670,42 @@ class FrameEngine:
         now_s = self._clock()
         eta_s = (now_s - ticket.started_s) / done * (count - done)
         ticket.deliver(Progress(step=done, step_count=count, eta_s=eta_s))
-        if drawing.finished:
-            image = png(finish(ticket.model, drawing))
-            ended_s = self._clock()
-            frame = RenderedFrame(
-                image=image,
-                sha256=hashlib.sha256(image).hexdigest(),
-                sketch=ticket.sketch,
-                pack_digest=ticket.model.manifest.digest,
-                fingerprint=self.fingerprint(ticket.model),
-                queue_s=ticket.started_s - ticket.job.arrived_s,
-                render_s=ended_s - ticket.started_s,
-                warnings=ticket.warnings,
-            )
-            self._end(ticket, frame)
-        elif ticket.preview_every_steps and done % ticket.preview_every_steps == 0 and not self._others_wait:
+        wanted = ticket.preview_every_steps and done % ticket.preview_every_steps == 0
+        if wanted and not drawing.finished and not self._others_wait:
             ticket.deliver(Preview(image=webp(preview(ticket.model, drawing)), step=done))
+
+    def _finish(self, tickets: Sequence[Ticket]) -> None:
+        """The pictures of those who took their last step, decoded together; alone where that does not work."""
+        if not tickets:
+            return
+        try:
+            pictures = finish(tickets[0].model, [_drawing(ticket) for ticket in tickets])
+        except Exception as error:  # noqa: BLE001 - as above
+            if len(tickets) == 1:
+                self._fail(tickets[0], error)
+                return
+            log.warning("batched_decoding_failed", jobs=len(tickets), error=type(error).__name__)
+            for ticket in tickets:
+                self._finish([ticket])
+            return
+        for ticket, pixels in zip(tickets, pictures, strict=True):
+            try:
+                self._end(ticket, self._rendered(ticket, pixels))
+            except Exception as error:  # noqa: BLE001 - as above
+                self._fail(ticket, error)
+
+    def _rendered(self, ticket: Ticket, pixels: Pixels) -> RenderedFrame:
+        image = png(pixels)
+        return RenderedFrame(
+            image=image,
+            sha256=hashlib.sha256(image).hexdigest(),
+            sketch=ticket.sketch,
+            pack_digest=ticket.model.manifest.digest,
+            fingerprint=self.fingerprint(ticket.model),
+            queue_s=ticket.started_s - ticket.job.arrived_s,
+            render_s=self._clock() - ticket.started_s,
+            warnings=ticket.warnings,
+        )
 
     @property
     def _others_wait(self) -> bool:

@@ -3,7 +3,7 @@
     drawing = begin(model, sketch)
     while not drawing.finished:
         advance(model, [drawing, …], cache)     # `services.models.step`; drawings come and go between steps
-    pixels = finish(model, drawing)
+    [pixels] = finish(model, [drawing])
 
 Every random number comes from the sketch's seed, or from the pack where `ReferencePolicy` shares noise. (The published
 implementation takes the VAE's and the references' noise from the global generator.) Knows no queue, clock, thread or
@@ -15,6 +15,7 @@ Shapes: C latent channels, h and w latent size, N references, S text positions, 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -129,15 +130,19 @@ class Drawing:
         """All steps are done."""
         return self.done == len(self.steps)
 
-    @property
-    def is_sound(self) -> bool:
-        """Its numbers are finite. One that is not must not become a picture, nor the next frame's reference."""
-        return bool(self.latents_CHW.isfinite().all())
-
     def branches_at(self, done: int) -> Branches:
         """How much each branch counts in step number `done`."""
         first, last = self.sketch.guidance_interval
         return self.guided if first <= done / len(self.steps) < last else UNGUIDED
+
+
+def are_sound(drawings: Sequence[Drawing]) -> list[bool]:
+    """Of each whether its numbers are finite. One that is not must not become a picture, nor a frame's reference.
+
+    One answer from the device for all of them, because each makes the host wait for it.
+    """
+    sound: list[bool] = torch.stack([drawing.latents_CHW.isfinite().all() for drawing in drawings]).tolist()
+    return sound
 
 
 def sampler_of(model: FrameModel, sketch: Sketch) -> Sampler:
@@ -162,6 +167,8 @@ def rows_of_a_frame(sketch: Sketch, *, reads: bool = False, sees: bool = False) 
     return steps * (nothing + images + everything) + levels * (blanks + count * (images or everything))
 
 
+# Pixels that are decoded together at most: as much work at a time as one frame of Stable Diffusion.
+_DECODED_PX = 512 * 512
 _SHARED_SEED = 0x5EED  # of the noise that frames share
 UNGUIDED = Branches(nothing=0.0, images=0.0, everything=1.0)
 
@@ -288,9 +295,16 @@ def _told(model: FrameModel, texts_TSD: Tensor, outfit: Outfit) -> tuple[Told, .
 
 
 @torch.inference_mode()
-def finish(model: FrameModel, drawing: Drawing) -> Pixels:
-    """The picture."""
-    return _pixels(model.codec.decode(drawing.latents_CHW[None])[0])
+def finish(model: FrameModel, drawings: Sequence[Drawing]) -> list[Pixels]:
+    """The pictures, decoded together as far as they are of one size and `_DECODED_PX` holds them."""
+    pictures: list[Pixels] = []
+    for _, alike in itertools.groupby(drawings, key=lambda drawing: drawing.latents_CHW.shape):
+        waiting = list(alike)
+        room = max(1, _DECODED_PX // (waiting[0].sketch.width_px * waiting[0].sketch.height_px))
+        for first in range(0, len(waiting), room):
+            latents = torch.stack([drawing.latents_CHW for drawing in waiting[first : first + room]])
+            pictures += [_pixels(values) for values in model.codec.decode(latents)]
+    return pictures
 
 
 @torch.inference_mode()
@@ -321,6 +335,7 @@ __all__ = [
     "Randomness",
     "Seen",
     "Sketch",
+    "are_sound",
     "begin",
     "finish",
     "preview",

@@ -111,7 +111,7 @@ def draw(model: FrameModel, sketch: Sketch) -> Pixels:
     drawing, cache = begin(model, sketch), ReferenceCache()
     while not drawing.finished:
         advance(model, [drawing], cache)
-    return finish(model, drawing)
+    return finish(model, [drawing])[0]
 
 
 def references_of(drawing: Drawing, done: int) -> list[ReferenceRow]:
@@ -218,15 +218,17 @@ def _look(
                 break
     taken = sorted(batch.values(), key=lambda seen: tuple(seen.outfit))  # who wears the same stands together
     schedule, unet = model.denoiser.schedule, model.denoiser.unet
-    levels = torch.tensor([seen.key.level for seen in taken])
+    levels = [seen.key.level for seen in taken]
     noisy = schedule.add_noise(
-        torch.stack([seen.clean_CHW for seen in taken]), torch.stack([seen.noise_CHW for seen in taken]), levels
+        torch.stack([seen.clean_CHW for seen in taken]),
+        torch.stack([seen.noise_CHW for seen in taken]),
+        torch.tensor(levels),
     )
     with wearing(model, [seen.outfit for seen in taken]):
         projected = unet.project(
             unet.features(
                 noisy.to(model.dtype),
-                levels.to(model.device),
+                _sent(levels, model.device),
                 torch.stack([seen.text_SD for seen in taken]).to(model.dtype),
                 **_together([seen.told for seen in taken]),
             )
@@ -274,7 +276,7 @@ def _pass(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Tensor
         unet = model.denoiser.unet
         given = (
             torch.stack([row.drawing.latents_CHW for row in rows]).to(dtype),
-            torch.tensor([row.drawing.steps[row.drawing.done] for row in rows], device=device),
+            _sent([row.drawing.steps[row.drawing.done] for row in rows], device),
             torch.stack([row.text_SD for row in rows]).to(dtype),
         )
         told = _together([row.told for row in rows])
@@ -326,10 +328,16 @@ def _references(
     complete = all(all(slots_of_row) for slots_of_row in present)
     return References(
         blocks,
-        torch.tensor([[*row, *[anything] * (slots - len(row))] for row in numbers], device=device),
+        _sent([[*row, *[anything] * (slots - len(row))] for row in numbers], device),
         # A mask costs the attention kernel its fast path, so only where rows differ.
-        None if complete else torch.tensor(present, device=device),
+        None if complete else _sent(present, device),
     )
+
+
+def _sent(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers on the device. The host does not wait for a GPU: from pageable memory it would, until that is idle."""
+    made = torch.tensor(values)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def _sample(model: FrameModel, drawing: Drawing, output_CHW: Tensor) -> tuple[Tensor, History]:

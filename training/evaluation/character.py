@@ -113,7 +113,7 @@ def drawn(who: Dressed, tasks: Sequence[Task], steps: int | None = None) -> list
         cache = ReferenceCache()
         while not drawings[0].finished:
             advance(who.model, drawings, cache)
-        pictures += [finish(who.model, drawing) for drawing in drawings]
+        pictures += finish(who.model, drawings)
     return pictures
 
 

@@ -166,7 +166,7 @@ def draw_all(model: FrameModel, tasks: Sequence[Task], dials: Dials | None = Non
         cache = ReferenceCache()
         while not drawings[0].finished:
             advance(model, drawings, cache)
-        pictures += [finish(model, drawing) for drawing in drawings]
+        pictures += finish(model, drawings)
     return pictures
 
 

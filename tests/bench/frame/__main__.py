@@ -89,7 +89,7 @@ def story_rows(model: FrameModel, policy: ReferencePolicy) -> int:
             while not drawing.finished:
                 rows = advance(model, [drawing], cache, prefill_rows=24)
                 computed += 0 if warm else rows.total
-            seen.append(Seen(pixels=finish(model, drawing), description=f"frame {number}"))
+            seen.append(Seen(pixels=finish(model, [drawing])[0], description=f"frame {number}"))
     return computed
 
 

@@ -109,10 +109,11 @@ def serve_ours(system: Ours, requests: Sequence[Request]) -> Served:
         seconds = _timed(lambda batch=batch: system.step([drawings[n] for n in batch]))  # type: ignore[misc]
         now_s += seconds
         scheduler.stepped(batch, seconds)
-        for number in batch:
-            if drawings[number].finished:
-                now_s += _timed(lambda number=number: finish(system.model, drawings[number]))  # type: ignore[misc]
-                served.tell(known[number], now_s)
-                leave(number)
+        ended = [number for number in batch if drawings[number].finished]
+        if ended:
+            now_s += _timed(lambda ended=ended: finish(system.model, [drawings[n] for n in ended]))  # type: ignore[misc]
+        for number in ended:
+            served.tell(known[number], now_s)
+            leave(number)
     served.ended_s = now_s
     return served

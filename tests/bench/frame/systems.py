@@ -162,8 +162,8 @@ class Published:
         drawings = [begin(model, request.sketch) for request in batch]
         while not drawings[0].finished:
             done.rows += published_step(model, drawings)
-        for request, drawing in zip(batch, drawings, strict=True):
-            done.pictures[request.number] = finish(model, drawing)
+        for request, picture in zip(batch, finish(model, drawings), strict=True):
+            done.pictures[request.number] = picture
 
 
 class Split(Published):
@@ -212,8 +212,8 @@ class SplitOurs(Split):
         drawings = [begin(model, request.sketch, tenant=_stranger()) for request in batch]
         while not drawings[0].finished:
             done.rows += advance(model, drawings, cache).total
-        for request, drawing in zip(batch, drawings, strict=True):
-            done.pictures[request.number] = finish(model, drawing)
+        for request, picture in zip(batch, finish(model, drawings), strict=True):
+            done.pictures[request.number] = picture
 
 
 class PeftNames:
@@ -268,9 +268,10 @@ class Ours:
                 request = waiting.pop(0)
                 running.append((request, self.begin(request)))
             done.rows += self.step([drawing for _, drawing in running])
-            for request, drawing in running:
-                if drawing.finished:
-                    done.pictures[request.number] = finish(self.model, drawing)
+            ended = [one for one in running if one[1].finished]
+            pictures = finish(self.model, [drawing for _, drawing in ended])
+            for (request, _), picture in zip(ended, pictures, strict=True):
+                done.pictures[request.number] = picture
             running = [one for one in running if not one[1].finished]
         return done
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,9 +165,9 @@ def test_a_story_through_the_engine_is_its_own_loops(
     expected, pictures = drawn_by_its_loop(own, range(FRAMES))
     found: list[Tensor] = []
 
-    def remember(model: FrameModel, drawing: Drawing) -> Pixels:
-        found.append(drawing.latents_CHW.clone())
-        return finish(model, drawing)
+    def remember(model: FrameModel, drawings: Sequence[Drawing]) -> list[Pixels]:
+        found.extend(drawing.latents_CHW.clone() for drawing in drawings)
+        return finish(model, drawings)
 
     monkeypatch.setattr(engine_module, "finish", remember)
     past: list[bytes] = []

@@ -24,7 +24,7 @@ from services.frame.job import Event, FrameJob, Preview, Progress, Queued, Refer
 from services.frame.scheduler import Scheduler
 from services.frame.sketch import sketch_of
 from services.models.cost import flops_of_a_row
-from services.models.drawing import Drawing
+from services.models.drawing import Drawing, finish
 from services.models.references import ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.step import StepRows, advance, draw
@@ -311,6 +311,54 @@ def test_one_bad_job_fails_alone(tiny_model: FrameModel, monkeypatch: pytest.Mon
         assert isinstance(ends[8], RenderedFrame)
         assert Inbox(engine, job(9)).frame()
         assert engine.is_healthy
+
+
+class Decoding:
+    """Notes the seeds of those whose pictures an engine decodes together; one of `seed` cannot be."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: int | None = None) -> None:
+        self.together: list[list[int]] = []
+        self._fails = fails
+        monkeypatch.setattr(engine_module, "finish", self._finish)
+
+    def _finish(self, model: FrameModel, drawings: Sequence[Drawing]) -> list[Any]:
+        seeds = [drawing.sketch.seed for drawing in drawings]
+        self.together.append(seeds)
+        if self._fails in seeds:
+            raise RuntimeError("no room")
+        return finish(model, drawings)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_pictures_that_end_together_are_decoded_together(
+    tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    decoding = Decoding(monkeypatch)
+    with running(tiny_model, EngineSettings(strict=strict)) as engine:
+        first = Inbox(engine, job(5))
+        gate.wait()
+        both = [Inbox(engine, job(seed)) for seed in (6, 7)]
+        gate.open()
+        assert all(inbox.frame() for inbox in (first, *both))
+    assert decoding.together == ([[5], [6], [7]] if strict else [[5], [6, 7]])
+
+
+def test_a_picture_that_cannot_be_decoded_fails_alone(
+    tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = Decoding(monkeypatch, fails=7)
+    with running(tiny_model) as engine:
+        first = Inbox(engine, job(5))
+        gate.wait()
+        inboxes = {seed: Inbox(engine, job(seed)) for seed in (6, 7, 8)}
+        gate.open()
+        ends = {seed: inbox.last() for seed, inbox in inboxes.items()}
+        assert isinstance(ends[7], RenderFailed)
+        assert isinstance(ends[6], RenderedFrame)
+        assert isinstance(ends[8], RenderedFrame)
+        assert first.frame()
+        assert engine.is_healthy
+    assert decoding.together == [[5], [6, 7, 8], [6], [7], [8]]
 
 
 def test_numbers_that_are_not_finite_are_an_error_and_no_black_frame(

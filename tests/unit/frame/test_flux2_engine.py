@@ -248,6 +248,6 @@ def test_characters_change_its_transformer(models: dict[str, FrameModel], kind: 
     drawing = begin(own, replace(plain.sketch, seed=1))
     while not drawing.finished:
         advance(own, [drawing])
-    assert np.abs(wearing - finish(own, drawing).astype(np.int16)).max() <= 1
+    assert np.abs(wearing - finish(own, [drawing])[0].astype(np.int16)).max() <= 1
     assert np.abs(wearing - pixels_of(plain)).max() > 1
     assert np.abs(beside - pixels_of(plain)).max() <= 1

@@ -24,12 +24,13 @@ from services.models.denoiser import (
     reference_level,
     reference_levels,
 )
-from services.models.drawing import Randomness, Seen, Sketch, begin, finish, preview, rows_of_a_frame
+from services.models.drawing import Randomness, Seen, Sketch, are_sound, begin, finish, preview, rows_of_a_frame
 from services.models.registry import FrameModel
 from services.models.samplers import SAMPLERS
 from services.models.schedule import Schedule, ScheduleConfig
 from services.models.step import advance, draw
 from services.models.storygen import References
+from services.models.vae import Codec
 
 SIZE_PX = 32  # 4×4 latents
 LATENT = (4, SIZE_PX // 8, SIZE_PX // 8)
@@ -270,7 +271,7 @@ def test_a_frame_does_not_depend_on_its_neighbours(tiny_model: FrameModel, count
         advance(tiny_model, [alone])
         advance(tiny_model, [others[1], together, *others[2:]])
     torch.testing.assert_close(together.latents_CHW, alone.latents_CHW, atol=1e-4, rtol=1e-4)
-    levels = np.abs(finish(tiny_model, together).astype(int) - finish(tiny_model, alone).astype(int))
+    levels = np.abs(finish(tiny_model, [together])[0].astype(int) - finish(tiny_model, [alone])[0].astype(int))
     assert levels.max() <= 1
 
 
@@ -332,13 +333,33 @@ def test_preview_is_small_and_of_the_frame(tiny_model: FrameModel) -> None:
     assert preview(tiny_model, drawing, max_px=32).shape == (16, 32, 3)
 
 
+def test_drawings_of_unlike_sizes_are_decoded_as_alone(tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawings = [begin(tiny_model, sketch(0, seed=s, width_px=w)) for s, w in ((1, 32), (2, 32), (3, 64), (4, 32))]
+    alone = [finish(tiny_model, [one])[0] for one in drawings]
+    sizes: list[tuple[int, ...]] = []
+    decode = Codec.decode
+
+    def counted(codec: Codec, latents: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(latents.shape))
+        return decode(codec, latents)
+
+    monkeypatch.setattr(Codec, "decode", counted)
+    for one, other in zip(finish(tiny_model, drawings), alone, strict=True):
+        assert one.shape == other.shape
+        assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
+    assert [(count, width) for count, _, _, width in sizes] == [(2, 4), (1, 8), (1, 4)]
+    sizes.clear()
+    monkeypatch.setattr("services.models.drawing._DECODED_PX", 2 * 32 * 32)
+    finish(tiny_model, [drawings[0]] * 5)
+    assert [count for count, *_ in sizes] == [2, 2, 1], "no more at once than there is room for"
+
+
 def test_a_drawing_with_broken_numbers_says_so_and_does_not_hurt_its_neighbour(tiny_model: FrameModel) -> None:
     sick, well, alone = (begin(tiny_model, sketch(1, seed=s)) for s in (1, 2, 2))
     sick.latents_CHW = torch.full(LATENT, float("nan"))
     advance(tiny_model, [sick, well])
     advance(tiny_model, [alone])
-    assert not sick.is_sound
-    assert well.is_sound
+    assert are_sound([sick, well]) == [False, True]
     torch.testing.assert_close(well.latents_CHW, alone.latents_CHW, atol=1e-5, rtol=1e-5)
 
 
@@ -461,7 +482,7 @@ def test_deep_states_are_used_again_in_the_steps_between(tiny_model: FrameModel)
         counts.append((taken.main, taken.shallow))
     assert counts == [(3, 0), (3, 3), (3, 0), (3, 3), (3, 0)]
     whole = draw(tiny_model, replace(job, deep_every=1)).astype(int)
-    assert not np.array_equal(finish(tiny_model, drawing), whole)
+    assert not np.array_equal(finish(tiny_model, [drawing])[0], whole)
 
 
 def test_every_drawing_counts_its_own_steps(tiny_model: FrameModel) -> None:
@@ -476,7 +497,7 @@ def test_every_drawing_counts_its_own_steps(tiny_model: FrameModel) -> None:
         mixed += 0 < taken.shallow < taken.main
     assert mixed >= 3
     for one in drawings:
-        difference = finish(tiny_model, one).astype(int) - draw(tiny_model, one.sketch)
+        difference = finish(tiny_model, [one])[0].astype(int) - draw(tiny_model, one.sketch)
         assert np.abs(difference).max() <= 1
 
 

@@ -301,7 +301,7 @@ def test_pictures_are_those_of_the_pipeline(pairs: dict[str, Pair], kind: str) -
     pipe, model = pairs[kind]
     job = sketch(2, text_guidance=1.0)
     expected = theirs(pipe, job, "np")[0]
-    ours = finish(model, drawn(model, job)[0])
+    ours = finish(model, [drawn(model, job)[0]])[0]
     assert np.abs(ours / 255.0 - expected).max() <= 0.5 / 255 + 1e-4
 
 
@@ -365,7 +365,7 @@ def test_the_second_kind_reads_references_once(pairs: dict[str, Pair], monkeypat
 
 def test_the_same_seed_gives_the_same_picture(pairs: dict[str, Pair]) -> None:
     _, model = pairs[KLEIN]
-    one, two, other = (finish(model, drawn(model, sketch(1, seed=seed))[0]) for seed in (1, 1, 2))
+    one, two, other = (finish(model, [drawn(model, sketch(1, seed=seed))[0]])[0] for seed in (1, 1, 2))
     assert np.array_equal(one, two)
     assert not np.array_equal(one, other)
 

@@ -182,7 +182,7 @@ def story(model: FrameModel, policy: ReferencePolicy, cache: ReferenceCache, ste
         job = replace(base, seed=100 + number, steps=steps, references=tuple(seen[-3:]), policy=policy)
         drawing = drawn(model, job, cache, prefill_rows=24)
         latents.append(drawing.latents_CHW)
-        seen.append(Seen(pixels=finish(model, drawing), description=f"frame {number}"))
+        seen.append(Seen(pixels=finish(model, [drawing])[0], description=f"frame {number}"))
     return latents
 
 

@@ -247,7 +247,7 @@ def test_golden_numbers(pairs: dict[str, Pair], kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_picture_is_diffusers_own(pairs: dict[str, Pair], kind: str) -> None:
     pipe, model = scheduled(pairs[kind], "ddim")
-    pixels = finish(model, drawn(model, sketch(steps=4)))
+    pixels = finish(model, [drawn(model, sketch(steps=4))])[0]
     theirs = their_latents(pipe, sketch(steps=4), output_type="np")
     assert np.abs(pixels / 255.0 - theirs).max() <= 0.5 / 255 + 1e-4
 
