@@ -20,6 +20,7 @@ character.py     how such weights are named
 schedule.py      noise levels; what is trained and what is sampled
 samplers.py      DDIM, DPM-Solver++ 2M
 vae.py           pixels ↔ latents
+transfer.py      small tensors on their way to a device
 text_encoder.py  descriptions → vectors
 tokenizer.py     one byte-level BPE for all networks of a pack
 

@@ -60,6 +60,7 @@ from services.models.lora_formats import (
     short,
     some,
 )
+from services.models.transfer import sent
 
 BASE_DIGEST = "fabula.base_digest"  # key of a file's metadata: which UNet it was trained on
 FORM = "fabula.form"  # key of a file's metadata: in whose layout we wrote it
@@ -453,8 +454,8 @@ class AdapterSlots:
         device = next(iter(self._layers.values())).weight.device
         return _Rows(
             len(outfits),
-            torch.tensor([[one.slot for one in outfit] for outfit in whole], device=device),
-            torch.tensor([[one.scale for one in outfit] for outfit in whole], device=device),
+            sent([[one.slot for one in outfit] for outfit in whole], device),
+            sent([[one.scale for one in outfit] for outfit in whole], device),
             self._runs([tuple(outfit) for outfit in outfits]),
         )
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from services.models.denoiser import REFERENCE_LEVEL_DIVISOR, reference_level
 from services.models.lora import Outfit
 from services.models.storygen import KeyValue, Told
+from services.models.transfer import sent
 
 SIZES_KEPT = 2  # picture sizes whose pages are kept at the same time
 
@@ -143,7 +144,7 @@ class Pages:
                 self._slots[key] = self._page(staying)
                 if key.is_blank:
                     self._blanks[key] = None
-        places = torch.tensor([self._slots[key] for key in keys], device=next(iter(projected.values())).key.device)
+        places = sent([self._slots[key] for key in keys], next(iter(projected.values())).key.device)
         for name, seen in projected.items():
             for page, part in zip(self.blocks[name], seen, strict=True):
                 page[places] = part

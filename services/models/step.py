@@ -26,6 +26,7 @@ from services.models.references import Pages, ReferenceCache, ReferenceKey, Refe
 from services.models.registry import FrameModel
 from services.models.samplers import History
 from services.models.storygen import KeyValue, References, Told
+from services.models.transfer import sent
 
 
 class StepRows(NamedTuple):
@@ -228,7 +229,7 @@ def _look(
         projected = unet.project(
             unet.features(
                 noisy.to(model.dtype),
-                _sent(levels, model.device),
+                sent(levels, model.device),
                 torch.stack([seen.text_SD for seen in taken]).to(model.dtype),
                 **_together([seen.told for seen in taken]),
             )
@@ -276,7 +277,7 @@ def _pass(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Tensor
         unet = model.denoiser.unet
         given = (
             torch.stack([row.drawing.latents_CHW for row in rows]).to(dtype),
-            _sent([row.drawing.steps[row.drawing.done] for row in rows], device),
+            sent([row.drawing.steps[row.drawing.done] for row in rows], device),
             torch.stack([row.text_SD for row in rows]).to(dtype),
         )
         told = _together([row.told for row in rows])
@@ -328,16 +329,10 @@ def _references(
     complete = all(all(slots_of_row) for slots_of_row in present)
     return References(
         blocks,
-        _sent([[*row, *[anything] * (slots - len(row))] for row in numbers], device),
+        sent([[*row, *[anything] * (slots - len(row))] for row in numbers], device),
         # A mask costs the attention kernel its fast path, so only where rows differ.
-        None if complete else _sent(present, device),
+        None if complete else sent(present, device),
     )
-
-
-def _sent(values: Sequence[Any], device: torch.device) -> Tensor:
-    """Numbers on the device. The host does not wait for a GPU: from pageable memory it would, until that is idle."""
-    made = torch.tensor(values)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def _sample(model: FrameModel, drawing: Drawing, output_CHW: Tensor) -> tuple[Tensor, History]:
