@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from services.models.denoiser import REFERENCE_LEVEL_DIVISOR, reference_level
