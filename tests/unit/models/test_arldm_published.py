@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from services import packs
+from services.models.arldm import published as arldm_published
 from services.models.arldm.checkpoint import convert, load_arldm
 from services.models.arldm.model import GUIDANCE, LATENTS, SCHEDULE
-from services.models.arldm.model import published as arldm_published
 from services.models.arldm.published import STEPS, is_arldm, plan_arldm
 from services.models.arldm.sampling import Story, draw_stories
 from services.models.drawing import Randomness, Sketch, begin
