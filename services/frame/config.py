@@ -61,6 +61,8 @@ class FrameSettings(Settings):
     prefill_rows: int = Field(default=PREFILL_ROWS, ge=0, le=4096)  # rows of such a pass that takes later steps' along
     # The same picture bit for bit, whoever is drawn at the same time: every frame steps in forwards of its own.
     strict: bool = False
+    # Decode pictures that are done while others step. "auto" does on a GPU; on a CPU both want the same cores.
+    decode_beside: Literal["auto", "on", "off"] = "auto"
     stall_s: float = Field(default=STALL_S, gt=0.0)  # a single step that takes longer means the engine hangs
     # Refuse packs whose weights and work on one frame do not fit the free memory, before they are read.
     check_memory: bool = True

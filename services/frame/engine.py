@@ -1,7 +1,8 @@
 """The frame engine: draws many jobs at once, one denoising step at a time.
 
 One thread owns the networks. Before each step it lets waiting jobs join, drops those that were cancelled or are too
-late, asks the scheduler who steps, and steps them in one forward. A job that fails fails alone.
+late, asks the scheduler who steps, and steps them in one forward. A job that fails fails alone. On a GPU a second
+thread decodes the pictures that are done.
 
     async for event in engine.render(job):      # Queued, Progress, Preview …, and at last RenderedFrame
         ...
@@ -37,6 +38,7 @@ from services.frame.config import (
     REFERENCES_BYTES,
     STALL_S,
 )
+from services.frame.decoding import Decoding
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.picture import png, webp
 from services.frame.scheduler import Job, Refusal, Scheduler, SchedulerSettings
@@ -80,7 +82,7 @@ Fetch = Callable[[str], bytes]
 """The file of a character's weights, by its SHA-256. Slow; raises FabulaError."""
 
 Deliver = Callable[[Event | FabulaError], None]
-"""Where a job's events go, the last of them a RenderedFrame or an error. Called in the engine's thread, but for the
+"""Where a job's events go, the last of them a RenderedFrame or an error. Called in the engine's threads, but for the
 first one, Queued, which comes from the thread that submits. Must not block."""
 
 
@@ -103,6 +105,8 @@ class EngineSettings:
     prefill_rows: int = PREFILL_ROWS  # rows of a reference pass that takes later steps' along; 0: a step's own only
     # Every job steps in forwards of its own, so that its picture is bit for bit the same whoever is drawn beside it.
     strict: bool = False
+    # Pictures are decoded in a thread of their own while others step: for devices that work without the host.
+    decode_beside: bool = False
     stall_s: float = STALL_S  # a step that takes longer means the thread hangs
 
     def __post_init__(self) -> None:
@@ -129,7 +133,7 @@ class EngineSettings:
 
 
 class Observer(Protocol):
-    """Who is told what the engine does, in its thread."""
+    """Who is told what the engine does, in its threads."""
 
     def step_done(self, *, jobs: int, rows: StepRows, seconds: float, flops: float) -> None:
         """A denoising step of `jobs` jobs took so long and about so many operations (0: nobody counted a row's)."""
@@ -173,7 +177,8 @@ class Ticket:
     adapters: tuple[Adapter, ...]  # of the sketch's characters, in their order
     given: int | None = None  # which reference is somebody's own picture, the first of them
     cancelled: bool = False
-    # From here on the engine's thread only.
+    # From here on the engine's thread only, and once it is being decoded the thread that does it.
+    decoded: bool = False  # or about to be: it is nobody's to drop any more
     drawing: Drawing | None = None
     started_s: float = 0.0
     warnings: tuple[Unfamiliar, ...] = ()
@@ -230,6 +235,10 @@ class FrameEngine:
         self._told_adapters = (0, 0, 0)
         self._row_flops: dict[str, float] = {}  # by pack, once warmed up
         self._busy_since_s: float | None = None  # start of the unit of work in hand; None while idle
+        self._decoding: Decoding | None = None
+        if self.settings.decode_beside:
+            device = models[default_pack].device
+            self._decoding = Decoding(device, done=self._wake, clock=clock)
         self._thread = threading.Thread(target=self._run, name="frame-engine", daemon=True)
 
     def _rank_max(self, model: FrameModel) -> int:
@@ -237,7 +246,9 @@ class FrameEngine:
         return max(self.settings.adapter_rank_max, *(own.rank for own in model.adapters.values()), 1)
 
     def start(self) -> None:
-        """Start the engine's thread."""
+        """Start the engine's threads."""
+        if self._decoding is not None:
+            self._decoding.start()
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -256,9 +267,9 @@ class FrameEngine:
 
     @property
     def is_healthy(self) -> bool:
-        """The thread lives and its current unit of work is not overdue."""
-        busy_since = self._busy_since_s
-        overdue = busy_since is not None and self._clock() - busy_since > self.settings.stall_s
+        """The thread lives and no unit of work in hand is overdue."""
+        since = (self._busy_since_s, self._decoding.busy_since_s if self._decoding else None)
+        overdue = any(one is not None and self._clock() - one > self.settings.stall_s for one in since)
         return self._thread.is_alive() and not overdue
 
     @property
@@ -464,6 +475,8 @@ class FrameEngine:
         try:
             while self._wait_for_work():
                 self._busy_since_s = self._clock()
+                if self._decoding is not None:
+                    self._decoding.collect()
                 self._drop_unwanted()
                 self._admit()
                 self._drop_lost()
@@ -476,6 +489,8 @@ class FrameEngine:
             log.exception("engine_thread_died")  # health turns bad, and the process is replaced
             raise
         finally:
+            if self._decoding is not None:
+                self._decoding.close()
             with self._changed:
                 self._dead = True  # whoever submits from now on is told, although the thread still lives a moment
                 left = list(self._tickets.values())
@@ -487,9 +502,19 @@ class FrameEngine:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not self._stopping and not self._tickets and not self._unwanted:
+            while not self._stopping and not self._has_work:
                 self._changed.wait()
             return not self._stopping
+
+    @property
+    def _has_work(self) -> bool:
+        """For the engine's thread: those whose pictures are decoded beside it are none."""
+        jobs = self._scheduler.waiting_count + self._scheduler.running_count
+        return jobs > 0 or bool(self._unwanted) or (self._decoding is not None and self._decoding.broke)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
 
     def _admit(self) -> None:
         """Let waiting jobs in while there is room. One that cannot be begun fails, and the next gets its chance."""
@@ -547,7 +572,9 @@ class FrameEngine:
     def _drop_unwanted(self) -> None:
         """Clear the slots of adapters that are to leave and that no job here, drawn or waiting, asks for."""
         with self._changed:
-            asked = {adapter.digest for ticket in self._tickets.values() for adapter in ticket.adapters}
+            asked = {
+                adapter.digest for ticket in self._tickets.values() if not ticket.decoded for adapter in ticket.adapters
+            }
             leaving = self._unwanted - asked
             self._unwanted &= asked
         for digest in leaving:
@@ -599,7 +626,7 @@ class FrameEngine:
 
     def _drop_lost(self) -> None:
         with self._changed:
-            everybody = list(self._tickets.values())
+            everybody = [ticket for ticket in self._tickets.values() if not ticket.decoded]
         for ticket in everybody:
             if (reason := self._lost(ticket)) is not None:
                 self._end(ticket, reason)
@@ -640,7 +667,13 @@ class FrameEngine:
             if _drawing(ticket).finished:
                 whole.append(ticket)
         for together in [[ticket] for ticket in whole] if self.settings.strict else [whole]:
-            self._finish(together)
+            if self._decoding is None or not together:
+                self._finish(together)
+                continue
+            for ticket in together:
+                ticket.decoded = True
+                self._release(ticket)
+            self._decoding.hand_over(functools.partial(self._finish, together))
 
     def _advance(self, batch: Sequence[Ticket]) -> tuple[list[Ticket], StepRows]:
         """Those of `batch` that took their step, and what that took; nothing when it did not go as it should.
@@ -727,14 +760,10 @@ class FrameEngine:
 
     def _end(self, ticket: Ticket, last: RenderedFrame | FabulaError) -> None:
         """The ticket's last word."""
+        self._release(ticket)
         with self._changed:
-            self._scheduler.remove(ticket.job.number)
             self._tickets.pop(ticket.job.number, None)
-        if ticket.drawing is not None and ticket.cache is not None:
-            forget(ticket.drawing, ticket.cache)
-        ticket.drawing = ticket.cache = None
-        self._tables[ticket.model.manifest.name].take_off(ticket.worn)
-        ticket.worn = ()
+        ticket.drawing = None
         now_s = self._clock()
         started_s = ticket.started_s or now_s
         self._observer.job_done(
@@ -743,6 +772,17 @@ class FrameEngine:
             render_s=now_s - started_s,
         )
         ticket.deliver(last)
+
+    def _release(self, ticket: Ticket) -> None:
+        """Its place, its slots and what its references left are others' from now on. A second time changes nothing."""
+        with self._changed:
+            self._scheduler.remove(ticket.job.number)
+        if ticket.drawing is not None and ticket.cache is not None:
+            forget(ticket.drawing, ticket.cache)
+        ticket.cache = None
+        if ticket.worn:
+            self._tables[ticket.model.manifest.name].take_off(ticket.worn)
+            ticket.worn = ()
 
 
 @functools.cache

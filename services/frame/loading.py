@@ -7,6 +7,7 @@ import asyncio
 import structlog
 import torch
 
+from services.frame.acceleration import accelerations
 from services.frame.config import FrameSettings
 from services.frame.engine import EngineSettings, Fetch, FrameEngine, Observer
 from services.frame.remote import RemoteFrames
@@ -40,6 +41,7 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
         "bfloat16": torch.bfloat16,
         "auto": torch.bfloat16 if device == "cuda" else torch.float32,
     }[settings.dtype]
+    decode_beside = {"on": True, "off": False, "auto": device == "cuda"}[settings.decode_beside]
     torch.set_num_threads(settings.thread_count)
     if device == "cpu":
         keep_freed_memory()
@@ -74,12 +76,15 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
             references_bytes=settings.references_bytes,
             prefill_rows=settings.prefill_rows,
             strict=settings.strict,
+            decode_beside=decode_beside,
             stall_s=settings.stall_s,
         ),
         observer=observer,
         worlds={pack.name: World.load(pack.folder) for pack in packs},
         fetch=fetcher(ObjectStore.open(settings.characters_url, installation.home / "characters")),
     )
+    for each in accelerations(torch.device(device), dtype, decode_beside=decode_beside):
+        log.info("acceleration", name=each.name, on=each.on, why=each.why)
     engine.start()
     if settings.warm_up:
         engine.warm_up()

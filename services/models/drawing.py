@@ -34,6 +34,7 @@ from services.models.registry import FrameModel
 from services.models.samplers import History, Sampler, samplers_of, starting_amplitude
 from services.models.storygen import KeyValue, StoryGenUNet, Told
 from services.models.text_encoder import NO_WORDS, TextChange, Words
+from services.models.transfer import moved
 
 Pixels = npt.NDArray[np.uint8]
 """`[H, W, 3]`, RGB."""
@@ -227,21 +228,21 @@ def begin(
     blank = torch.zeros(shape, device=device)
     if count:
         if not model.sees_pictures:
-            blank = codec.encode_blank(sketch.height_px, sketch.width_px, around.normal(1, *shape).to(device))[0]
+            blank = codec.encode_blank(sketch.height_px, sketch.width_px, moved(around.normal(1, *shape), device))[0]
         pixels = np.stack([seen.pixels for seen in looked_at])
-        values = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255.0
-        noise = around.normal(1, *shape).expand(count, *shape) if sketch.policy.shared_noise else None
-        seen = codec.encode_references(values, (random.normal(count, *shape) if noise is None else noise).to(device))
+        values = moved(torch.from_numpy(pixels), device).permute(0, 3, 1, 2).float() / 255.0
+        noise = around.normal(1, *shape) if sketch.policy.shared_noise else random.normal(count, *shape)
+        seen = codec.encode_references(values, moved(noise, device).expand(count, *shape))
     else:
         seen = torch.zeros((0, *shape), device=device)
     schedule = model.denoiser.schedule.at(shape[1] * shape[2])
     steps = schedule.sampling_steps(sketch.steps)[-sketch.steps_taken :]
     if sketch.edit is None:
-        latents = starting_amplitude(sampler_of(model, sketch), schedule, steps[0]) * latents.to(device)
+        latents = starting_amplitude(sampler_of(model, sketch), schedule, steps[0]) * moved(latents, device)
     else:
-        values = torch.tensor(sketch.edit.pixels, device=device).permute(2, 0, 1)[None].float() / 255.0
-        given = codec.encode(values, random.normal(1, *shape).to(device))[0]
-        latents = schedule.add_noise(given, latents.to(device), torch.tensor(steps[0]))
+        values = moved(torch.tensor(sketch.edit.pixels), device).permute(2, 0, 1)[None].float() / 255.0
+        given = codec.encode(values, moved(random.normal(1, *shape), device))[0]
+        latents = schedule.add_noise(given, moved(latents, device), torch.tensor(steps[0]))
     return Drawing(
         sketch=sketch,
         guided=guidance(sketch.image_guidance, sketch.text_guidance, has_references=count > 0),
@@ -252,7 +253,7 @@ def begin(
         reference_latents_NCHW=seen,
         reference_text_NSD=texts[2:],
         blank_CHW=blank,
-        reference_noise_CHW=reference_noise.to(device),
+        reference_noise_CHW=moved(reference_noise, device),
         pictures=()
         if model.sees_pictures
         else tuple(hashlib.sha256(seen.pixels.tobytes()).hexdigest() for seen in looked_at),

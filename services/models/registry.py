@@ -134,6 +134,10 @@ def load_frame_model(pack: Pack, *, device: str = "cpu", dtype: torch.dtype = to
         known = ", ".join(sorted(ARCHITECTURES))
         raise PackManifestInvalid(f"architecture {pack.manifest.architecture!r} is unknown; known: {known}")
     model = loader(pack, torch.device(device), dtype)
+    if model.device.type == "cuda":  # whose convolutions want their channels together; processors gain nothing by it
+        networks: tuple[Any, ...] = (model.denoiser.unet, model.codec.vae)
+        for network in networks:
+            network.to(memory_format=torch.channels_last)
     return replace(model, glimpse=_glimpse(pack, model.codec, torch.device(device)))
 
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from services.frame import engine as engine_module
+from services.frame.acceleration import accelerations
 from services.frame.engine import EngineSettings, FrameEngine, Ticket
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.scheduler import Scheduler
@@ -77,6 +78,12 @@ class Inbox:
             event = self.next()
             if isinstance(event, RenderedFrame | FabulaError):
                 return event
+
+    @property
+    def frame_seen(self) -> RenderedFrame:
+        """What `frame` returned."""
+        assert isinstance(self.seen[-1], RenderedFrame)
+        return self.seen[-1]
 
     def frame(self) -> RenderedFrame:
         last = self.last()
@@ -329,12 +336,16 @@ class Decoding:
         return finish(model, drawings)
 
 
+both_ways = pytest.mark.parametrize("beside", [False, True], ids=["between-steps", "beside-steps"])
+
+
+@both_ways
 @pytest.mark.parametrize("strict", [False, True])
 def test_pictures_that_end_together_are_decoded_together(
-    tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch, strict: bool
+    tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch, strict: bool, beside: bool
 ) -> None:
     decoding = Decoding(monkeypatch)
-    with running(tiny_model, EngineSettings(strict=strict)) as engine:
+    with running(tiny_model, EngineSettings(strict=strict, decode_beside=beside)) as engine:
         first = Inbox(engine, job(5))
         gate.wait()
         both = [Inbox(engine, job(seed)) for seed in (6, 7)]
@@ -343,11 +354,12 @@ def test_pictures_that_end_together_are_decoded_together(
     assert decoding.together == ([[5], [6], [7]] if strict else [[5], [6, 7]])
 
 
+@both_ways
 def test_a_picture_that_cannot_be_decoded_fails_alone(
-    tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch, beside: bool
 ) -> None:
     decoding = Decoding(monkeypatch, fails=7)
-    with running(tiny_model) as engine:
+    with running(tiny_model, EngineSettings(decode_beside=beside)) as engine:
         first = Inbox(engine, job(5))
         gate.wait()
         inboxes = {seed: Inbox(engine, job(seed)) for seed in (6, 7, 8)}
@@ -359,6 +371,88 @@ def test_a_picture_that_cannot_be_decoded_fails_alone(
         assert first.frame()
         assert engine.is_healthy
     assert decoding.together == [[5], [6, 7, 8], [6], [7], [8]]
+
+
+class SlowDecoding:
+    """Stands before every decoding of an engine, and lets it through when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, raises: BaseException | None = None) -> None:
+        self.arrived = threading.Event()
+        self.may_go_on = threading.Event()
+        self._raises = raises
+        monkeypatch.setattr(engine_module, "finish", self._finish)
+
+    def _finish(self, model: FrameModel, drawings: Sequence[Drawing]) -> list[Any]:
+        self.arrived.set()
+        assert self.may_go_on.wait(WAIT_S)
+        if self._raises is not None:
+            raise self._raises
+        return finish(model, drawings)
+
+
+def test_others_step_while_a_picture_is_decoded_beside_them(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    decoding = SlowDecoding(monkeypatch)
+    with running(
+        tiny_model, EngineSettings(max_running=1, decode_beside=True, stall_s=60.0), clock=lambda: now[0]
+    ) as engine:
+        first = Inbox(engine, job(1))
+        assert decoding.arrived.wait(WAIT_S)
+        first.ticket.cancel()  # too late: the picture is made already
+        second = Inbox(engine, job(2))  # whose place is free
+        while not (isinstance(event := second.next(), Progress) and event.step == event.step_count):
+            assert not isinstance(event, FabulaError)
+        assert engine.is_healthy
+        now[0] = 161.0
+        assert not engine.is_healthy, "a decoding that hangs is a unit of work that hangs"
+        assert [ticket.sketch.seed for ticket in engine.tickets] == [1, 2]
+        decoding.may_go_on.set()
+        assert first.frame()
+        assert second.frame()
+    with running(tiny_model, EngineSettings()) as engine:
+        assert Inbox(engine, job(1)).frame().image == first.frame_seen.image
+
+
+def test_stopping_waits_for_pictures_that_are_being_decoded(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = SlowDecoding(monkeypatch)
+    with running(tiny_model, EngineSettings(max_running=1, decode_beside=True)) as engine:
+        ready = Inbox(engine, job(1))
+        assert decoding.arrived.wait(WAIT_S)
+        drawn = Inbox(engine, job(2, steps=200))
+        stopper = threading.Thread(target=engine.stop)
+        stopper.start()
+        decoding.may_go_on.set()
+        assert isinstance(drawn.last(), ShuttingDown)
+        stopper.join(WAIT_S)
+        assert ready.frame()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_device_that_breaks_while_it_decodes_takes_the_engine_with_it(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = SlowDecoding(monkeypatch, raises=torch.AcceleratorError("the context is gone"))
+    with running(tiny_model, EngineSettings(max_running=1, decode_beside=True)) as engine:
+        first = Inbox(engine, job(1))
+        assert decoding.arrived.wait(WAIT_S)
+        second = Inbox(engine, job(2, steps=200))
+        decoding.may_go_on.set()
+        assert isinstance(first.last(), ReplicaLost)
+        assert isinstance(second.last(), ReplicaLost | EngineDead)
+        engine._thread.join(WAIT_S)
+        assert not engine.is_healthy
+
+
+def test_what_makes_drawing_faster_is_told_with_the_reason() -> None:
+    here = {one.name: one for one in accelerations(torch.device("cpu"), torch.float32, decode_beside=False)}
+    gpu = {one.name: one for one in accelerations(torch.device("cuda"), torch.bfloat16, decode_beside=True)}
+    assert {name for name, one in here.items() if one.on} == {"merged_characters"}
+    assert {name for name, one in gpu.items() if one.on} == set(gpu) - {"merged_characters"}
+    assert all(here[name].why != gpu[name].why for name in here)
 
 
 def test_numbers_that_are_not_finite_are_an_error_and_no_black_frame(
