@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import unicodedata
 from datetime import datetime
@@ -16,7 +17,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-people = Console(highlight=False)  # answers
+_PIPED_COLUMNS = 1000  # so many that nothing is cut short for whoever reads a file or a pipe
+
+
+def answers() -> Console:
+    """As wide as the terminal or as `COLUMNS` says; what is no terminal has no edge."""
+    edge = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console(highlight=False, width=None if edge else _PIPED_COLUMNS)
+
+
+people = answers()
 aside = Console(stderr=True, highlight=False)  # progress and errors
 
 
