@@ -255,7 +255,7 @@ class CaptionEngine:
             check_caption(caption, f"captions[{number}]")
         check_learned(job.learned)
         names = tuple(one.name for one in job.learned)
-        cast, people = Cast((*self.model.cast.names, *names)), (*job.captions, *names)
+        cast = Cast((*self.model.cast.names, *thread.people(names, job.captions, self.model.world)))
         budget = self._budget(job.sampling.max_tokens, STORY)
         prompt = self.model.wording.story_prompt(job.captions, budget)
 
@@ -268,11 +268,11 @@ class CaptionEngine:
         if self._guards.thread:
             rules["thread"] = lambda text: thread.faults(text, job.captions, cast)
         if self._guards.invention:
-            rules["invention"] = lambda text: invention.faults(text, people, self.model.world)
+            rules["invention"] = lambda text: invention.faults(text, job.captions, self.model.world, names)
 
         def repair(text: str) -> str:
             if self._guards.invention:
-                text = invention.repaired(text, people, self.model.world)
+                text = invention.repaired(text, job.captions, self.model.world, names)
             lost = thread.loses_thread(text, job.captions, cast)
             return thread.with_hero(text, job.captions, cast) if lost and self._guards.thread else text
 

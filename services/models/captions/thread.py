@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from services.models.captions.cast import Cast
+from services.models.world import World
 
 UNNAMED_MAX = 2  # captions in a row that may go without the hero's name
 
@@ -28,6 +29,14 @@ def hero_of(captions: Sequence[str], cast: Cast) -> str | None:
         return known
     found = _INNER_NAME.search(captions[0])
     return found[0] if found else None
+
+
+def people(names: Sequence[str], captions: Sequence[str], world: World) -> tuple[str, ...]:
+    """Those of `names` that the first caption does not merely say as a word: "Sunny days came" is not about Sunny."""
+    if not captions or not world.words:
+        return tuple(names)
+    meant = world.names_in(captions[0])
+    return tuple(name for name in names if not _names(captions[0], name) or any(_names(name, part) for part in meant))
 
 
 def loses_thread(text: str, earlier: Sequence[str], cast: Cast) -> bool:
@@ -59,7 +68,7 @@ def with_hero(text: str, earlier: Sequence[str], cast: Cast) -> str:
     everybody = cast.mentioned("\n".join((*earlier, text)))
     if hero is None or everybody - {hero}:
         return text
-    return _SUBJECT.sub(hero, text, count=1)
+    return _SUBJECT.sub(lambda _: hero, text, count=1)
 
 
 def _names(text: str, name: str) -> bool:

@@ -566,6 +566,12 @@ async def test_somebody_learned_belongs_to_the_story_and_may_be_its_hero() -> No
     job = replace(WAVING, captions=("Mina waved.",), learned=learned)
     for texts, told in ((["Rosa came."], "Rosa came."), (["Naiprux came."] * 5, "Rosa came.")):
         assert (await CaptionEngine(model, SeededDriver(texts, seed=5)).write_caption(job)).text == told
+    # A word that the pack knows is a name when it was learned as one, and then nobody else's.
+    both = replace(job, learned=(Learned(name="Wave"), *learned))
+    for text in ("Mina came to Wave.", "Wave came to Mina."):
+        driver = SeededDriver([text] * 5, seed=5)
+        assert (await CaptionEngine(model, driver).write_caption(both)).text == text
+        assert len(driver.asks) == 1, "nothing was wrong with it"
     # Named first, at a sentence's beginning: not the cast's Mina, who is named later, is whom the story is about.
     lost = replace(WAVING, captions=("Rosa waved to Mina.", "Mina waved.", "Mina came."), learned=learned)
     driver = SeededDriver(["Mina came to Mina.", "Mina waved.", "Rosa came.", "Mina came.", "Mina."], seed=5)

@@ -59,6 +59,24 @@ def test_nobody_is_named_twice_and_nobody_is_dragged_in() -> None:
     assert repaired("Naiprux came early.", ("Pip waved in the park.",), WORLD) == "Naiprux came early."
 
 
+@pytest.mark.parametrize(
+    ("learned", "text", "told"),
+    [
+        (("Kite",), "Pip held Kite.", "Pip held Kite."),  # somebody's name, although the pack knows kites
+        (("Kite", "Rosa"), "Kite came early.", "Kite came early."),
+        (("Rosa Lee",), "Naiprux waved to Zumbel.", "Rosa Lee waved to Zumbel."),  # one person, not two
+        (("Rosa Lee",), "Rosa came early.", "Rosa came early."),  # short for her
+        (("Anna-Lena",), "Naiprux came early.", "Anna-Lena came early."),
+        (("Kiri", "Rosa"), "Naiprux came early.", "Rosa came early."),  # whom the story named comes first
+        (("Ro\\1",), "Naiprux came early.", "Ro\\1 came early."),
+    ],
+)
+def test_a_learned_name_is_one_person_whatever_its_words_mean(learned: tuple[str, ...], text: str, told: str) -> None:
+    story = STORY if "Rosa" in learned else ("Pip waved in the park.",)
+    assert repaired(text, story, WORLD, learned) == told
+    assert not faults(told.replace("Zumbel", "Pip"), story, WORLD, learned)
+
+
 def test_a_pack_that_does_not_say_what_it_knows_may_name_whom_it_likes() -> None:
     assert faults("Naiprux came early.", STORY, World()) == 0
     assert repaired("Naiprux came early.", STORY, World()) == "Naiprux came early."

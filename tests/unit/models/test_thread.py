@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from services.models.captions.cast import Cast
-from services.models.captions.thread import UNNAMED_MAX, doubles_somebody, faults, hero_of, loses_thread, with_hero
+from services.models.captions.thread import (
+    UNNAMED_MAX,
+    doubles_somebody,
+    faults,
+    hero_of,
+    loses_thread,
+    people,
+    with_hero,
+)
+from services.models.world import World
 
 CAST = Cast(("Mina", "Pip"))
 
@@ -58,3 +67,23 @@ def test_she_is_the_hero_where_she_can_be_nobody_else() -> None:
     assert with_hero("She met Pip.", story, CAST) == "She met Pip."
     assert with_hero("It rained.", story, CAST) == "It rained."
     assert with_hero("She ran.", ["A girl slept."], CAST) == "She ran."
+
+
+@pytest.mark.parametrize(
+    ("first", "hero"),
+    [
+        ("Sunny days came and Mina waved.", "Mina"),
+        ("Then Sunny waved to Mina.", "Sunny"),
+        ("Will Mina come?", "Mina"),
+        ("Rosa Lee waved to Mina.", "Rosa Lee"),
+    ],
+)
+def test_a_learned_name_that_is_only_a_word_is_no_hero(first: str, hero: str) -> None:
+    world = World(words=("sunny", "days", "came", "and", "waved", "will"), characters={"Mina": "a white sheep"})
+    learned = people(("Sunny", "Will", "Rosa Lee"), [first], world)
+    assert hero_of([first], Cast((*CAST.names, *learned))) == hero
+    assert people(("Sunny",), ["Sunny days."], World()) == ("Sunny",), "a pack that does not say which words it knows"
+
+
+def test_a_name_is_put_in_as_it_is() -> None:
+    assert with_hero("She ran.", ["Ro\\1 slept."], Cast(("Ro\\1",))) == "Ro\\1 ran."
