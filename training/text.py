@@ -42,11 +42,15 @@ class TextRecipe:
 
     loop: LoopRecipe
     batch: int = 48
-    first_seed: int = 1_000_000  # of the frames whose descriptions are read; no other stage draws these
+    first_seed: int = 1_000_000  # from which on frames' descriptions are read; no other stage draws these
     strangers_share: float = 0.5  # of a batch: looks that the cast does not have, which must be read, not remembered
     crowd_pool: float = 1.5  # frames drawn per frame read; those with the fewest figures are left out
     plain_share: float = 0.4  # of a batch: in the one wording in which the captioner writes
     held_out_count: int = 400
+
+
+def _drawn(generator: torch.Generator) -> int:
+    return int(torch.randint(1 << 40, (), generator=generator))
 
 
 class TextTrainee:
@@ -74,21 +78,21 @@ class TextTrainee:
             logits: dict[str, Tensor] = self.reader(self.text.states(ids), padding.to(device))
         return logits
 
-    def _scenes(self, step: int) -> list[Scene]:
-        """What step `step` reads about: frames that no other step has."""
+    def _scenes(self, generator: torch.Generator) -> list[Scene]:
+        """What a step reads about: frames that hardly any other step has, nor the same step of another process."""
         recipe = self.recipe
         strangers = round(recipe.batch * recipe.strangers_share)
         scenes: list[Scene] = []
+        start = recipe.first_seed + _drawn(generator)
         for breadth, count in (("looks", strangers), ("scene", recipe.batch - strangers)):
             pool = round(count * recipe.crowd_pool)
-            first = recipe.first_seed + step * pool
-            drawn = [sample_frame(seed, breadth=breadth).scene for seed in range(first, first + pool)]
+            drawn = [sample_frame(seed, breadth=breadth).scene for seed in range(start, start + pool)]
             scenes += sorted(drawn, key=lambda scene: -len(scene.actors))[:count]
         return scenes
 
     def loss(self, step: int, progress: float, generator: torch.Generator) -> Tensor:
-        scenes = self._scenes(step)
-        rng = random.Random(f"text {self.recipe.first_seed} {step}")
+        scenes = self._scenes(generator)
+        rng = random.Random(_drawn(generator))
         texts = [describe_plainly(s) if rng.random() < self.recipe.plain_share else describe(s, rng) for s in scenes]
         return answer_loss(self._logits(texts), answers(scenes))
 

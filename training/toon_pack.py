@@ -187,6 +187,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.processes < 1:
         parser.error("--processes: at least one")
+    if on_gpu() and arguments.processes > torch.cuda.device_count():
+        parser.error(f"--processes: each takes a GPU of its own, and here are {torch.cuda.device_count()}")
     torch.set_num_threads(arguments.threads)
     for name, stage in stages(arguments.out, arguments.processes).items():
         if arguments.only in (None, name):

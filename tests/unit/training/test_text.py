@@ -94,10 +94,12 @@ def test_a_step_reads_descriptions_that_no_other_step_reads(trainee: TextTrainee
 
     trainee._logits = remember  # type: ignore[method-assign]
     with torch.no_grad():
-        losses = [float(trainee.loss(step, 0.0, step_generator(0, step))) for step in (0, 1, 0)]
+        drawn = ((0, 0), (1, 0), (0, 0), (0, 1))  # the last by another process
+        losses = [float(trainee.loss(step, 0.0, step_generator(0, step, rank))) for step, rank in drawn]
     assert seen[0] == seen[2]
     assert losses[0] == losses[2]
     assert not set(seen[0]) & set(seen[1])
+    assert not set(seen[0]) & set(seen[3])
 
 
 def test_every_part_learns(trainee: TextTrainee) -> None:

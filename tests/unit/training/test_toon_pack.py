@@ -34,3 +34,14 @@ def test_every_shared_stage_has_a_command() -> None:
     for name, (module, *_) in toon_pack._TOGETHER.items():
         assert callable(importlib.import_module(module).main), name
     assert toon_pack._TOGETHER.keys() < toon_pack.stages(toon_pack.PACK).keys()
+
+
+def test_more_processes_than_gpus_are_refused_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(toon_pack, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("sys.argv", ["toon_pack", "--processes", "2"])
+    with pytest.raises(SystemExit):
+        toon_pack.main()
+    assert "a GPU of its own" in capsys.readouterr().err
