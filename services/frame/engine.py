@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import itertools
 import operator
 import platform
 import queue
@@ -46,7 +47,17 @@ from services.frame.sketch import CHARACTERS_MAX, checked_characters, sketch_of
 from services.models.character import CharacterWeights
 from services.models.cost import flops_of_a_row, peak_flops
 from services.models.denoiser import StoryDenoiser
-from services.models.drawing import Drawing, Pixels, Sketch, are_sound, begin, finish, preview, rows_of_a_frame
+from services.models.drawing import (
+    Drawing,
+    Pixels,
+    Sketch,
+    are_sound,
+    begin,
+    decodable,
+    finish,
+    preview,
+    rows_of_a_frame,
+)
 from services.models.errors import AdapterDamaged, AdapterError
 from services.models.familiarity import gain_over_shrinking_db
 from services.models.lora import NOBODY, Adapter, AdapterSlots, Worn, read_adapter
@@ -646,13 +657,13 @@ class FrameEngine:
         """One denoising step of `batch`, then tell, preview, finish or fail each of them."""
         began_s = self._clock()
         stepped, rows = self._advance(batch)
-        seconds = self._clock() - began_s
+        sound = are_sound([_drawing(ticket) for ticket in stepped]) if stepped else []
+        seconds = self._clock() - began_s  # the device is done: it has answered
         with self._changed:
             # The time of a step that was taken again, one by one, says nothing of the next one.
             self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if rows.total else None)
         flops = rows.total * self._row_flops.get(batch[0].model.manifest.name, 0.0)
         self._observer.step_done(jobs=len(stepped), rows=rows, seconds=seconds, flops=flops)
-        sound = are_sound([_drawing(ticket) for ticket in stepped]) if stepped else []
         whole = []
         for ticket, is_sound in zip(stepped, sound, strict=True):
             if not is_sound:
@@ -666,14 +677,10 @@ class FrameEngine:
                 continue
             if _drawing(ticket).finished:
                 whole.append(ticket)
-        for together in [[ticket] for ticket in whole] if self.settings.strict else [whole]:
-            if self._decoding is None or not together:
-                self._finish(together)
-                continue
-            for ticket in together:
-                ticket.decoded = True
-                self._release(ticket)
-            self._decoding.hand_over(functools.partial(self._finish, together))
+        sizes = [len(each) for each in decodable([_drawing(ticket) for ticket in whole])]
+        waiting = iter(whole)
+        for size in [1] * len(whole) if self.settings.strict else sizes:
+            self._decode(list(itertools.islice(waiting, size)))
 
     def _advance(self, batch: Sequence[Ticket]) -> tuple[list[Ticket], StepRows]:
         """Those of `batch` that took their step, and what that took; nothing when it did not go as it should.
@@ -707,10 +714,18 @@ class FrameEngine:
         if wanted and not drawing.finished and not self._others_wait:
             ticket.deliver(Preview(image=webp(preview(ticket.model, drawing)), step=done))
 
+    def _decode(self, tickets: Sequence[Ticket]) -> None:
+        """Now, or by the thread that does nothing else."""
+        if self._decoding is None:
+            self._finish(tickets)
+            return
+        for ticket in tickets:
+            ticket.decoded = True
+            self._release(ticket)
+        self._decoding.hand_over(functools.partial(self._finish, tickets))
+
     def _finish(self, tickets: Sequence[Ticket]) -> None:
         """The pictures of those who took their last step, decoded together; alone where that does not work."""
-        if not tickets:
-            return
         try:
             pictures = finish(tickets[0].model, [_drawing(ticket) for ticket in tickets])
         except Exception as error:  # noqa: BLE001 - as above
@@ -718,6 +733,8 @@ class FrameEngine:
                 self._fail(tickets[0], error)
                 return
             log.warning("batched_decoding_failed", jobs=len(tickets), error=type(error).__name__)
+            pictures = None
+        if pictures is None:  # and the error is gone, with all that it held of the device's memory
             for ticket in tickets:
                 self._finish([ticket])
             return

@@ -295,17 +295,21 @@ def _told(model: FrameModel, texts_TSD: Tensor, outfit: Outfit) -> tuple[Told, .
     )
 
 
-@torch.inference_mode()
-def finish(model: FrameModel, drawings: Sequence[Drawing]) -> list[Pixels]:
-    """The pictures, decoded together as far as they are of one size and `_DECODED_PX` holds them."""
-    pictures: list[Pixels] = []
+def decodable(drawings: Sequence[Drawing]) -> list[list[Drawing]]:
+    """Those that are decoded together, in order: neighbours of one size, as far as `_DECODED_PX` holds them."""
+    batches = []
     for _, alike in itertools.groupby(drawings, key=lambda drawing: drawing.latents_CHW.shape):
         waiting = list(alike)
         room = max(1, _DECODED_PX // (waiting[0].sketch.width_px * waiting[0].sketch.height_px))
-        for first in range(0, len(waiting), room):
-            latents = torch.stack([drawing.latents_CHW for drawing in waiting[first : first + room]])
-            pictures += [_pixels(values) for values in model.codec.decode(latents)]
-    return pictures
+        batches += [waiting[first : first + room] for first in range(0, len(waiting), room)]
+    return batches
+
+
+@torch.inference_mode()
+def finish(model: FrameModel, drawings: Sequence[Drawing]) -> list[Pixels]:
+    """The pictures, decoded in the batches that are `decodable`."""
+    latents = (torch.stack([drawing.latents_CHW for drawing in batch]) for batch in decodable(drawings))
+    return [_pixels(values) for latents_BCHW in latents for values in model.codec.decode(latents_BCHW)]
 
 
 @torch.inference_mode()
@@ -338,6 +342,7 @@ __all__ = [
     "Sketch",
     "are_sound",
     "begin",
+    "decodable",
     "finish",
     "preview",
     "rows_of_a_frame",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from services.models.ranges import AnyScheduleConfig, FlowConfig
 from services.models.schedule import Schedule
+from services.models.transfer import moved
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def euler_ancestral(
         return signal_next * clean, History(clean, t)
     ratio = sigma_next * signal / (signal_next * sigma)
     down, up = sigma_next * ratio, sigma_next * math.sqrt(max(0.0, 1.0 - ratio**2))
-    return signal_next * clean + down * noise + up * fresh().to(clean), History(clean, t)
+    return signal_next * clean + down * noise + up * moved(fresh(), clean.device).to(clean.dtype), History(clean, t)
 
 
 def lcm(
@@ -89,7 +90,7 @@ def lcm(
     if t_next < 0:
         return believed, History(clean, t)
     signal_next, sigma_next = schedule.levels(t_next)
-    return signal_next * believed + sigma_next * fresh().to(believed), History(clean, t)
+    return signal_next * believed + sigma_next * moved(fresh(), believed.device).to(believed.dtype), History(clean, t)
 
 
 def dpm_solver_pp_2m(

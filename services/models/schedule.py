@@ -18,6 +18,7 @@ from torch import Tensor
 
 from services.models.ranges import FlowConfig
 from services.models.ranges import ScheduleConfig as ScheduleConfig
+from services.models.transfer import moved
 
 CLEAN = -1
 """The step after the last one: no noise left (or as little as `final_step_is_clean` says)."""
@@ -100,9 +101,8 @@ class Schedule:
     def _amplitudes(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         index = t.to(device="cpu", dtype=torch.long)
         shape = (*t.shape, *(1,) * (like.dim() - t.dim()))
-        signal = self._signal_T[index].reshape(shape).to(device=like.device, dtype=like.dtype)
-        sigma = self._noise_T[index].reshape(shape).to(device=like.device, dtype=like.dtype)
-        return signal, sigma
+        signal, sigma = (table_T[index].reshape(shape).to(like.dtype) for table_T in (self._signal_T, self._noise_T))
+        return moved(signal, like.device), moved(sigma, like.device)
 
 
 class FlowSchedule(Schedule):
@@ -161,7 +161,7 @@ class FlowSchedule(Schedule):
 
     def _amplitudes(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         sigma = t.to(device="cpu", dtype=torch.float64).clamp_min(0.0) / self.flow.train_steps
-        sigma = sigma.reshape(*t.shape, *(1,) * (like.dim() - t.dim())).to(device=like.device, dtype=like.dtype)
+        sigma = moved(sigma.reshape(*t.shape, *(1,) * (like.dim() - t.dim())).to(like.dtype), like.device)
         return 1.0 - sigma, sigma
 
 

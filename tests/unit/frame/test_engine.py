@@ -354,6 +354,20 @@ def test_pictures_that_end_together_are_decoded_together(
     assert decoding.together == ([[5], [6], [7]] if strict else [[5], [6, 7]])
 
 
+def test_pictures_too_large_to_be_decoded_together_do_not_wait_for_each_other(
+    tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.models.drawing._DECODED_PX", 1)
+    decoding = Decoding(monkeypatch)
+    with running(tiny_model) as engine:
+        first = Inbox(engine, job(5))
+        gate.wait()
+        both = [Inbox(engine, job(seed)) for seed in (6, 7)]
+        gate.open()
+        assert all(inbox.frame() for inbox in (first, *both))
+    assert decoding.together == [[5], [6], [7]]
+
+
 @both_ways
 def test_a_picture_that_cannot_be_decoded_fails_alone(
     tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch, beside: bool
