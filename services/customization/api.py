@@ -177,7 +177,7 @@ class CustomizationApi:
             raise _refusal(findings, request.accepted_findings)
         await self._repository.check_room(max_queued=self._settings.max_queued)
         pictures = await asyncio.to_thread(clean_pictures, [frame.image for frame in request.frames], "frames")
-        async with self._shelf.alone():  # what somebody else has no use for any more is not removed between the two
+        async with self._shelf.putting():  # what somebody else has no use for any more is not removed between the two
             frames = [
                 StoredFrame(
                     image_sha256=await self._objects.put(picture),
@@ -337,7 +337,7 @@ class CustomizationApi:
     async def delete_version(self, version_id: str) -> CharacterVersion:
         """Deletes a version: frame services find its weights no more. It can be undeleted for a while.
 
-        Raises CharacterVersionNotFound.
+        Raises CharacterVersionNotFound, and Unavailable while they find them still, though it is deleted.
         """
         version = await self._shelf.delete(_checked_version(version_id), purge_us=self._purge_us())
         log.info("version_deleted", version_id=version_id)
@@ -381,7 +381,11 @@ class CustomizationApi:
                     "this version has no picture with this SHA-256",
                     metadata={"version_id": version_id, "sha256": sha256[:64]},
                 )
-            return await self._objects.get(sha256)
+            try:
+                return await self._objects.get(sha256)
+            except ObjectNotFound:
+                await self._version(version_id)  # it may have been purged just now
+                raise
         if not await self._repository.has_image(_checked(job_id), sha256):
             raise ImageNotFound(
                 "this job has no picture with this SHA-256", metadata={"job_id": job_id, "sha256": sha256[:64]}

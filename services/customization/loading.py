@@ -22,6 +22,7 @@ from services.customization.ray_jobs import RayJobsBackend, job_client
 from services.customization.repository import Repository
 from services.customization.runner import Runner
 from services.customization.shelf import Shelf
+from services.customization.turns import Turns
 from services.runtime.config import ConfigInvalid, Installation
 from services.runtime.database import open_async
 from services.runtime.store import ObjectStore
@@ -103,7 +104,7 @@ class CustomizationProcess:
         repository = Repository(self._engine)
         objects = ObjectStore.open("", folder / "objects")
         characters = ObjectStore.open(settings.characters_url, installation.home / "characters")
-        shelf = Shelf(repository, characters=characters, objects=objects, folder=folder)
+        shelf = Shelf(repository, characters=characters, objects=objects, turns=Turns(folder))
         self._broadcaster = Broadcaster()
         self.api = CustomizationApi(
             repository=repository,

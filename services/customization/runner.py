@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class Runner:
         self._reporter = Reporter(repository, objects)
         self._asked: dict[tuple[str, int], int] = {}  # when an attempt was told to stop, by this process
         self._lock: int | None = None
+        self._tidying: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -103,18 +104,28 @@ class Runner:
         try:
             while not self._stopping.is_set():
                 if self._has_lock():
-                    try:
-                        await self.tick()
-                    except FabulaError as error:  # the database or a store is away; it comes back
-                        log.warning("look_failed", reason=error.reason, message=error.message)
-                    except Exception as error:
-                        log.error("look_failed", exc_info=error)
+                    await self._looked(self.tick)
+                if self._tidying is None or self._tidying.done():
+                    self._tidying = asyncio.create_task(self._looked(self._tidy), name="tidying")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), self._settings.poll_s)
         finally:
+            if self._tidying is not None:
+                # It may wait long for its turn, and what it has not moved the next process does.
+                self._tidying.cancel()
+                await asyncio.wait((self._tidying,))
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
+
+    async def _looked(self, look: Callable[[], Awaitable[None]]) -> None:
+        """What fails in it, the next look tries again."""
+        try:
+            await look()
+        except FabulaError as error:  # the database or a store is away; it comes back
+            log.warning("look_failed", reason=error.reason, message=error.message)
+        except Exception as error:
+            log.error("look_failed", exc_info=error)
 
     def _has_lock(self) -> bool:
         if self._lock is not None:
@@ -130,7 +141,7 @@ class Runner:
         return True
 
     async def tick(self) -> None:
-        """One look at every job and version that something may have to be done about."""
+        """One look at every job that something may have to be done about."""
         with LOOK_SECONDS.time():
             for job_id in await self._repository.in_states({State.VALIDATING}):
                 await self._guarded(self._lay_out, job_id)
@@ -145,20 +156,32 @@ class Runner:
                 await self._guarded(self._begin, job_id)
             for job_id in await self._repository.unreported():
                 await self._guarded(self._reporter.keep, job_id)
-            for job_id in await self._repository.purgeable(at_us=now_us()):
-                await self._guarded(self._purge, job_id)
-            for version_id in await self._repository.unsettled_versions():
-                await self._guarded(self._shelf.settle, version_id, "version")
-            for version_id in await self._repository.purgeable_versions(at_us=now_us()):
-                await self._guarded(self._shelf.purge, version_id, "version")
 
-    async def _guarded(self, what: Any, one: str, kind: str = "job") -> None:
+    async def _tidy(self) -> None:
+        """One look at the files: removes what nobody has any more, and brings the rest where the database says.
+
+        Beside the looks at jobs: it waits for whoever is publishing, and moves gigabytes.
+        """
+        await self._shelf.sweep()  # what this process left itself, whether it runs jobs or not
+        if self._lock is None:
+            return
+        await self._each(self._purge, await self._repository.purgeable(at_us=now_us()))
+        await self._each(self._shelf.settle, await self._repository.unsettled_versions(), "version")
+        await self._each(self._shelf.purge, await self._repository.purgeable_versions(at_us=now_us()), "version")
+
+    async def _each(self, what: Callable[[str], Awaitable[None]], every: Sequence[str], kind: str = "job") -> None:
+        for one in every:
+            await self._guarded(what, one, kind)
+
+    async def _guarded(self, what: Callable[[str], Awaitable[Any]], one: str, kind: str = "job") -> None:
         """One job's or version's trouble is not the others'."""
         told = {f"{kind}_id": one}
         try:
             await what(one)
         except Unavailable as error:
             log.warning(f"{kind}_waits", reason=error.reason, message=error.message, **told)
+        except FabulaError as error:  # a full disk, a damaged file: it says what it is, and again at every look
+            log.warning(f"{kind}_look_failed", reason=error.reason, message=error.message, **told)
         except Exception as error:
             log.error(f"{kind}_look_failed", exc_info=error, **told)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 from obstore.store import MemoryStore
 
@@ -16,17 +17,21 @@ from services.customization.database import async_url, database_url, upgrade
 from services.customization.records import CharacterVersion, NewCharacter, StoredFrame
 from services.customization.repository import Repository
 from services.customization.shelf import Shelf
+from services.customization.turns import Turns
 from services.runtime.database import now_us, open_async
 from services.runtime.errors import (
     CharacterVersionNotFound,
     CustomizationJobNotFound,
     DataLoss,
+    FabulaError,
+    StorageFull,
     Unavailable,
 )
 from services.runtime.store import ObjectStore
 from tests.unit.customization.test_repository import job_id, made
 
 WEIGHTS = b"weights of Otto"
+Put = Callable[[bytes], Coroutine[Any, Any, str]]
 LATER = 10**18  # microseconds: a time that does not come
 
 
@@ -35,15 +40,28 @@ class Killed(BaseException):
 
 
 class Store(ObjectStore):
-    """In memory. Can be away, or have the process killed at its next change."""
+    """In memory. Can be away or slow, or have the process killed at its next change."""
 
     def __init__(self) -> None:
-        super().__init__(MemoryStore())
+        self.inside = MemoryStore()
+        super().__init__(self.inside)
         self.before_change: Callable[[], None] = lambda: None
+        self.putting, self.go_on = asyncio.Event(), asyncio.Event()
+        self.go_on.set()
 
     async def put(self, data: bytes) -> str:
         self.before_change()
+        self.putting.set()
+        await self.go_on.wait()
         return await super().put(data)
+
+    def slow(self) -> None:
+        """What is put from now on takes until it may `go_on`."""
+        self.putting.clear()
+        self.go_on.clear()
+
+    async def damage(self, sha256: str) -> None:
+        await obstore.put_async(self.inside, f"sha256/{sha256[:2]}/{sha256}", b"something else")
 
     async def delete(self, sha256: str) -> None:
         self.before_change()
@@ -62,7 +80,8 @@ class Bench:
         self.shelf = self.another_process()
 
     def another_process(self) -> Shelf:
-        return Shelf(self.repository, characters=self.characters, objects=self.objects, folder=self.folder)
+        turns = Turns(self.folder)
+        return Shelf(self.repository, characters=self.characters, objects=self.objects, turns=turns)
 
     async def publish(self, name: str, weights: bytes = WEIGHTS, pictures: tuple[bytes, ...] = ()) -> CharacterVersion:
         manifest = f"{name} {sha(weights)} {[sha(one) for one in pictures]}"
@@ -88,6 +107,7 @@ class Bench:
 
     async def look(self) -> None:
         """What the runner does at every look."""
+        await self.shelf.sweep()
         for version_id in await self.repository.unsettled_versions():
             await self.shelf.settle(version_id)
         for version_id in await self.repository.purgeable_versions(at_us=now_us()):
@@ -300,11 +320,17 @@ def away() -> None:
     raise Unavailable("the object store does not answer")
 
 
+def full() -> None:
+    raise StorageFull()
+
+
 async def test_a_deletion_is_kept_while_a_store_is_away_and_done_when_it_is_back(bench: Bench) -> None:
     otto = await bench.publish("Otto")
     bench.characters.before_change = away
-    await bench.delete(otto)
-    assert await bench.listed() == []
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="is deleted, but its files are not yet out of reach"):
+            await bench.delete(otto)
+        assert await bench.listed() == []
     with pytest.raises(Unavailable):
         await bench.look()
     bench.characters.before_change = lambda: None
@@ -316,6 +342,33 @@ async def test_a_deletion_is_kept_while_a_store_is_away_and_done_when_it_is_back
     assert await bench.listed() == [], "nobody is told of one that cannot be drawn"
     bench.characters.before_change = lambda: None
     assert await bench.shelf.undelete(otto.version_id) == otto
+    assert await bench.is_right()
+
+
+async def test_deleting_again_says_when_the_files_are_out_of_reach(bench: Bench) -> None:
+    otto = await bench.publish("Otto")
+    bench.objects.before_change = full
+    with pytest.raises(Unavailable) as unsettled:
+        await bench.delete(otto)
+    assert unsettled.value.metadata == {"version_id": otto.version_id, "cause": "OBJECT_STORE_FULL"}
+    assert await bench.characters.get(otto.weights_sha256) == WEIGHTS, "the only copy there is"
+    bench.objects.before_change = lambda: None
+    assert (await bench.delete(otto)).delete_us is not None
+    assert await bench.is_right()
+
+
+async def test_weights_are_moved_by_what_can_be_read_and_not_by_what_is_there(bench: Bench) -> None:
+    """A damaged copy is put anew before the good file goes, from either store to the other."""
+    otto, ada = await bench.publish("Otto"), await bench.publish("Ada")
+    await bench.delete(ada)
+    await bench.objects.damage(ada.weights_sha256)
+    await bench.delete(otto)
+    assert await bench.objects.get(otto.weights_sha256) == WEIGHTS
+    assert await bench.is_right()
+    await bench.shelf.undelete(ada.version_id)
+    await bench.characters.damage(ada.weights_sha256)
+    await bench.shelf.undelete(otto.version_id)
+    assert await bench.characters.get(otto.weights_sha256) == WEIGHTS
     assert await bench.is_right()
 
 
@@ -342,6 +395,144 @@ async def test_a_version_whose_job_went_meanwhile_leaves_nothing(bench: Bench) -
     assert await bench.characters.all() == before
 
 
+# -- versions that could not be published ----------------------------------------------------------------------------
+
+
+def failing_after(count: int, fail: Callable[[], None]) -> Callable[[], None]:
+    left = [count]
+
+    def change() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            fail()
+
+    return change
+
+
+async def publish_in_vain(bench: Bench, name: str, weights: bytes, error: type[FabulaError], changes: int = 1) -> None:
+    """The characters' store takes so many changes, the weights first, and then no more until this is over."""
+    allowed = failing_after(changes, full if error is StorageFull else away)
+    real, bench.characters.put = bench.characters.put, counted(bench.characters.put, allowed)  # type: ignore[assignment, method-assign]
+    try:
+        with pytest.raises(error):
+            await bench.publish(name, weights, pictures=(b"1", b"2"))
+    finally:
+        bench.characters.put = real  # type: ignore[assignment, method-assign]
+
+
+def counted(put: Put, before: Callable[[], None]) -> Put:
+    async def counting(data: bytes) -> str:
+        before()
+        return await put(data)
+
+    return counting
+
+
+@pytest.mark.parametrize("error", [StorageFull, Unavailable])
+async def test_a_version_that_could_not_be_published_leaves_nothing(bench: Bench, error: type[FabulaError]) -> None:
+    otto = await bench.publish("Otto", pictures=(b"1",))
+    await publish_in_vain(bench, "Rosa", b"of Rosa", error)
+    await publish_in_vain(bench, "Ada", WEIGHTS, error)
+    assert await bench.characters.all() == {otto.version_id, otto.weights_sha256}
+    assert await bench.objects.all() == {sha(b"1")}
+    assert await bench.is_right()
+
+
+async def test_what_somebody_laid_there_for_an_import_stays_when_that_fails(bench: Bench) -> None:
+    await bench.characters.put(b"of Rosa")
+    await publish_in_vain(bench, "Rosa", b"of Rosa", StorageFull)
+    assert await bench.characters.all() == {sha(b"of Rosa")}
+    assert await bench.objects.all() == set()
+
+
+async def test_what_is_left_while_the_database_is_away_goes_when_it_is_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(*_: Any, **__: Any) -> Any:
+        away()
+
+    with monkeypatch.context() as patch:
+        for name in ("publish", "version"):
+            patch.setattr(bench.repository, name, gone)
+        for _ in range(2):  # the second finds the weights of the first there, and they are not somebody else's
+            with pytest.raises(Unavailable):
+                await bench.publish("Rosa", b"of Rosa", pictures=(b"1",))
+        with pytest.raises(Unavailable):
+            await bench.look()
+    assert sha(b"of Rosa") in await bench.characters.all(), "nobody can say yet whether the version is there"
+    await bench.look()
+    assert await bench.characters.all() == await bench.objects.all() == set()
+
+
+async def test_what_was_published_after_all_is_left_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bench.repository.publish
+
+    async def unheard(*args: Any, **named: Any) -> Any:
+        await real(*args, **named)
+        away()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.repository, "publish", unheard)
+        with pytest.raises(Unavailable):
+            await bench.publish("Rosa", b"of Rosa", pictures=(b"1",))
+    await bench.look()
+    assert len(await bench.listed()) == 1
+    assert await bench.is_right()
+
+
+async def test_nothing_is_swept_while_somebody_else_puts(bench: Bench) -> None:
+    """Who puts the same weights now has said so to nobody yet."""
+    async with bench.another_process().putting():
+        await publish_in_vain(bench, "Rosa", b"of Rosa", StorageFull)
+        assert await bench.characters.all() == {sha(b"of Rosa")}
+    await bench.look()
+    assert await bench.characters.all() == await bench.objects.all() == set()
+
+
+# -- callers who hang up ---------------------------------------------------------------------------------------------
+
+
+async def hang_up(store: Store, task: asyncio.Task[Any]) -> None:
+    """The caller's deadline passes while files are being put, which then goes on."""
+    await store.putting.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    store.go_on.set()
+
+
+async def test_what_a_caller_began_is_finished_though_the_caller_hung_up(bench: Bench) -> None:
+    bench.characters.slow()
+    await hang_up(bench.characters, asyncio.create_task(bench.publish("Otto", pictures=(b"1",))))
+    async with bench.shelf.alone():
+        (otto,) = await bench.repository.versions(limit=9)
+    assert await bench.is_right()
+    bench.objects.slow()
+    await hang_up(bench.objects, asyncio.create_task(bench.delete(otto)))
+    async with bench.shelf.alone():
+        assert await bench.listed() == []
+    assert await bench.is_right()
+    bench.characters.slow()
+    await hang_up(bench.characters, asyncio.create_task(bench.shelf.undelete(otto.version_id)))
+    async with bench.shelf.alone():
+        assert await bench.listed() == [otto.version_id]
+    await bench.look()
+    assert await bench.is_right()
+
+
+async def test_a_caller_who_hangs_up_while_waiting_began_nothing(bench: Bench) -> None:
+    otto = await bench.publish("Otto")
+    async with bench.another_process().alone():
+        waiting = [asyncio.create_task(bench.publish("Ada")), asyncio.create_task(bench.delete(otto))]
+        await asyncio.wait(waiting, timeout=0.1)
+        for each in waiting:
+            each.cancel()
+        await asyncio.wait(waiting)
+    async with bench.shelf.alone():
+        assert await bench.listed() == [otto.version_id]
+    assert await bench.is_right()
+
+
 # -- taking turns ----------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +545,29 @@ async def test_nobody_publishes_what_another_process_is_removing(bench: Bench) -
         assert not done
         assert await bench.listed() == [otto.version_id]
     await asyncio.gather(*waiting)
+    assert await bench.is_right()
+
+
+async def test_one_publishes_while_another_puts_and_nobody_deletes_meanwhile(bench: Bench) -> None:
+    otto = await bench.publish("Otto")
+    async with bench.another_process().putting():
+        ada = await bench.publish("Ada", b"of Ada")
+        deleting = asyncio.create_task(bench.delete(otto))
+        done, _ = await asyncio.wait((deleting,), timeout=0.2)
+        assert not done
+        assert await bench.listed() == [ada.version_id, otto.version_id]
+    await deleting
+    assert await bench.is_right()
+
+
+async def test_a_version_is_back_at_once_while_another_puts_and_settled_later(bench: Bench) -> None:
+    otto = await bench.publish("Otto")
+    await bench.delete(otto)
+    async with bench.another_process().putting():
+        assert await bench.shelf.undelete(otto.version_id) == otto
+        assert await bench.characters.get(otto.weights_sha256) == WEIGHTS
+        assert await bench.objects.all() == {otto.weights_sha256}, "removing it is for one who is alone"
+    await bench.look()
     assert await bench.is_right()
 
 
