@@ -7,8 +7,10 @@ And who was deleted is put out of the frame service's memory, of which the custo
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -16,6 +18,7 @@ from fabula.customization.v1 import customization_service_pb2 as pb
 from fabula.customization.v1 import customization_service_pb2_grpc as pb_grpc
 from fabula.customization.v1 import job_pb2
 
+from services.runtime.call import Call, calling, current_call
 from services.runtime.channel import ServiceChannel
 from services.runtime.errors import (
     DeadlineExceeded,
@@ -23,6 +26,7 @@ from services.runtime.errors import (
     ImageTooLarge,
     ImageUnreadable,
     InvalidArgument,
+    Unavailable,
     ValueOutOfRange,
 )
 from services.story.intake import MOST_IMAGE_BYTES, check_request_id
@@ -35,6 +39,13 @@ MOST_WEIGHTS_BYTES = 40 * 1024 * 1024  # of an import
 MOST_REFERENCES = 8  # pictures of an import
 CALL_TIMEOUT_S = 60.0  # a story is looked over and laid out within it
 IMPORT_TIMEOUT_S = 320.0  # the service reads a whole pack for it, after those who came before
+FILES_TIMEOUT_S = 320.0  # the service moves a whole network, gigabytes of it, after those who came before
+TIMEOUTS_S = {
+    "ImportCharacterVersion": IMPORT_TIMEOUT_S,
+    "PublishCheckpoint": FILES_TIMEOUT_S,
+    "DeleteCharacterVersion": FILES_TIMEOUT_S,
+    "UndeleteCharacterVersion": FILES_TIMEOUT_S,
+}
 VERSIONS_PAGE = 200
 WATCH_S = 3600.0  # of one stream; whoever follows a job takes it up again
 
@@ -58,6 +69,7 @@ class Customizations:
         self._sandbox = sandbox
         self._timeout_s = timeout_s
         self._stub = pb_grpc.CustomizationServiceStub(channel.grpc_channel)
+        self._deleting: set[asyncio.Task[pb.DeleteCharacterVersionResponse]] = set()  # asyncio itself keeps none
 
     async def create(self, request: pb.CreateCustomizationJobRequest) -> pb.CreateCustomizationJobResponse:
         """Checks a story and accepts a job. A picture that cannot be decoded goes on as none, for the checks to say."""
@@ -124,9 +136,7 @@ class Customizations:
         clean.CopyFrom(request)
         for number, image in enumerate(request.references):
             clean.references[number] = await self._decoded(image, f"references[{number}]")
-        imported: pb.ImportCharacterVersionResponse = await self.ask(
-            "ImportCharacterVersion", clean, timeout_s=IMPORT_TIMEOUT_S
-        )
+        imported: pb.ImportCharacterVersionResponse = await self.ask("ImportCharacterVersion", clean)
         return imported
 
     async def delete_version(self, request: pb.DeleteCharacterVersionRequest) -> pb.DeleteCharacterVersionResponse:
@@ -135,25 +145,53 @@ class Customizations:
         Others draw it until they need its room, or start again. Weights that another version has, too, are read again
         when somebody asks for them.
         """
-        deleted: pb.DeleteCharacterVersionResponse = await self.ask("DeleteCharacterVersion", request)
-        try:
-            await self._unload(deleted.version.weights_sha256)
-        except FabulaError as error:  # it is deleted all the same
-            log.info("not_unloaded", version_id=request.version_id[:64], reason=error.reason)
+        # In a task without the caller's deadline: one who hangs up keeps no replica from forgetting what is deleted.
+        task = asyncio.create_task(self._delete_version(request))
+        self._deleting.add(task)
+        task.add_done_callback(self._deleting.discard)
+        return await asyncio.shield(task)
+
+    async def _delete_version(self, request: pb.DeleteCharacterVersionRequest) -> pb.DeleteCharacterVersionResponse:
+        with calling(replace(current_call() or Call(), deadline_s=None)):
+            try:
+                deleted: pb.DeleteCharacterVersionResponse = await self.ask("DeleteCharacterVersion", request)
+            except (DeadlineExceeded, Unavailable):
+                await self._forget_if_deleted(request.version_id)  # for all that is known it is
+                raise
+            await self._forget(deleted.version)
         return deleted
 
-    async def ask(self, method: str, request: Any, *, timeout_s: float | None = None) -> Any:
+    async def _forget_if_deleted(self, version_id: str) -> None:
+        try:
+            async with aclosing(self.versions(show_deleted=True)) as every:
+                async for version in every:
+                    if version.version_id == version_id and version.HasField("delete_time"):
+                        return await self._forget(version)
+        except FabulaError as error:
+            log.info("not_unloaded", version_id=version_id[:64], reason=error.reason)
+
+    async def _forget(self, version: job_pb2.CharacterVersion) -> None:
+        try:
+            await self._unload(version.weights_sha256)
+        except FabulaError as error:  # it is deleted all the same
+            log.info("not_unloaded", version_id=version.version_id, reason=error.reason)
+
+    async def ask(self, method: str, request: Any) -> Any:
         """The service's answer to any other unary method, by its name in the proto."""
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        limit_s = TIMEOUTS_S.get(method, self._timeout_s)
         return await self._channel.call(getattr(self._stub, method), request, timeout_s=limit_s)
 
-    async def versions(self, *, name: str = "") -> AsyncGenerator[job_pb2.CharacterVersion, None]:
-        """Published characters that are not deleted, newest first; only those of a name where one is given."""
+    async def versions(
+        self, *, name: str = "", show_deleted: bool = False
+    ) -> AsyncGenerator[job_pb2.CharacterVersion, None]:
+        """Published characters, newest first; only those of a name where one is given, and deleted ones on request."""
         token = ""
         while True:
             page = await self.ask(
                 "ListCharacterVersions",
-                pb.ListCharacterVersionsRequest(page_size=VERSIONS_PAGE, page_token=token, name=name),
+                pb.ListCharacterVersionsRequest(
+                    page_size=VERSIONS_PAGE, page_token=token, name=name, show_deleted=show_deleted
+                ),
             )
             for version in page.versions:
                 yield version
