@@ -1,4 +1,4 @@
-"""Trains the pack's autoencoder: pictures to 16×16×8 latents and back.
+"""Trains the pack's autoencoder: pictures to 16×16×16 latents and back.
 
 It sees thousands of looks and gradings that no character of the cast has, so that new characters can be drawn without
 training it again. First crops (many small pictures for the price of one), then whole frames. Afterwards the decoder may

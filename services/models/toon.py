@@ -24,7 +24,7 @@ FRAME_PX = 128
 MAX_REFERENCES = 3
 TEXT_POSITIONS = 96
 # Four numbers for 8×8 pixels lose eyes and hand-held props: an outline drawing has more detail than a photograph.
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16
 
 UNET = StoryGenConfig(
     sample_size=16,
