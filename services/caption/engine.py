@@ -34,6 +34,7 @@ from services.caption.job import TOKENS_MAX, DescribeJob, Finish, Sampling, Stor
 from services.caption.learned import check_learned, completed, told
 from services.models.captions import invention, llava, prompts, repetition, thread
 from services.models.captions import looks as look_lock
+from services.models.captions import places as place_lock
 from services.models.captions.captioner import read_adapters, read_captioner
 from services.models.captions.cast import Cast, name_tokens
 from services.models.captions.wording import StoryWording, Wording
@@ -68,6 +69,7 @@ class Guards:
 
     name_lock: bool = True  # costs up to NAME_LOCK_TRIES more descriptions where names are wrong
     look_lock: bool = True  # costs nothing more: looks are mended, and better tries than the first share the above
+    place_lock: bool = True  # costs up to NAME_LOCK_TRIES where the place is wrong; never more for the three
     repetition: bool = True  # costs up to CAPTION_TRIES more captions where something is said again
     thread: bool = True  # costs as many where the hero has long been out of sight
     invention: bool = True  # costs as many where somebody is named nobody knows; never more for all three
@@ -168,7 +170,9 @@ class Observer(Protocol):
         """A request has ended. `outcome` is `written` or an error's reason in lower case."""
 
     def text_guarded(self, *, guard: str, outcome: str) -> None:
-        """A guard, `name_lock`, `look_lock`, `repetition`, `thread` or `invention`, found a fault in the first try.
+        """A guard found a fault in the first try.
+
+        It is `name_lock`, `look_lock`, `place_lock`, `repetition`, `thread` or `invention`.
 
         `outcome` is `second_choice` (another try has none), `repaired`, or `kept_faulty`.
         """
@@ -300,7 +304,7 @@ class CaptionEngine:
             for number, text in enumerate(texts):
                 check_caption(text, f"{name}[{number}]")
         check_learned(job.learned)
-        cast, wording = self.model.cast, self.model.wording
+        cast, wording, places = self.model.cast, self.model.wording, self.model.world.places
         captions = cast.context(job.earlier_captions, job.previous_caption, job.caption)
         # First those that were learned: of two looks of the same name the first one counts.
         looks_told = prompts.told_looks((*told(job.learned), *job.earlier_descriptions))
@@ -322,11 +326,14 @@ class CaptionEngine:
         def repair(text: str) -> str:
             text = cast.repaired(text, *captions, fits, looks) if locked else text
             mended = look_lock.repaired(text, looks) if self._guards.look_lock else text
+            mended = place_lock.repaired(mended, job.caption, places) if self._guards.place_lock else mended
             return mended if fits(mended) or not fits(text) else text
 
         rules: dict[str, Rule] = {"name_lock": lambda text: cast.faults(text, *captions)} if locked else {}
         if self._guards.look_lock:
             rules["look_lock"] = lambda text: look_lock.faults(text, looks)
+        if self._guards.place_lock:
+            rules["place_lock"] = lambda text: place_lock.faults(text, job.caption, places)
         written = await self._guarded(rules, NAME_LOCK_TRIES, job.sampling, write, repair)
         if not locked:
             return written

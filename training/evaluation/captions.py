@@ -33,6 +33,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from services.models.captions import invention, llava, prompts, repetition, thread
 from services.models.captions import looks as look_lock
+from services.models.captions import places as place_lock
 from services.models.captions.cast import Cast, name_tokens
 from services.models.captions.repetition import is_near_copy
 from services.models.eyes import load_eyes, new_looks
@@ -169,16 +170,20 @@ class Captioner:
         if not guarded:
             return texts
         faults = [
-            partial(self._description_faults, context, known) for context, known in zip(contexts, looks, strict=True)
+            partial(self._description_faults, context, known, history[-1])
+            for context, known, history in zip(contexts, looks, histories, strict=True)
         ]
         best = self._best_of("descriptive", questions, texts, faults, NAME_LOCK_TRIES)
-        return [
+        mended = [
             look_lock.repaired(self.cast.repaired(text, *pair, looks=known), known)
             for text, pair, known in zip(best, contexts, looks, strict=True)
         ]
+        told = (caption for *_, caption in histories)
+        return [place_lock.repaired(*pair, self.world.places) for pair in zip(mended, told, strict=True)]
 
-    def _description_faults(self, context: tuple[str, str], looks: Mapping[str, str], text: str) -> int:
-        return self.cast.faults(text, *context) + look_lock.faults(text, looks)
+    def _description_faults(self, context: tuple[str, str], looks: Mapping[str, str], caption: str, text: str) -> int:
+        names, worn = self.cast.faults(text, *context), look_lock.faults(text, looks)
+        return names + worn + place_lock.faults(text, caption, self.world.places)
 
     def _best_of(
         self,

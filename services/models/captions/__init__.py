@@ -8,6 +8,7 @@ prompts.py      what ours is asked, as token ids
 
 cast.py         the name lock: whom a description may name, and how its names are mended
 looks.py        the look lock: what those look like of whom the story has told
+places.py       the place lock: where a description is whose caption says where
 repetition.py   the repetition guard: captions that say again what was said
 thread.py       the thread guard: captions that lose sight of the hero
 invention.py    the invention guard: captions that make up somebody's name

@@ -54,7 +54,9 @@ def describe_job(**sampling: Any) -> DescribeJob:
 async def observe(engine: CaptionEngine) -> dict[str, Any]:
     """Everything that the tests compare."""
     model = engine.model
-    engine._guards = Guards(name_lock=False, look_lock=False, repetition=False, thread=False, invention=False)
+    engine._guards = Guards(
+        name_lock=False, look_lock=False, place_lock=False, repetition=False, thread=False, invention=False
+    )
     asked = model.wording.story_prompt(CAPTIONS, 400)
     picture = engine._see(picture_file())
     greedy = {}

@@ -625,6 +625,20 @@ async def test_a_look_that_was_miscopied_is_mended() -> None:
     assert (await CaptionEngine(model, ScriptedDriver([wrong]), guards=guards).describe(job)).text == wrong
 
 
+async def test_a_description_is_where_its_caption_is() -> None:
+    right, wrong = "In the park by day. Tessa runs.", "At the beach by day. Tessa runs."
+    model = replace(MODEL, world=replace(WORLD_OF_PIP, places=("the park", "the beach")))
+    job = replace(DESCRIBE, previous_caption="Tessa came.", caption="In the park, Tessa ran.")
+    notes = Notes()
+    driver = ScriptedDriver([wrong] * (1 + NAME_LOCK_TRIES))
+    assert (await CaptionEngine(model, driver, observer=notes).describe(job)).text == right
+    assert notes.guarded == [("place_lock", "repaired")]
+    better = ScriptedDriver([wrong, wrong, right, *[wrong] * NAME_LOCK_TRIES])
+    assert (await CaptionEngine(model, better).describe(job)).text == right
+    guards = Guards(place_lock=False)
+    assert (await CaptionEngine(model, ScriptedDriver([wrong]), guards=guards).describe(job)).text == wrong
+
+
 async def test_a_full_queue_is_asked_before_the_eyes() -> None:
     eyes = FixedEyes(DUCK)
     engine = CaptionEngine(replace(MODEL, world=WORLD_OF_PIP, eyes=eyes), ScriptedDriver([]), max_requests=0)
