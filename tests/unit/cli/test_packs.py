@@ -18,6 +18,7 @@ import pytest
 import typer
 from fabula_cli import exits, packs
 from fabula_cli.main import app
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 SCRIPT = """
@@ -53,6 +54,7 @@ class Played:
         monkeypatch.setattr(packs, "MODULE", "played_packs")
         monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(packs, "people", Console(highlight=False, width=200))  # whatever the tests run in
 
     def answers(self, *lines: Any, status: int = 0, sleep: float = 0) -> None:
         said = [line if isinstance(line, str) else json.dumps(line) for line in lines]
