@@ -40,6 +40,7 @@ from services.models.captions.cast import Cast, name_tokens
 from services.models.captions.wording import StoryWording, Wording
 from services.models.errors import PackManifestInvalid
 from services.models.eyes import Eyes, load_eyes, new_looks
+from services.models.likeness import whole_word
 from services.models.pack import CaptionerManifest, SealedPack
 from services.models.tokenizer import SPECIAL_TOKENS, StoryTokenizer
 from services.models.world import World
@@ -69,10 +70,11 @@ class Guards:
 
     name_lock: bool = True  # costs up to NAME_LOCK_TRIES more descriptions where names are wrong
     look_lock: bool = True  # costs nothing more: looks are mended, and better tries than the first share the above
-    place_lock: bool = True  # costs up to NAME_LOCK_TRIES where the place is wrong; never more for the three
+    place_lock: bool = True  # costs up to NAME_LOCK_TRIES where the place is wrong; never more for all of them
     repetition: bool = True  # costs up to CAPTION_TRIES more captions where something is said again
     thread: bool = True  # costs as many where the hero has long been out of sight
-    invention: bool = True  # costs as many where somebody is named nobody knows; never more for all three
+    # Costs as many where somebody is named nobody knows; never more for all three. Of descriptions NAME_LOCK_TRIES.
+    invention: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +325,12 @@ class CaptionEngine:
         def fits(text: str) -> bool:
             return len(text) <= TEXT_CHARACTERS_MAX and len(wording.encode(text)) <= room_tokens
 
+        said = (*job.earlier_captions, job.previous_caption, job.caption)
+        met = [one.name for one in job.learned if any(whole_word(one.name).search(caption) for caption in said)]
+
         def repair(text: str) -> str:
+            if self._guards.invention:
+                text = invention.repaired(text, said, self.model.world, met)
             text = cast.repaired(text, *captions, fits, looks) if locked else text
             mended = look_lock.repaired(text, looks) if self._guards.look_lock else text
             mended = place_lock.repaired(mended, job.caption, places) if self._guards.place_lock else mended
@@ -332,6 +339,8 @@ class CaptionEngine:
         rules: dict[str, Rule] = {"name_lock": lambda text: cast.faults(text, *captions)} if locked else {}
         if self._guards.look_lock:
             rules["look_lock"] = lambda text: look_lock.faults(text, looks)
+        if self._guards.invention:
+            rules["invention"] = lambda text: invention.faults(text, said, self.model.world, met)
         if self._guards.place_lock:
             rules["place_lock"] = lambda text: place_lock.faults(text, job.caption, places)
         written = await self._guarded(rules, NAME_LOCK_TRIES, job.sampling, write, repair)

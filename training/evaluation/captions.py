@@ -170,20 +170,25 @@ class Captioner:
         if not guarded:
             return texts
         faults = [
-            partial(self._description_faults, context, known, history[-1])
+            partial(self._description_faults, context, known, history)
             for context, known, history in zip(contexts, looks, histories, strict=True)
         ]
         best = self._best_of("descriptive", questions, texts, faults, NAME_LOCK_TRIES)
-        mended = [
-            look_lock.repaired(self.cast.repaired(text, *pair, looks=known), known)
-            for text, pair, known in zip(best, contexts, looks, strict=True)
+        return [
+            self._described(text, history, pair, known)
+            for text, history, pair, known in zip(best, histories, contexts, looks, strict=True)
         ]
-        told = (caption for *_, caption in histories)
-        return [place_lock.repaired(*pair, self.world.places) for pair in zip(mended, told, strict=True)]
 
-    def _description_faults(self, context: tuple[str, str], looks: Mapping[str, str], caption: str, text: str) -> int:
-        names, worn = self.cast.faults(text, *context), look_lock.faults(text, looks)
-        return names + worn + place_lock.faults(text, caption, self.world.places)
+    def _described(self, text: str, history: Sequence[str], context: tuple[str, str], looks: Mapping[str, str]) -> str:
+        text = invention.repaired(text, history, self.world)
+        text = look_lock.repaired(self.cast.repaired(text, *context, looks=looks), looks)
+        return place_lock.repaired(text, history[-1], self.world.places)
+
+    def _description_faults(
+        self, context: tuple[str, str], looks: Mapping[str, str], history: Sequence[str], text: str
+    ) -> int:
+        names = self.cast.faults(text, *context) + invention.faults(text, history, self.world)
+        return names + look_lock.faults(text, looks) + place_lock.faults(text, history[-1], self.world.places)
 
     def _best_of(
         self,

@@ -1,4 +1,4 @@
-"""The invention guard: captions in which somebody turns up whose name nobody has.
+"""The invention guard: captions and descriptions in which somebody turns up whose name nobody has.
 
 A small language model that has to write a name it has never read spells another: after "Rosa waved" comes "Naiprux
 came". Nobody knows what Naiprux looks like, and Rosa is gone from her own story. So a name that neither the pack nor

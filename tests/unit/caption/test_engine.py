@@ -625,6 +625,26 @@ async def test_a_look_that_was_miscopied_is_mended() -> None:
     assert (await CaptionEngine(model, ScriptedDriver([wrong]), guards=guards).describe(job)).text == wrong
 
 
+async def test_a_name_that_a_description_makes_up_is_whose_the_story_has_learned() -> None:
+    rosa = Learned(name="Rosa", phrase="a pink pig with a teal hat")
+    model = replace(MODEL, cast=Cast(("Pip",)), world=WORLD_OF_PIP)
+    job = replace(
+        DESCRIBE,
+        earlier_captions=("Rosa waved to Pip.",),
+        previous_caption="Pip came.",
+        caption="Soon they ran.",
+        learned=(rosa, Learned(name="Kiri")),
+    )
+    made_up = "On the left Pip, an orange cat, runs. On the right Weeck, a yellow pig with a teal scarf, runs."
+    right = "On the left Pip, an orange cat, runs. On the right Rosa, a pink pig with a teal hat, runs."
+    notes = Notes()
+    driver = ScriptedDriver([made_up] * (1 + NAME_LOCK_TRIES))
+    assert (await CaptionEngine(model, driver, observer=notes).describe(job)).text == right, "and not Kiri, never met"
+    assert notes.guarded[0][1] == "repaired"
+    off = Guards(invention=False)
+    assert "Weeck" in (await CaptionEngine(model, ScriptedDriver([made_up] * 8), guards=off).describe(job)).text
+
+
 async def test_a_description_is_where_its_caption_is() -> None:
     right, wrong = "In the park by day. Tessa runs.", "At the beach by day. Tessa runs."
     model = replace(MODEL, world=replace(WORLD_OF_PIP, places=("the park", "the beach")))
