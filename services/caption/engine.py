@@ -73,7 +73,7 @@ class Guards:
     place_lock: bool = True  # costs up to NAME_LOCK_TRIES where the place is wrong; never more for all of them
     repetition: bool = True  # costs up to CAPTION_TRIES more captions where something is said again
     thread: bool = True  # costs as many where the hero has long been out of sight
-    # Costs as many where somebody is named nobody knows; never more for all three. Of descriptions NAME_LOCK_TRIES.
+    # Costs as many where somebody is named nobody knows; never more for all three. Of descriptions nothing: mended.
     invention: bool = True
 
 
@@ -319,18 +319,24 @@ class CaptionEngine:
         forbidden = name_tokens(wording, cast.strangers(captions), captions) if locked else ()
         room_tokens = min(job.sampling.max_tokens or DEFAULT_TOKENS[DESCRIPTIVE], DEFAULT_TOKENS[DESCRIPTIVE])
 
+        said = (*job.earlier_captions, job.previous_caption, job.caption)
+        met = [one.name for one in job.learned if any(whole_word(one.name).search(caption) for caption in said)]
+
         async def write(sampling: Sampling) -> Written:
-            return await self._write(prompt, job.image, DESCRIPTIVE, sampling, forbidden)
+            written = await self._write(prompt, job.image, DESCRIPTIVE, sampling, forbidden)
+            # At once, and not only where no other try has fewer faults: who is misnamed is there, and a try without
+            # them would be chosen for saying less.
+            text = invention.repaired(written.text, said, self.model.world, met)
+            if text == written.text or not self._guards.invention:
+                return written
+            if sampling is job.sampling:
+                self._observer.text_guarded(guard="invention", outcome="repaired")
+            return replace(written, text=look_lock.repaired(text, looks))
 
         def fits(text: str) -> bool:
             return len(text) <= TEXT_CHARACTERS_MAX and len(wording.encode(text)) <= room_tokens
 
-        said = (*job.earlier_captions, job.previous_caption, job.caption)
-        met = [one.name for one in job.learned if any(whole_word(one.name).search(caption) for caption in said)]
-
         def repair(text: str) -> str:
-            if self._guards.invention:
-                text = invention.repaired(text, said, self.model.world, met)
             text = cast.repaired(text, *captions, fits, looks) if locked else text
             mended = look_lock.repaired(text, looks) if self._guards.look_lock else text
             mended = place_lock.repaired(mended, job.caption, places) if self._guards.place_lock else mended
@@ -339,8 +345,6 @@ class CaptionEngine:
         rules: dict[str, Rule] = {"name_lock": lambda text: cast.faults(text, *captions)} if locked else {}
         if self._guards.look_lock:
             rules["look_lock"] = lambda text: look_lock.faults(text, looks)
-        if self._guards.invention:
-            rules["invention"] = lambda text: invention.faults(text, said, self.model.world, met)
         if self._guards.place_lock:
             rules["place_lock"] = lambda text: place_lock.faults(text, job.caption, places)
         written = await self._guarded(rules, NAME_LOCK_TRIES, job.sampling, write, repair)

@@ -180,15 +180,14 @@ class Captioner:
         ]
 
     def _described(self, text: str, history: Sequence[str], context: tuple[str, str], looks: Mapping[str, str]) -> str:
-        text = invention.repaired(text, history, self.world)
         text = look_lock.repaired(self.cast.repaired(text, *context, looks=looks), looks)
         return place_lock.repaired(text, history[-1], self.world.places)
 
     def _description_faults(
         self, context: tuple[str, str], looks: Mapping[str, str], history: Sequence[str], text: str
     ) -> int:
-        names = self.cast.faults(text, *context) + invention.faults(text, history, self.world)
-        return names + look_lock.faults(text, looks) + place_lock.faults(text, history[-1], self.world.places)
+        names, worn = self.cast.faults(text, *context), look_lock.faults(text, looks)
+        return names + worn + place_lock.faults(text, history[-1], self.world.places)
 
     def _best_of(
         self,

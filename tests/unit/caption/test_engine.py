@@ -638,9 +638,10 @@ async def test_a_name_that_a_description_makes_up_is_whose_the_story_has_learned
     made_up = "On the left Pip, an orange cat, runs. On the right Weeck, a yellow pig with a teal scarf, runs."
     right = "On the left Pip, an orange cat, runs. On the right Rosa, a pink pig with a teal hat, runs."
     notes = Notes()
-    driver = ScriptedDriver([made_up] * (1 + NAME_LOCK_TRIES))
+    driver = ScriptedDriver([made_up, *["Pip runs."] * NAME_LOCK_TRIES])
     assert (await CaptionEngine(model, driver, observer=notes).describe(job)).text == right, "and not Kiri, never met"
-    assert notes.guarded[0][1] == "repaired"
+    assert notes.guarded == [("invention", "repaired")]
+    assert len(driver.asks) == 1, "a try that leaves her out is no better"
     off = Guards(invention=False)
     assert "Weeck" in (await CaptionEngine(model, ScriptedDriver([made_up] * 8), guards=off).describe(job)).text
 
