@@ -308,18 +308,18 @@ class CaptionEngine:
         check_learned(job.learned)
         cast, wording, places = self.model.cast, self.model.wording, self.model.world.places
         captions = cast.context(job.earlier_captions, job.previous_caption, job.caption)
+        said = (*job.earlier_captions, job.previous_caption, job.caption)
         # First those that were learned: of two looks of the same name the first one counts.
         looks_told = prompts.told_looks((*told(job.learned), *job.earlier_descriptions))
         known = {**looks_told, **self.model.world.characters}
         self._refuse_if_full()  # before the work of looking
         looks = {**await self._seen_looks(job, known), **known}
-        lines = prompts.cast_lines(looks, (*job.earlier_captions, job.previous_caption, job.caption))
+        lines = prompts.cast_lines(looks, said)
         prompt = wording.description_prompt(job.previous_caption, job.caption, budget, lines)
         locked = self._guards.name_lock
         forbidden = name_tokens(wording, cast.strangers(captions), captions) if locked else ()
         room_tokens = min(job.sampling.max_tokens or DEFAULT_TOKENS[DESCRIPTIVE], DEFAULT_TOKENS[DESCRIPTIVE])
 
-        said = (*job.earlier_captions, job.previous_caption, job.caption)
         met = [one.name for one in job.learned if any(whole_word(one.name).search(caption) for caption in said)]
 
         async def write(sampling: Sampling) -> Written:
@@ -327,11 +327,14 @@ class CaptionEngine:
             # At once, and not only where no other try has fewer faults: who is misnamed is there, and a try without
             # them would be chosen for saying less.
             text = invention.repaired(written.text, said, self.model.world, met)
-            if text == written.text or not self._guards.invention:
+            if not self._guards.invention or text == written.text:
+                return written
+            text = look_lock.repaired(text, looks) if self._guards.look_lock else text
+            if not fits(text) and fits(written.text):
                 return written
             if sampling is job.sampling:
                 self._observer.text_guarded(guard="invention", outcome="repaired")
-            return replace(written, text=look_lock.repaired(text, looks))
+            return replace(written, text=text)
 
         def fits(text: str) -> bool:
             return len(text) <= TEXT_CHARACTERS_MAX and len(wording.encode(text)) <= room_tokens

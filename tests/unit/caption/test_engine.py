@@ -642,6 +642,15 @@ async def test_a_name_that_a_description_makes_up_is_whose_the_story_has_learned
     assert (await CaptionEngine(model, driver, observer=notes).describe(job)).text == right, "and not Kiri, never met"
     assert notes.guarded == [("invention", "repaired")]
     assert len(driver.asks) == 1, "a try that leaves her out is no better"
+    unlooked = CaptionEngine(model, ScriptedDriver([made_up]), guards=Guards(look_lock=False))
+    assert "Rosa, a yellow pig" in (await unlooked.describe(job)).text, "each guard is switched off by itself"
+    long = replace(job, sampling=replace(job.sampling, max_tokens=len(MODEL.wording.encode(made_up))))
+    long = replace(
+        long, learned=(replace(rosa, name="Rosa " * 8 + "Lee"),), earlier_captions=("Rosa " * 8 + "Lee came.",)
+    )
+    assert "Weeck" in (await CaptionEngine(model, ScriptedDriver([made_up] * 8)).describe(long)).text, (
+        "it would not fit"
+    )
     off = Guards(invention=False)
     assert "Weeck" in (await CaptionEngine(model, ScriptedDriver([made_up] * 8), guards=off).describe(job)).text
 
