@@ -56,6 +56,7 @@ STORY, DESCRIPTIVE = llava.ADAPTERS
 DEFAULT_TOKENS = {STORY: 64, DESCRIPTIVE: 90}
 NAME_LOCK_TRIES = 7  # more descriptions to choose from when the first leaves somebody out or names one twice
 CAPTION_TRIES = 4  # more captions to choose from when the first repeats itself or loses the story's hero
+FREE_TRIES = 2  # of those; the others begin with the name of a hero whom the first one has lost sight of
 RETRY_TEMPERATURE = 0.7  # at least this for another try: a greedy try would only repeat itself
 
 _UNSEEN_PX = 32  # a picture that only needs to be one
@@ -160,6 +161,7 @@ def adapter_rank_max(folders: Sequence[Path]) -> int:
 
 
 Rule = Callable[[str], int]  # how many faults a guard finds in a text
+Writer = Callable[[Sampling, int], Awaitable[Written]]  # gives the try of a number
 
 
 class Observer(Protocol):
@@ -265,8 +267,14 @@ class CaptionEngine:
         budget = self._budget(job.sampling.max_tokens, STORY)
         prompt = self.model.wording.story_prompt(job.captions, budget)
 
-        async def write(sampling: Sampling) -> Written:
-            return await self._write(prompt, job.image, STORY, sampling)
+        opening = ""
+
+        async def write(sampling: Sampling, number: int) -> Written:
+            nonlocal opening
+            written = await self._write(prompt, job.image, STORY, sampling, begun=opening if number > FREE_TRIES else "")
+            if number == 0 and self._guards.thread:
+                opening = thread.opening(written.text, job.captions, cast)
+            return written
 
         rules: dict[str, Rule] = {}
         if self._guards.repetition:
@@ -322,7 +330,7 @@ class CaptionEngine:
 
         met = [one.name for one in job.learned if any(whole_word(one.name).search(caption) for caption in said)]
 
-        async def write(sampling: Sampling) -> Written:
+        async def write(sampling: Sampling, number: int) -> Written:
             written = await self._write(prompt, job.image, DESCRIPTIVE, sampling, forbidden)
             # At once, and not only where no other try has fewer faults: who is misnamed is there, and a try without
             # them would be chosen for saying less.
@@ -332,7 +340,7 @@ class CaptionEngine:
             text = look_lock.repaired(text, looks) if self._guards.look_lock else text
             if not fits(text) and fits(written.text):
                 return written
-            if sampling is job.sampling:
+            if number == 0:
                 self._observer.text_guarded(guard="invention", outcome="repaired")
             return replace(written, text=text)
 
@@ -379,15 +387,15 @@ class CaptionEngine:
         rules: Mapping[str, Rule],
         tries: int,
         sampling: Sampling,
-        write: Callable[[Sampling], Awaitable[Written]],
+        write: Writer,
         repair: Callable[[str], str],
     ) -> Written:
-        """What `write` gives; if that has faults, the best of `tries` more; if that has faults too, it repaired."""
+        """What `write` gives, at first with number 0; if that has faults, the best of `tries` more; if that has faults too, it repaired."""
 
         def faults(text: str) -> int:
             return sum(rule(text) for rule in rules.values())
 
-        first = await write(sampling)
+        first = await write(sampling, 0)
         first_faults = await asyncio.to_thread(faults, first.text)
         if first_faults == 0:
             return first
@@ -410,15 +418,13 @@ class CaptionEngine:
             duration_s=first.duration_s + max((other.duration_s for other in others), default=0.0),
         )
 
-    async def _second_choices(
-        self, count: int, sampling: Sampling, write: Callable[[Sampling], Awaitable[Written]]
-    ) -> list[Written]:
-        """More texts for the same request, decoded together; fewer than `count` when some fail."""
+    async def _second_choices(self, count: int, sampling: Sampling, write: Writer) -> list[Written]:
+        """More texts for the same request, numbers 1 to `count`, decoded together; fewer when some fail."""
         warmer = replace(sampling, temperature=max(sampling.temperature, RETRY_TEMPERATURE))
         self._choosing += count
         try:
             answers = await asyncio.gather(
-                *(write(replace(warmer, seed=derived_seed(warmer.seed, n))) for n in range(1, 1 + count)),
+                *(write(replace(warmer, seed=derived_seed(warmer.seed, n)), n) for n in range(1, 1 + count)),
                 return_exceptions=True,  # a try that fails is no reason to lose the text that is there
             )
         finally:
@@ -434,17 +440,20 @@ class CaptionEngine:
         adapter: str,
         sampling: Sampling,
         forbidden_ids: tuple[int, ...] = (),
+        begun: str = "",
     ) -> Written:
+        """What the model answers, with `begun` as the answer's first words."""
         self._refuse_if_full()
         started_s, tokens, outcome = self._clock(), 0, "cancelled"
         self._count(1)
         try:
             picture = await asyncio.to_thread(self._see, image)
             for attempt in range(self._max_attempts):
-                ask = self._ask(prompt, picture, adapter, sampling, attempt)
+                ask = self._ask(prompt, picture, adapter, sampling, attempt, begun)
                 reply = await self._driver.generate(replace(ask, forbidden_ids=forbidden_ids))
                 tokens += len(reply.ids)
-                text = readable(self.model.wording.decode(reply.ids))
+                text = self.model.wording.decode(reply.ids)
+                text = readable(begun + text) if text.strip() else ""
                 if reply.finish is Finish.LENGTH:
                     text = whole_sentences(text)
                 if text:
@@ -477,17 +486,25 @@ class CaptionEngine:
         return picture if self.model.image_px else None
 
     def _ask(
-        self, prompt: prompts.Prompt, picture: Image.Image | None, adapter: str, sampling: Sampling, attempt: int
+        self,
+        prompt: prompts.Prompt,
+        picture: Image.Image | None,
+        adapter: str,
+        sampling: Sampling,
+        attempt: int,
+        begun: str = "",
     ) -> Ask:
         again = attempt > 0
+        begun_ids = self.model.wording.encode(begun) if begun else []
         return Ask(
-            ids=prompt.ids,
+            ids=(*prompt.ids, *begun_ids),
             image=picture,
             adapter=adapter if adapter in self.model.adapters else None,
             temperature=max(sampling.temperature, RETRY_TEMPERATURE) if again else sampling.temperature,
             top_p=sampling.top_p,
             seed=derived_seed(sampling.seed, attempt),
-            max_tokens=sampling.max_tokens or DEFAULT_TOKENS[adapter],
+            # What is begun counts as answered: prompt and answer fit the context together.
+            max_tokens=max(1, (sampling.max_tokens or DEFAULT_TOKENS[adapter]) - len(begun_ids)),
             stop_ids=self.model.wording.stop_ids,
         )
 

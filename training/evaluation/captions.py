@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ from training.toon.world import Story, StoryFrame, sample_story
 
 _ALL_NAMES = sorted({c.name for c in (*MAIN, *NEW) if c.name} | {name for name, _ in SIDE_NAMES})
 _NAME = re.compile(r"\b(" + "|".join(_ALL_NAMES) + r")\b")
-NAME_LOCK_TRIES, CAPTION_TRIES, RETRY_TEMPERATURE = 7, 4, 0.7  # as in the caption service
-SERVED_TEMPERATURE = 0.2  # as well; a test compares all four
+NAME_LOCK_TRIES, CAPTION_TRIES, FREE_TRIES, RETRY_TEMPERATURE = 7, 4, 2, 0.7  # as in the caption service
+SERVED_TEMPERATURE = 0.2  # as well; a test compares all five
 _BUDGET_TOKENS = 352
 _ANSWER_TOKENS = 96
 
@@ -64,6 +64,7 @@ class Question:
     image_HWC: npt.NDArray[np.uint8]
     prompt: prompts.Prompt
     forbidden_ids: tuple[int, ...] = ()  # the name lock, as it is served
+    begun: str = ""  # the answer's first words
 
 
 class Captioner:
@@ -95,7 +96,8 @@ class Captioner:
         rows = []
         for question in questions:
             ids, place = question.prompt.ids, question.prompt.ids.index(image_id)
-            rows.append([*ids[:place], *[image_id] * self.image_tokens_count, *ids[place + 1 :]])
+            begun = self.tokenizer.encode(question.begun)
+            rows.append([*ids[:place], *[image_id] * self.image_tokens_count, *ids[place + 1 :], *begun])
         longest = max(len(row) for row in rows)
         ids_BN = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows])
         mask_BN = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -110,7 +112,10 @@ class Captioner:
             eos_token_id=self.tokenizer.eos_id,
             pad_token_id=pad_id,
         )
-        return [prompts.clean(self.tokenizer.decode(row)) for row in written_BN[:, longest:].tolist()]
+        return [
+            prompts.clean(question.begun + self.tokenizer.decode(row))
+            for question, row in zip(questions, written_BN[:, longest:].tolist(), strict=True)
+        ]
 
     def next_captions(
         self,
@@ -129,7 +134,12 @@ class Captioner:
         if not guarded:
             return texts
         faults = [partial(self._caption_faults, captions) for captions in histories]
-        best = self._best_of("story", questions, texts, faults, CAPTION_TRIES)
+        named = [
+            replace(question, begun=thread.opening(text, captions, self.cast))
+            for question, text, captions in zip(questions, texts, histories, strict=True)
+        ]
+        tries = [questions if number <= FREE_TRIES else named for number in range(1, 1 + CAPTION_TRIES)]
+        best = self._best_of("story", tries, texts, faults)
         return [self._mended(captions, text) for captions, text in zip(histories, best, strict=True)]
 
     def _mended(self, captions: Sequence[str], text: str) -> str:
@@ -173,7 +183,7 @@ class Captioner:
             partial(self._description_faults, context, known, history)
             for context, known, history in zip(contexts, looks, histories, strict=True)
         ]
-        best = self._best_of("descriptive", questions, texts, faults, NAME_LOCK_TRIES)
+        best = self._best_of("descriptive", [questions] * NAME_LOCK_TRIES, texts, faults)
         return [
             self._described(text, history, pair, known)
             for text, history, pair, known in zip(best, histories, contexts, looks, strict=True)
@@ -192,14 +202,13 @@ class Captioner:
     def _best_of(
         self,
         adapter: str,
-        questions: Sequence[Question],
+        tries: Sequence[Sequence[Question]],
         texts: list[str],
         faults: Sequence[Callable[[str], int]],
-        tries: int,
     ) -> list[str]:
-        """As served: the earliest of those with the fewest faults among a text and some more tries."""
+        """As served: the earliest of those with the fewest faults among a text and what `tries` ask once more."""
         texts = list(texts)
-        for _ in range(tries):
+        for questions in tries:
             again = [number for number, text in enumerate(texts) if faults[number](text)]
             sampled = self.answer(adapter, [questions[n] for n in again], temperature=RETRY_TEMPERATURE)
             for number, text in zip(again, sampled, strict=True):

@@ -48,6 +48,14 @@ def loses_thread(text: str, earlier: Sequence[str], cast: Cast) -> bool:
     return not any(_names(one, hero) for one in recent)
 
 
+def opening(text: str, earlier: Sequence[str], cast: Cast) -> str:
+    """What another try should begin with: the hero's name where `text` loses sight of them, else nothing.
+
+    A small model does not write a name that it never read in training; begun with it, it goes on.
+    """
+    return (hero_of(earlier, cast) or "") if loses_thread(text, earlier, cast) else ""
+
+
 def doubles_somebody(text: str, cast: Cast) -> bool:
     """Whether a caption names one person twice in a sentence, and nobody else. Two may well be named twice each."""
     for sentence in _SENTENCES.split(text):
