@@ -271,7 +271,8 @@ class CaptionEngine:
 
         async def write(sampling: Sampling, number: int) -> Written:
             nonlocal opening
-            written = await self._write(prompt, job.image, STORY, sampling, begun=opening if number > FREE_TRIES else "")
+            begun = opening if number > FREE_TRIES else ""
+            written = await self._write(prompt, job.image, STORY, sampling, begun=begun)
             if number == 0 and self._guards.thread:
                 opening = thread.opening(written.text, job.captions, cast)
             return written
@@ -390,7 +391,7 @@ class CaptionEngine:
         write: Writer,
         repair: Callable[[str], str],
     ) -> Written:
-        """What `write` gives, at first with number 0; if that has faults, the best of `tries` more; if that has faults too, it repaired."""
+        """What `write` gives as number 0; if that has faults, the best of `tries` more; if all have faults, repaired."""
 
         def faults(text: str) -> int:
             return sum(rule(text) for rule in rules.values())
