@@ -56,7 +56,6 @@ STORY, DESCRIPTIVE = llava.ADAPTERS
 DEFAULT_TOKENS = {STORY: 64, DESCRIPTIVE: 90}
 NAME_LOCK_TRIES = 7  # more descriptions to choose from when the first leaves somebody out or names one twice
 CAPTION_TRIES = 4  # more captions to choose from when the first repeats itself or loses the story's hero
-FREE_TRIES = 2  # of those; the others begin with the name of a hero whom the first one has lost sight of
 RETRY_TEMPERATURE = 0.7  # at least this for another try: a greedy try would only repeat itself
 
 _UNSEEN_PX = 32  # a picture that only needs to be one
@@ -267,14 +266,15 @@ class CaptionEngine:
         budget = self._budget(job.sampling.max_tokens, STORY)
         prompt = self.model.wording.story_prompt(job.captions, budget)
 
-        opening = ""
+        openings: tuple[str, ...] = ()
 
         async def write(sampling: Sampling, number: int) -> Written:
-            nonlocal opening
-            begun = opening if number > FREE_TRIES else ""
+            nonlocal openings
+            last = number - 1 - CAPTION_TRIES + len(openings)  # of the tries, as many as there are openings
+            begun = openings[last] if last >= 0 and openings else ""
             written = await self._write(prompt, job.image, STORY, sampling, begun=begun)
             if number == 0 and self._guards.thread:
-                opening = thread.opening(written.text, job.captions, cast)
+                openings = thread.openings(written.text, job.captions, cast)
             return written
 
         rules: dict[str, Rule] = {}
@@ -391,7 +391,7 @@ class CaptionEngine:
         write: Writer,
         repair: Callable[[str], str],
     ) -> Written:
-        """What `write` gives as number 0; if that has faults, the best of `tries` more; if all have faults, repaired."""
+        """What `write` gives as number 0; if that has faults, the best of `tries` more; if all have some, repaired."""
 
         def faults(text: str) -> int:
             return sum(rule(text) for rule in rules.values())

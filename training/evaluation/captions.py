@@ -51,8 +51,8 @@ from training.toon.world import Story, StoryFrame, sample_story
 
 _ALL_NAMES = sorted({c.name for c in (*MAIN, *NEW) if c.name} | {name for name, _ in SIDE_NAMES})
 _NAME = re.compile(r"\b(" + "|".join(_ALL_NAMES) + r")\b")
-NAME_LOCK_TRIES, CAPTION_TRIES, FREE_TRIES, RETRY_TEMPERATURE = 7, 4, 2, 0.7  # as in the caption service
-SERVED_TEMPERATURE = 0.2  # as well; a test compares all five
+NAME_LOCK_TRIES, CAPTION_TRIES, RETRY_TEMPERATURE = 7, 4, 0.7  # as in the caption service
+SERVED_TEMPERATURE = 0.2  # as well; a test compares all four
 _BUDGET_TOKENS = 352
 _ANSWER_TOKENS = 96
 
@@ -134,11 +134,11 @@ class Captioner:
         if not guarded:
             return texts
         faults = [partial(self._caption_faults, captions) for captions in histories]
-        named = [
-            replace(question, begun=thread.opening(text, captions, self.cast))
-            for question, text, captions in zip(questions, texts, histories, strict=True)
-        ]
-        tries = [questions if number <= FREE_TRIES else named for number in range(1, 1 + CAPTION_TRIES)]
+        tries = [list(questions) for _ in range(CAPTION_TRIES)]
+        for row, (text, captions) in enumerate(zip(texts, histories, strict=True)):
+            openings = thread.openings(text, captions, self.cast)
+            for number, begun in enumerate(openings, start=CAPTION_TRIES - len(openings)):
+                tries[number][row] = replace(questions[row], begun=begun)
         best = self._best_of("story", tries, texts, faults)
         return [self._mended(captions, text) for captions, text in zip(histories, best, strict=True)]
 

@@ -17,6 +17,7 @@ UNNAMED_MAX = 2  # captions in a row that may go without the hero's name
 
 _INNER_NAME = re.compile(r"(?<=[\w,;] )[^\W\d_a-z]\w*[^\W\d_A-Z]\b")  # a capital where no sentence begins
 _SENTENCES = re.compile(r"[.!?…]+[\"'”’]*\s+")
+_VERBS = ("was", "ran")  # after which captions go on without naming somebody the story does not have
 _SUBJECT = re.compile(r"\b(?:he|she)\b(?!['’])", re.IGNORECASE)
 
 
@@ -48,12 +49,14 @@ def loses_thread(text: str, earlier: Sequence[str], cast: Cast) -> bool:
     return not any(_names(one, hero) for one in recent)
 
 
-def opening(text: str, earlier: Sequence[str], cast: Cast) -> str:
-    """What another try should begin with: the hero's name where `text` loses sight of them, else nothing.
+def openings(text: str, earlier: Sequence[str], cast: Cast) -> tuple[str, ...]:
+    """What other tries should begin with where `text` loses sight of the hero; nothing where it does not.
 
-    A small model does not write a name that it never read in training; begun with it, it goes on.
+    A small model does not write a name that it never read in training; begun with it, it goes on. Left to itself after
+    the name it would spell another ("Rosa" → "Rosais"), so a verb follows that goes with anything.
     """
-    return (hero_of(earlier, cast) or "") if loses_thread(text, earlier, cast) else ""
+    hero = hero_of(earlier, cast)
+    return tuple(f"{hero} {verb}" for verb in _VERBS) if hero and loses_thread(text, earlier, cast) else ()
 
 
 def doubles_somebody(text: str, cast: Cast) -> bool:

@@ -11,7 +11,7 @@ from services.models.captions.thread import (
     faults,
     hero_of,
     loses_thread,
-    opening,
+    openings,
     people,
     with_hero,
 )
@@ -45,11 +45,11 @@ def test_a_hero_may_go_unnamed_for_a_while_and_no_longer() -> None:
     assert loses_thread("Minas ran.", story, CAST), "part of another word is no name"
 
 
-def test_another_try_begins_with_a_hero_who_was_lost_and_else_with_nothing() -> None:
+def test_other_tries_begin_with_a_hero_who_was_lost_and_else_with_nothing() -> None:
     story = ["Mina slept.", "She woke.", "She ran."]
-    assert opening("She sat.", story, CAST) == "Mina"
-    assert opening("Then Mina sat.", story, CAST) == ""
-    assert opening("She sat.", ["A girl.", "She woke.", "She ran."], CAST) == ""
+    assert openings("She sat.", story, CAST) == ("Mina was", "Mina ran")
+    assert openings("Then Mina sat.", story, CAST) == ()
+    assert openings("She sat.", ["A girl.", "She woke.", "She ran."], CAST) == ()
 
 
 def test_a_story_without_a_hero_has_no_thread_to_lose() -> None:
