@@ -51,8 +51,9 @@ from services.models.drawing import (
     Drawing,
     Pixels,
     Sketch,
+    Start,
     are_sound,
-    begin,
+    begin_together,
     decodable,
     finish,
     preview,
@@ -529,24 +530,51 @@ class FrameEngine:
 
     def _admit(self) -> None:
         """Let waiting jobs in while there is room. One that cannot be begun fails, and the next gets its chance."""
-        while (ticket := self._next_in()) is not None:
+        while waiting := list(iter(self._next_in, None)):
+            starts: dict[int, list[tuple[Ticket, Start]]] = {}  # by model
+            for ticket in waiting:
+                try:
+                    if (reason := self._lost(ticket)) is not None:
+                        self._end(ticket, reason)
+                        continue
+                    start = Start(
+                        sketch=ticket.sketch,
+                        outfit=self._dress(ticket),
+                        tenant=ticket.job.tenant,
+                        words=_words(ticket.adapters),
+                        changes=_text_changes(ticket),
+                    )
+                    starts.setdefault(id(ticket.model), []).append((ticket, start))
+                except Exception as error:  # noqa: BLE001 - whatever a network raises, it is this job's and no other's
+                    self._fail(ticket, error)
+            for together in starts.values():
+                # Strictly: a matrix product's last bits depend on who shares it.
+                for some in [[one] for one in together] if self.settings.strict else [together]:
+                    self._begin(some)
+            self._tell_adapters()
+
+    def _begin(self, starts: Sequence[tuple[Ticket, Start]]) -> None:
+        """Drawings of one model, begun together; alone where that does not work."""
+        tickets = [ticket for ticket, _ in starts]
+        try:
+            drawings = begin_together(tickets[0].model, [start for _, start in starts])
+        except Exception as error:  # noqa: BLE001 - as above
+            if len(tickets) == 1:
+                self._fail(tickets[0], error)
+                return
+            log.warning("batched_beginning_failed", jobs=len(tickets), error=type(error).__name__)
+            drawings = None
+        if drawings is None:  # and the error is gone, with all that it held of the device's memory
+            for one in starts:
+                self._begin([one])
+            return
+        for ticket, drawing in zip(tickets, drawings, strict=True):
             try:
-                if (reason := self._lost(ticket)) is not None:
-                    self._end(ticket, reason)
-                    continue
-                ticket.drawing = begin(
-                    ticket.model,
-                    ticket.sketch,
-                    self._dress(ticket),
-                    ticket.job.tenant,
-                    _words(ticket.adapters),
-                    _text_changes(ticket),
-                )
+                ticket.drawing = drawing
                 # Strictly: what others left, or did not, would decide which rows share a pass.
                 ticket.cache = ReferenceCache() if self.settings.strict else self._cache_of(ticket.model)
                 ticket.warnings = self._warnings(ticket)
-                self._tell_adapters()
-            except Exception as error:  # noqa: BLE001 - whatever a network raises, it is this job's and no other's
+            except Exception as error:  # noqa: BLE001 - as above
                 self._fail(ticket, error)
 
     def _dress(self, ticket: Ticket) -> list[Worn]:

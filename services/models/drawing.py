@@ -170,6 +170,8 @@ def rows_of_a_frame(sketch: Sketch, *, reads: bool = False, sees: bool = False) 
 
 # Pixels that are decoded together at most: as much work at a time as one frame of Stable Diffusion.
 _DECODED_PX = 512 * 512
+_ENCODED_PX = 4 * _DECODED_PX  # the same of pictures that are encoded: half the work, and a story has a few
+_TEXTS_TOGETHER = 64
 _SHARED_SEED = 0x5EED  # of the noise that frames share
 UNGUIDED = Branches(nothing=0.0, images=0.0, everything=1.0)
 
@@ -188,7 +190,19 @@ class Randomness:
         return torch.from_numpy(self._generator.standard_normal(shape, dtype=np.float32))
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A sketch that is to be begun, and whose it is."""
+
+    sketch: Sketch
+    # In which of the model's slots the sketch's characters lie, in their order; the slots must stay theirs until the
+    # drawing is done.
+    outfit: Outfit = ()
+    tenant: str = ""  # what references leave is not shown to others
+    words: Words = field(default_factory=lambda: NO_WORDS)  # that the characters taught
+    changes: Sequence[TextChange] = ()  # what they change of the text encoder
+
+
 def begin(
     model: FrameModel,
     sketch: Sketch,
@@ -197,70 +211,167 @@ def begin(
     words: Words = NO_WORDS,
     changes: Sequence[TextChange] = (),
 ) -> Drawing:
-    """Encode the texts and earlier frames and draw all noise: for the frame, its references, the blank, each reference.
+    """One drawing; the rest as in `begin_together`."""
+    start = Start(sketch=sketch, outfit=outfit, tenant=tenant, words=words, changes=changes)
+    return begin_together(model, [start])[0]
 
-    A frame that is made of a picture begins with that, under the noise of the first step that is taken.
 
-    `outfit` says in which of the model's slots the sketch's characters lie, in their order; the slots must stay theirs
-    until the drawing is done. `words` are those that they taught, `changes` what they change of the text encoder. What
-    references leave is not shown to other tenants than `tenant`.
+@torch.inference_mode()
+def begin_together(model: FrameModel, starts: Sequence[Start]) -> list[Drawing]:
+    """Encode texts and earlier frames and draw all noise: for the frame, its references, the blank, each reference.
+
+    All of them share the passes of the text encoder and of the autoencoder. A frame that is made of a picture begins
+    with that, under the noise of the first step that is taken.
     Raises TextTooLong when a description does not fit.
     """
-    if len(outfit) != len(sketch.characters):
-        raise ValueError(f"{len(sketch.characters)} characters lie in {len(outfit)} slots")
-    codec, device = model.codec, model.device
-    looked_at = () if model.reader else sketch.references
-    count = len(looked_at)
+    for start in starts:
+        if len(start.outfit) != len(start.sketch.characters):
+            raise ValueError(f"{len(start.sketch.characters)} characters lie in {len(start.outfit)} slots")
+    numbers = [_numbers(model, start.sketch) for start in starts]
+    texts = _texts(model, starts)
+    told = _told(model, texts, [tuple(start.outfit) for start in starts])
+    pictures = _encoded(model, starts, numbers)
+    return [_begun(model, *each) for each in zip(starts, numbers, texts, told, pictures, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Numbers:
+    """A sketch's random numbers, `[C, h, w]` each, on the CPU. None: nothing is there to be noised with them."""
+
+    latents: Tensor
+    reference: Tensor  # the same for all that is looked at, in every step
+    blank: Tensor | None
+    pictures_NCHW: Tensor | None
+    edit: Tensor | None
+
+
+def _numbers(model: FrameModel, sketch: Sketch) -> _Numbers:
+    codec, count = model.codec, len(_looked_at(model, sketch))
     shape = (codec.channels, sketch.height_px // codec.factor, sketch.width_px // codec.factor)
     random = Randomness(sketch.seed)
-    latents, reference_noise = random.normal(*shape), random.normal(*shape)
+    latents, reference = random.normal(*shape), random.normal(*shape)
     around = random  # what the references and the blank are noised with
     if sketch.policy.shared_noise:
         around = Randomness(_SHARED_SEED)
-        reference_noise = around.normal(*shape)
-    if model.reader is None:
-        captions = () if model.sees_pictures else (seen.description for seen in looked_at)
-        told = ["", sketch.description, *captions]
-        texts = model.text.encode(told, words, changes)
-    else:
-        past = [(seen.pixels, seen.description) for seen in sketch.references]
-        texts = model.reader.contexts(sketch.description, past, words)
-    blank = torch.zeros(shape, device=device)
+        reference = around.normal(*shape)
+    blank = around.normal(*shape) if count and not model.sees_pictures else None
+    pictures = None
     if count:
-        if not model.sees_pictures:
-            blank = codec.encode_blank(sketch.height_px, sketch.width_px, moved(around.normal(1, *shape), device))[0]
-        pixels = np.stack([seen.pixels for seen in looked_at])
-        values = moved(torch.from_numpy(pixels), device).permute(0, 3, 1, 2).float() / 255.0
-        noise = around.normal(1, *shape) if sketch.policy.shared_noise else random.normal(count, *shape)
-        seen = codec.encode_references(values, moved(noise, device).expand(count, *shape))
-    else:
-        seen = torch.zeros((0, *shape), device=device)
+        one = around.normal(1, *shape) if sketch.policy.shared_noise else random.normal(count, *shape)
+        pictures = one.expand(count, *shape)
+    edit = random.normal(*shape) if sketch.edit is not None else None
+    return _Numbers(latents=latents, reference=reference, blank=blank, pictures_NCHW=pictures, edit=edit)
+
+
+def _looked_at(model: FrameModel, sketch: Sketch) -> tuple[Seen, ...]:
+    """The earlier frames that the network sees; a model that reads them has them in its texts."""
+    return () if model.reader else sketch.references
+
+
+def _texts(model: FrameModel, starts: Sequence[Start]) -> list[Tensor]:
+    """Of each sketch `[T, S, D]`: nothing's states, the description's, and those of each frame that is looked at."""
+    if model.reader is not None:
+        return [
+            model.reader.contexts(
+                start.sketch.description,
+                [(seen.pixels, seen.description) for seen in start.sketch.references],
+                start.words,
+            )
+            for start in starts
+        ]
+    said = []
+    for start in starts:
+        captions = () if model.sees_pictures else (seen.description for seen in start.sketch.references)
+        said.append(["", start.sketch.description, *captions])
+    # Who changes the encoder, or its words, has it alone.
+    plain = [not start.words and not start.changes for start in starts]
+    wanted = list(dict.fromkeys(text for texts, shared in zip(said, plain, strict=True) if shared for text in texts))
+    states: dict[str, Tensor] = {}
+    for first in range(0, len(wanted), _TEXTS_TOGETHER):
+        some = wanted[first : first + _TEXTS_TOGETHER]
+        states.update(zip(some, model.text.encode(some), strict=True))
+    return [
+        torch.stack([states[text] for text in texts])
+        if shared
+        else model.text.encode(texts, start.words, start.changes)
+        for start, texts, shared in zip(starts, said, plain, strict=True)
+    ]
+
+
+def _encoded(
+    model: FrameModel, starts: Sequence[Start], numbers: Sequence[_Numbers]
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Of each sketch the blank's latents `[C, h, w]` and its earlier frames' `[N, C, h, w]`, as far as it has any."""
+    codec, device = model.codec, model.device
+    values: dict[tuple[int, int], list[Tensor]] = {}  # by size: what is to be encoded, and with which noise
+    noises: dict[tuple[int, int], list[Tensor]] = {}
+    for start, own in zip(starts, numbers, strict=True):
+        size = (start.sketch.height_px, start.sketch.width_px)
+        if own.blank is not None:
+            values.setdefault(size, []).append(torch.full((1, 3, *size), codec.blank_value))
+            noises.setdefault(size, []).append(own.blank[None])
+        if own.pictures_NCHW is not None:
+            pixels = np.stack([seen.pixels for seen in _looked_at(model, start.sketch)])
+            values.setdefault(size, []).append(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0)
+            noises.setdefault(size, []).append(own.pictures_NCHW)
+    latents = {}
+    for size in values:
+        rows = max(1, _ENCODED_PX // (size[0] * size[1]))
+        all_NCHW, noise_NCHW = torch.cat(values[size]), torch.cat(noises[size])
+        parts = [
+            codec.encode_references(
+                moved(all_NCHW[first : first + rows], device), moved(noise_NCHW[first : first + rows], device)
+            )
+            for first in range(0, len(all_NCHW), rows)
+        ]
+        latents[size] = iter(torch.cat(parts))
+    found: list[tuple[Tensor | None, Tensor | None]] = []
+    for start, own in zip(starts, numbers, strict=True):
+        row = latents.get((start.sketch.height_px, start.sketch.width_px), iter(()))
+        blank = None if own.blank is None else next(row)
+        count = 0 if own.pictures_NCHW is None else len(own.pictures_NCHW)
+        found.append((blank, torch.stack(list(itertools.islice(row, count))) if count else None))
+    return found
+
+
+def _begun(
+    model: FrameModel,
+    start: Start,
+    numbers: _Numbers,
+    texts: Tensor,
+    told: tuple[Told, ...],
+    pictures: tuple[Tensor | None, Tensor | None],
+) -> Drawing:
+    sketch, codec, device, outfit = start.sketch, model.codec, model.device, tuple(start.outfit)
+    blank, seen = pictures
+    shape = numbers.latents.shape
     schedule = model.denoiser.schedule.at(shape[1] * shape[2])
     steps = schedule.sampling_steps(sketch.steps)[-sketch.steps_taken :]
-    if sketch.edit is None:
-        latents = starting_amplitude(sampler_of(model, sketch), schedule, steps[0]) * moved(latents, device)
+    latents = moved(numbers.latents, device)
+    if sketch.edit is None or numbers.edit is None:
+        latents = starting_amplitude(sampler_of(model, sketch), schedule, steps[0]) * latents
     else:
         values = moved(torch.tensor(sketch.edit.pixels), device).permute(2, 0, 1)[None].float() / 255.0
-        given = codec.encode(values, moved(random.normal(1, *shape), device))[0]
-        latents = schedule.add_noise(given, moved(latents, device), torch.tensor(steps[0]))
+        given = codec.encode(values, moved(numbers.edit[None], device))[0]
+        latents = schedule.add_noise(given, latents, torch.tensor(steps[0]))
     return Drawing(
         sketch=sketch,
-        guided=guidance(sketch.image_guidance, sketch.text_guidance, has_references=count > 0),
+        guided=guidance(sketch.image_guidance, sketch.text_guidance, has_references=seen is not None),
         steps=steps,
         latents_CHW=latents,
         description_SD=texts[1],
         nothing_SD=texts[0],
-        reference_latents_NCHW=seen,
+        reference_latents_NCHW=torch.zeros((0, *shape), device=device) if seen is None else seen,
         reference_text_NSD=texts[2:],
-        blank_CHW=blank,
-        reference_noise_CHW=moved(reference_noise, device),
+        blank_CHW=torch.zeros(shape, device=device) if blank is None else blank,
+        reference_noise_CHW=moved(numbers.reference, device),
         pictures=()
         if model.sees_pictures
-        else tuple(hashlib.sha256(seen.pixels.tobytes()).hexdigest() for seen in looked_at),
-        shown=_shown(model, seen, texts[0], tuple(outfit)) if model.sees_pictures and count else {},
-        told=_told(model, texts, tuple(outfit)),
-        tenant=tenant,
-        outfit=tuple(outfit),
+        else tuple(hashlib.sha256(one.pixels.tobytes()).hexdigest() for one in _looked_at(model, sketch)),
+        shown=_shown(model, seen, texts[0], outfit) if model.sees_pictures and seen is not None else {},
+        told=told,
+        tenant=start.tenant,
+        outfit=outfit,
     )
 
 
@@ -282,17 +393,22 @@ def _shown(model: FrameModel, seen_NCHW: Tensor, nothing_SD: Tensor, outfit: Out
         return unet.project(unet.features(seen_NCHW.to(model.dtype), clean_N, nothing_NSD))
 
 
-def _told(model: FrameModel, texts_TSD: Tensor, outfit: Outfit) -> tuple[Told, ...]:
-    """Each text as the blocks of a StoryGen read it with what the drawing wears."""
+def _told(model: FrameModel, texts: Sequence[Tensor], outfits: Sequence[Outfit]) -> list[tuple[Told, ...]]:
+    """Of each drawing its texts as the blocks of a StoryGen read them with what the drawing wears."""
     unet = model.denoiser.unet
     if not isinstance(unet, StoryGenUNet):
-        return ()
-    with wearing(model, [outfit] * len(texts_TSD)):
-        read = unet.read(texts_TSD.to(model.dtype))
-    return tuple(
-        {name: KeyValue(one.key[number], one.value[number]) for name, one in read.items()}
-        for number in range(len(texts_TSD))
-    )
+        return [()] * len(texts)
+    sizes = [len(own) for own in texts]
+    with wearing(model, [outfit for size, outfit in zip(sizes, outfits, strict=True) for _ in range(size)]):
+        read = unet.read(torch.cat(list(texts)).to(model.dtype))
+    told: list[tuple[Told, ...]] = []
+    for first, size in zip(itertools.accumulate([0, *sizes]), sizes, strict=False):
+        # Of several each has a copy: a view would keep all of them in memory until the last one is drawn.
+        own = {name: [part[first : first + size] for part in one] for name, one in read.items()}
+        if len(sizes) > 1:
+            own = {name: [part.clone() for part in parts] for name, parts in own.items()}
+        told.append(tuple({name: KeyValue(k[row], v[row]) for name, (k, v) in own.items()} for row in range(size)))
+    return told
 
 
 def decodable(drawings: Sequence[Drawing]) -> list[list[Drawing]]:

@@ -132,6 +132,11 @@ class Codec:
         """
         return self._encode(pixels_BCHW if self.reference_range == "unit" else pixels_BCHW * 2.0 - 1.0, noise)
 
+    @property
+    def blank_value(self) -> float:
+        """Of every pixel of a picture to look at, 0..1, that is zero after the value range is applied."""
+        return 0.0 if self.reference_range == "unit" else 0.5
+
     def encode_blank(self, height_px: int, width_px: int, noise: Tensor | None = None) -> Tensor:
         """`[1, C, h, w]`: the picture that stands for "no picture": zero *after* the value range is applied."""
         blank = torch.zeros(1, 3, height_px, width_px, device=self._shift.device, dtype=self._shift.dtype)

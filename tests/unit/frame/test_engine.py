@@ -25,7 +25,7 @@ from services.frame.job import Event, FrameJob, Preview, Progress, Queued, Refer
 from services.frame.scheduler import Scheduler
 from services.frame.sketch import sketch_of
 from services.models.cost import flops_of_a_row
-from services.models.drawing import Drawing, finish
+from services.models.drawing import Drawing, Start, begin_together, finish
 from services.models.references import ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.step import StepRows, advance, draw
@@ -385,6 +385,55 @@ def test_a_picture_that_cannot_be_decoded_fails_alone(
         assert first.frame()
         assert engine.is_healthy
     assert decoding.together == [[5], [6, 7, 8], [6], [7], [8]]
+
+
+class Beginning:
+    """Notes the seeds of those who begin together in an engine; one of `fails` cannot."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: int | None = None) -> None:
+        self.together: list[list[int]] = []
+        self._fails = fails
+        monkeypatch.setattr(engine_module, "begin_together", self._begin)
+
+    def _begin(self, model: FrameModel, starts: Sequence[Start]) -> list[Drawing]:
+        seeds = [start.sketch.seed for start in starts]
+        self.together.append(seeds)
+        if self._fails in seeds:
+            raise RuntimeError("no room")
+        return begin_together(model, starts)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_jobs_that_come_in_together_begin_together(
+    tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    beginning = Beginning(monkeypatch)
+    with running(tiny_model, EngineSettings(strict=strict)) as engine:
+        first = Inbox(engine, job(5))
+        gate.wait()
+        both = [Inbox(engine, job(seed, references=1)) for seed in (6, 7)]
+        gate.open()
+        assert all(inbox.frame() for inbox in (first, *both))
+    assert beginning.together == ([[5], [6], [7]] if strict else [[5], [6, 7]])
+
+
+def test_a_job_that_cannot_begin_fails_alone(
+    tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beginning = Beginning(monkeypatch, fails=7)
+    with running(tiny_model) as engine:
+        first = Inbox(engine, job(5))
+        gate.wait()
+        inboxes = {seed: Inbox(engine, job(seed)) for seed in (6, 7, 8)}
+        gate.open()
+        ends = {seed: inbox.last() for seed, inbox in inboxes.items()}
+        assert isinstance(ends[7], RenderFailed)
+        assert isinstance(ends[6], RenderedFrame)
+        assert isinstance(ends[8], RenderedFrame)
+        assert first.frame()
+        assert engine.is_healthy
+        assert Inbox(engine, job(9)).frame(), "its place is free again"
+    assert beginning.together == [[5], [6, 7, 8], [6], [7], [8], [9]]
 
 
 class SlowDecoding:

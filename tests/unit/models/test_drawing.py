@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +25,26 @@ from services.models.denoiser import (
     reference_level,
     reference_levels,
 )
-from services.models.drawing import Randomness, Seen, Sketch, are_sound, begin, finish, preview, rows_of_a_frame
+from services.models.drawing import (
+    Edit,
+    Randomness,
+    Seen,
+    Sketch,
+    Start,
+    are_sound,
+    begin,
+    begin_together,
+    finish,
+    preview,
+    rows_of_a_frame,
+)
+from services.models.references import ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.samplers import SAMPLERS
 from services.models.schedule import Schedule, ScheduleConfig
 from services.models.step import advance, draw
 from services.models.storygen import References
+from services.models.text_encoder import TextEncoder
 from services.models.vae import Codec
 
 SIZE_PX = 32  # 4×4 latents
@@ -331,6 +346,81 @@ def test_preview_is_small_and_of_the_frame(tiny_model: FrameModel) -> None:
     advance(tiny_model, [drawing])
     assert preview(tiny_model, drawing).shape == (32, 64, 3)
     assert preview(tiny_model, drawing, max_px=32).shape == (16, 32, 3)
+
+
+def unlike_starts(width: int) -> list[Start]:
+    """One of everything that the beginning of a drawing depends on."""
+    large = tuple(Seen(pixels=np.full((64, 64, 3), 9, np.uint8), description=f"large {n}") for n in range(2))
+    edit = Edit(pixels=np.full((SIZE_PX, SIZE_PX, 3), 200, np.uint8))
+    return [
+        Start(sketch=sketch(2, seed=1), tenant="a"),
+        Start(sketch=sketch(0, seed=2)),
+        Start(sketch=sketch(2, seed=3, width_px=64, height_px=64, references=large), tenant="b"),
+        Start(sketch=sketch(1, seed=4, policy=ReferencePolicy(shared_noise=True))),
+        Start(sketch=sketch(1, seed=5, description="a zig"), words={"zig": torch.full((2, width), 0.5)}),
+        Start(sketch=sketch(1, seed=6, edit=edit)),
+    ]
+
+
+def test_drawings_that_begin_together_are_what_they_are_alone(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = unlike_starts(tiny_model.text.width)
+    for encoded_px in (1, 1 << 20):  # each picture alone; all of one size together
+        monkeypatch.setattr("services.models.drawing._ENCODED_PX", encoded_px)
+        for start, one in zip(starts, begin_together(tiny_model, starts), strict=True):
+            [alone] = begin_together(tiny_model, [start])
+            for name, value in vars(alone).items():
+                if isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(getattr(one, name), value, atol=1e-5, rtol=1e-5)
+                elif name == "told":
+                    assert len(value) == len(one.told) == 2 + len(start.sketch.references)
+                    for told, other in zip(value, one.told, strict=True):
+                        torch.testing.assert_close(dict(told), dict(other), atol=1e-5, rtol=1e-5)
+                else:
+                    assert getattr(one, name) == value
+
+
+def test_drawings_that_begin_together_share_their_passes(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[list[str]] = []
+    pictures: list[tuple[int, ...]] = []
+    read, see = TextEncoder.encode, Codec.encode_references
+
+    def reading(text: TextEncoder, said: Sequence[str], *more: Any) -> torch.Tensor:
+        texts.append(list(said))
+        return read(text, said, *more)
+
+    def seeing(codec: Codec, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        pictures.append(tuple(pixels.shape))
+        return see(codec, pixels, noise)
+
+    monkeypatch.setattr(TextEncoder, "encode", reading)
+    monkeypatch.setattr(Codec, "encode_references", seeing)
+    begin_together(tiny_model, unlike_starts(tiny_model.text.width))
+    shared, own = texts
+    assert len(shared) == len(set(shared)), "each text is read once"
+    assert own == ["", "a zig", "frame 0"], "a learned word makes it another encoder"
+    # The blank and the earlier frames: 3 + 2 + 2 + 2 small ones, and 3 large ones.
+    assert sorted(pictures) == [(3, 3, 64, 64), (9, 3, 32, 32)]
+
+
+def test_no_more_texts_and_pictures_at_once_than_there_is_room_for(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.models.drawing._TEXTS_TOGETHER", 2)
+    monkeypatch.setattr("services.models.drawing._ENCODED_PX", 2 * SIZE_PX * SIZE_PX)
+    rows: list[int] = []
+    read, see = TextEncoder.encode, Codec.encode_references
+    monkeypatch.setattr(
+        TextEncoder, "encode", lambda text, said, *more: (rows.append(len(said)), read(text, said, *more))[1]
+    )
+    monkeypatch.setattr(
+        Codec, "encode_references", lambda codec, some, noise: (rows.append(len(some)), see(codec, some, noise))[1]
+    )
+    begin_together(tiny_model, [Start(sketch=sketch(2, seed=1)), Start(sketch=sketch(1, seed=2))])
+    assert rows == [2, 2, 1, 2, 2, 1]
 
 
 def test_drawings_of_unlike_sizes_are_decoded_as_alone(tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch) -> None:
