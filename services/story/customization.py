@@ -40,11 +40,13 @@ MOST_REFERENCES = 8  # pictures of an import
 CALL_TIMEOUT_S = 60.0  # a story is looked over and laid out within it
 IMPORT_TIMEOUT_S = 320.0  # the service reads a whole pack for it, after those who came before
 FILES_TIMEOUT_S = 320.0  # the service moves a whole network, gigabytes of it, after those who came before
+READ_WEIGHTS_S = 3600.0  # the same over somebody's line
 TIMEOUTS_S = {
     "ImportCharacterVersion": IMPORT_TIMEOUT_S,
     "PublishCheckpoint": FILES_TIMEOUT_S,
     "DeleteCharacterVersion": FILES_TIMEOUT_S,
     "UndeleteCharacterVersion": FILES_TIMEOUT_S,
+    "ReadWeights": READ_WEIGHTS_S,
 }
 VERSIONS_PAGE = 200
 WATCH_S = 3600.0  # of one stream; whoever follows a job takes it up again
@@ -178,8 +180,10 @@ class Customizations:
 
     async def ask(self, method: str, request: Any) -> Any:
         """The service's answer to any other unary method, by its name in the proto."""
-        limit_s = TIMEOUTS_S.get(method, self._timeout_s)
-        return await self._channel.call(getattr(self._stub, method), request, timeout_s=limit_s)
+        return await self._channel.call(getattr(self._stub, method), request, timeout_s=self._limit_s(method))
+
+    def _limit_s(self, method: str) -> float:
+        return TIMEOUTS_S.get(method, self._timeout_s)
 
     async def versions(
         self, *, name: str = "", show_deleted: bool = False
@@ -213,7 +217,7 @@ class Customizations:
 
     async def read(self, method: str, request: Any) -> AsyncGenerator[bytes, None]:
         """The chunks of ReadImage, ReadReport or ReadWeights."""
-        stream = self._channel.stream(getattr(self._stub, method), request, timeout_s=self._timeout_s)
+        stream = self._channel.stream(getattr(self._stub, method), request, timeout_s=self._limit_s(method))
         async with aclosing(stream) as messages:  # type: ignore[type-var]  # as above
             async for message in messages:
                 yield message.chunk

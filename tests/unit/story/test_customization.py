@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -12,7 +13,13 @@ from fabula.customization.v1 import job_pb2
 
 from services.runtime.call import Call, calling, current_call
 from services.runtime.errors import CharacterVersionNotFound, DeadlineExceeded, FabulaError, Internal, Unavailable
-from services.story.customization import CALL_TIMEOUT_S, FILES_TIMEOUT_S, IMPORT_TIMEOUT_S, Customizations
+from services.story.customization import (
+    CALL_TIMEOUT_S,
+    FILES_TIMEOUT_S,
+    IMPORT_TIMEOUT_S,
+    READ_WEIGHTS_S,
+    Customizations,
+)
 
 VERSION_ID, WEIGHTS = "a" * 64, "b" * 64
 REQUEST = pb.DeleteCharacterVersionRequest(version_id=VERSION_ID)
@@ -40,6 +47,10 @@ class Channel:
         self.is_deleted = False
         self.asked, self.go_on = asyncio.Event(), asyncio.Event()
         self.go_on.set()
+
+    async def stream(self, method: str, request: Any, *, timeout_s: float) -> AsyncGenerator[Any, None]:
+        self.limits[method] = timeout_s
+        yield pb.ReadWeightsResponse(chunk=b"w")
 
     async def call(self, method: str, request: Any, *, timeout_s: float) -> Any:
         self.called.append(method)
@@ -88,14 +99,18 @@ async def test_what_moves_gigabytes_may_take_longer(edge: Edge) -> None:
         await edge.customizations.ask(method, None)
     await edge.customizations.delete_version(REQUEST)
     await edge.customizations.import_version(pb.ImportCharacterVersionRequest())
+    for method in ("ReadWeights", "ReadReport"):
+        assert [chunk async for chunk in edge.customizations.read(method, None)] == [b"w"]
     assert edge.channel.limits == {
+        "ReadWeights": READ_WEIGHTS_S,
+        "ReadReport": CALL_TIMEOUT_S,
         "PublishCheckpoint": FILES_TIMEOUT_S,
         "UndeleteCharacterVersion": FILES_TIMEOUT_S,
         "DeleteCharacterVersion": FILES_TIMEOUT_S,
         "ImportCharacterVersion": IMPORT_TIMEOUT_S,
         "GetCustomizationJob": CALL_TIMEOUT_S,
     }
-    assert FILES_TIMEOUT_S > CALL_TIMEOUT_S
+    assert READ_WEIGHTS_S > FILES_TIMEOUT_S > CALL_TIMEOUT_S
 
 
 @pytest.mark.parametrize("error", [DeadlineExceeded(), Unavailable("its files are not yet out of reach")])
