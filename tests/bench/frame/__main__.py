@@ -165,12 +165,16 @@ def closed_loop(model: FrameModel, adapters: dict[int, Adapters], count: int, co
         {
             "sixteen": (Ours(model, sixteen), many),
             "one": (Ours(model, sixteen), one),
+            "sixteen_unmerged": (Ours(model, sixteen, merges=False), many),
+            "one_unmerged": (Ours(model, sixteen, merges=False), one),
             "peft": (Ours(model, sixteen, "peft"), many),
         },
         max(1, count // 2),
         console,
     )
-    figures["adapters_16_vs_1"] = asdict(ratio(seconds["one"], seconds["sixteen"]))
+    figures["adapters_16_vs_1_unmerged"] = asdict(ratio(seconds["one_unmerged"], seconds["sixteen_unmerged"]))
+    figures["adapters_16_vs_1_merged"] = asdict(ratio(seconds["one"], seconds["sixteen"]))
+    figures["adapters_16_merged_vs_unmerged"] = asdict(ratio(seconds["sixteen_unmerged"], seconds["sixteen"]))
     figures["mixed_vs_peft_16"] = asdict(ratio(seconds["peft"], seconds["sixteen"]))
     return figures
 

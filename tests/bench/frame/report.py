@@ -54,7 +54,7 @@ TARGETS = (
     Target("mixed_vs_split_unmerged", 2.0, "8 stories, 4 characters, against batches by character, unmerged weights"),
     Target("mixed_vs_split_merged", 1.8, "the same, merged weights"),
     Target("mixed_vs_split_ours", 1.1, "the same, merged weights and our rows"),
-    Target("adapters_16_vs_1", 0.95, "16 characters against one"),
+    Target("adapters_16_vs_1_unmerged", 0.95, "16 characters against one, all unmerged"),
     Target("mixed_vs_peft_4", 1.2, "against PEFT's mixed batch, 4 characters"),
     Target("mixed_vs_peft_16", 1.5, "against PEFT's mixed batch, 16 characters"),
     Target("p99_ratio_at_80", 0.5, "p99 latency at 80 % of the batches' capacity, against theirs", at_most=True),

@@ -96,11 +96,12 @@ def serve_ours(system: Ours, requests: Sequence[Request]) -> Served:
         arrive()
         for number in [n for n, request in known.items() if request.leaves_s <= now_s]:
             leave(number)
-        while (job := scheduler.begin(now_s)) is not None:
-            request = known[job.number]
+        let_in = [job.number for job in iter(lambda: scheduler.begin(now_s), None)]  # noqa: B023 - called at once
+        if let_in:
 
-            def begin(request: Request = request) -> None:
-                drawings[request.number] = system.begin(request)
+            def begin(numbers: list[int] = let_in) -> None:
+                begun = system.begin(*(known[number] for number in numbers))
+                drawings.update(zip(numbers, begun, strict=True))
 
             now_s += _timed(begin)
         batch = scheduler.choose()

@@ -28,8 +28,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from services.models.denoiser import StoryDenoiser
-from services.models.drawing import Drawing, Pixels, begin, finish
-from services.models.lora import ALPHA, AdapterSlots, Outfit, Worn, read_adapter
+from services.models.drawing import Drawing, Pixels, Start, begin_together, finish
+from services.models.lora import ALPHA, MERGED_BYTES, AdapterSlots, Outfit, Worn, read_adapter
 from services.models.references import ReferenceCache
 from services.models.registry import FrameModel
 from services.models.step import advance
@@ -159,7 +159,7 @@ class Published:
 
     @staticmethod
     def _draw(model: FrameModel, batch: Sequence[Request], done: Done) -> None:
-        drawings = [begin(model, request.sketch) for request in batch]
+        drawings = begin_together(model, [Start(sketch=request.sketch) for request in batch])
         while not drawings[0].finished:
             done.rows += published_step(model, drawings)
         for request, picture in zip(batch, finish(model, drawings), strict=True):
@@ -209,7 +209,7 @@ class SplitOurs(Split):
         """A batch from start to end."""
         model = self._model(batch[0].adapter)
         cache = self.caches[batch[0].adapter]
-        drawings = [begin(model, request.sketch, tenant=_stranger()) for request in batch]
+        drawings = begin_together(model, [Start(sketch=request.sketch, tenant=_stranger()) for request in batch])
         while not drawings[0].finished:
             done.rows += advance(model, drawings, cache).total
         for request, picture in zip(batch, finish(model, drawings), strict=True):
@@ -234,24 +234,37 @@ class Ours:
     """The engine's step, over everybody who is there."""
 
     def __init__(
-        self, model: FrameModel, adapters: Adapters, name: str = "ours", *, strict: bool = False, prefill_rows: int = 24
+        self,
+        model: FrameModel,
+        adapters: Adapters,
+        name: str = "ours",
+        *,
+        strict: bool = False,
+        merges: bool = True,
+        prefill_rows: int = 24,
     ) -> None:
+        """`merges`: rows that wear the same go through merged weights, as the engine does on a processor."""
         self.name, self.strict, self.prefill_rows = name, strict, prefill_rows
         if name.startswith("peft"):
             self.model = with_unet(model, adapters.peft.base_model.model, PeftNames(adapters))
         else:
             unet = copy.deepcopy(model.denoiser.unet)
-            slots = AdapterSlots(unet, count=adapters.count, rank_max=RANK)
+            budget_bytes = MERGED_BYTES if merges else 0
+            slots = AdapterSlots(unet, count=adapters.count, rank_max=RANK, merged_bytes=budget_bytes)
             for number in range(adapters.count):
                 slots.put(number + 1, read_adapter(adapters.file(number), unet))
             self.model = with_unet(model, unet, slots)
         self.cache = ReferenceCache(CACHE_BYTES)
 
-    def begin(self, request: Request) -> Drawing:
-        """A request's drawing. Every request is a tenant's of its own: only what is everybody's is found."""
-        outfit = () if request.adapter is None else (Worn(request.adapter + 1, 1.0),)
-        worn = () if request.adapter is None else (_weights(request.adapter),)
-        return begin(self.model, replace(request.sketch, characters=worn), outfit, tenant=_stranger())
+    def begin(self, *batch: Request) -> list[Drawing]:
+        """Requests' drawings. Every request is a tenant's of its own: only what is everybody's is found."""
+        starts = []
+        for request in batch:
+            outfit = () if request.adapter is None else (Worn(request.adapter + 1, 1.0),)
+            worn = () if request.adapter is None else (_weights(request.adapter),)
+            sketch = replace(request.sketch, characters=worn)
+            starts.append(Start(sketch=sketch, outfit=outfit, tenant=_stranger()))
+        return begin_together(self.model, starts)
 
     def step(self, drawings: Sequence[Drawing]) -> int:
         """One step of everybody; its rows."""
@@ -264,9 +277,10 @@ class Ours:
         done, waiting = Done(), list(requests)
         running: list[tuple[Request, Drawing]] = []
         while waiting or running:
-            while waiting and len(running) < TOGETHER:
-                request = waiting.pop(0)
-                running.append((request, self.begin(request)))
+            room = TOGETHER - len(running)
+            coming, waiting = waiting[:room], waiting[room:]
+            if coming:
+                running += zip(coming, self.begin(*coming), strict=True)
             done.rows += self.step([drawing for _, drawing in running])
             ended = [one for one in running if one[1].finished]
             pictures = finish(self.model, [drawing for _, drawing in ended])
