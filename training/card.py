@@ -21,6 +21,7 @@ from training.precision import on_gpu
 from training.recipes import toon_clip, toon_eyes, toon_frame, toon_judge, toon_text, toon_vae
 from training.storage import load_checkpoint, training_dir
 from training.text import CHECKPOINT as TEXT
+from training.toon.world import PALETTES
 from training.vae import CHECKPOINT as VAE
 from training.vae import DECODER_CHECKPOINT as DECODER
 
@@ -128,9 +129,10 @@ that the procedural world in `training/toon` makes; no other data, no other weig
   {frame.stories[0].count:,} stories of five frames and {frame.stories[1].count:,} whose hero is a stranger. Text is
   dropped in {frame.text_dropped:.0%} of rows, references are blanked in {frame.references_dropped:.0%}.
   {frame.single_rows} of {rows} rows have no references, {frame.unrelated_share:.0%} of the others are single frames
-  with an unrelated one. In the last third of the run a frame with three figures comes {frame.crowd_weights[2]:g} times
-  as often as one with a single figure (two: {frame.crowd_weights[1]:g} times), and an error where a figure stands
-  counts {frame.figure_weight:g} times one elsewhere.
+  with an unrelated one. A frame with three figures comes {frame.crowd_weights[2]:g} times as often as one with a
+  single figure (two: {frame.crowd_weights[1]:g} times), and an error where a figure stands counts
+  {frame.figure_weight:g} times one elsewhere. Each story has one of {PALETTES} palettes, which no word tells: only the
+  earlier frames do.
 - CLIP: {clip.pairs.count:,} single frames with their descriptions.
 - Judge (not in the pack): {judge.shelves[0].count:,} frames of other seeds, {judge.shelves[1].count:,} of strangers of
   every look but the cast's and the new characters'.

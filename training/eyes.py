@@ -116,10 +116,6 @@ class EyesTrainee:
         return agreement(self.eyes.verdicts(self.held_out), self.held_out_truth)
 
 
-def _adam_only(name: str) -> bool:
-    return "heads" in name or name.endswith(("query", "cell", "count.weight"))
-
-
 def adam_only(name: str) -> bool:
     """Parameters of eyes that Muon is not for."""
     return "heads" in name or name.endswith(("query", "cell", "count.weight"))

@@ -98,7 +98,8 @@ def toon_frame(minutes: float | None = None, *, gpu: bool = False) -> FrameRecip
             ema=0.985,
             measure_every_s=900.0,  # a look takes half a minute of two cores
         ),
-        figure_weight=3.0,
+        figure_weight=2.0,
+        unrelated_share=0.25,
         crowd_weights=(1.0, 1.5, 6.0),
         single_rows=16 if gpu else 2,
         story_rows=240 if gpu else 30,

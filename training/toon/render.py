@@ -75,7 +75,7 @@ def _drawn(scene: Scene, size_px: int, *, figures: bool) -> npt.NDArray[np.uint8
     canvas = surface.getCanvas()
     canvas.scale(size_px / SIZE, size_px / SIZE)
     pen = Pen(canvas)
-    draw_setting(pen, scene.setting, scene.time, scene.side, scene.weather, scene.spot)
+    draw_setting(pen, scene.setting, scene.time, scene.side, scene.weather, scene.palette)
     count = len(scene.actors)
     xs, scale = PLACES[count]
     if count == 1 and scene.ground_prop is not None:

@@ -104,7 +104,7 @@ class Grade:
 class Scene:
     """One picture's truth. `actors` stand from left to right; `side` is where the sun, moon or window is.
 
-    `spot` is where exactly in the setting: what it looks like there (`settings.Spot`) no description tells.
+    `palette` is the colours of the setting (`settings.Palette`), which no description tells.
     """
 
     actors: tuple[Actor, ...]
@@ -114,7 +114,7 @@ class Scene:
     weather: str = "clear"
     ground_prop: str | None = None
     grade: Grade | None = None
-    spot: int = 0
+    palette: int = 0
 
     def __post_init__(self) -> None:
         """Raise `SceneInvalid` when the scene cannot exist."""

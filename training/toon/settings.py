@@ -1,25 +1,41 @@
 """Draws the places, tinted by the time of day.
 
 Every place is drawn with the sun, moon or window on the picture's right and its landmark on the left; the caller
-mirrors it. A place has many spots, which differ in what no words tell: how the hills lie, where clouds and trees are,
-which colour a wall has. Nothing here is random: setting, spot, time, side and weather are the whole picture.
+mirrors it. A place has several palettes, which no words tell: the colour of a wall, a field, the sky. Nothing here is
+random: setting, palette, time, side and weather are the whole picture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import skia
 
 from training.toon.colours import RGB, WHITE, mix, tinted
 from training.toon.pen import Pen, oval, polygon, scallops, smooth
-from training.toon.seeding import generator
 
 SIZE = 128.0
-SKY: dict[str, tuple[RGB, RGB]] = {
-    "day": ((112, 196, 250), (214, 241, 255)),
-    "sunset": ((250, 128, 92), (255, 216, 150)),
-    "night": ((24, 28, 78), (66, 78, 142)),
+_Choice = TypeVar("_Choice")
+SKY: dict[str, tuple[tuple[RGB, RGB], ...]] = {  # of every palette
+    "day": (
+        ((112, 196, 250), (214, 241, 255)),
+        ((92, 204, 218), (214, 246, 240)),
+        ((150, 172, 250), (232, 230, 255)),
+        ((150, 206, 232), (255, 244, 214)),
+    ),
+    "sunset": (
+        ((250, 128, 92), (255, 216, 150)),
+        ((236, 110, 142), (255, 204, 176)),
+        ((188, 104, 160), (255, 190, 160)),
+        ((252, 160, 84), (255, 232, 156)),
+    ),
+    "night": (
+        ((24, 28, 78), (66, 78, 142)),
+        ((14, 46, 80), (48, 98, 136)),
+        ((48, 26, 88), (98, 76, 152)),
+        ((14, 20, 50), (46, 60, 106)),
+    ),
 }
 GREY_SKY: dict[str, tuple[RGB, RGB]] = {
     "day": ((146, 170, 192), (206, 218, 228)),
@@ -47,40 +63,27 @@ _PLAIN_PALE: dict[RGB, RGB] = {
 }
 
 
-class Spot:
-    """Where exactly in a place: its answers differ from spot to spot and never change. 0 is the plain one."""
+class Palette:
+    """The colours of a place: the same things in other ones. 0 is the plain palette."""
 
-    def __init__(self, setting: str, number: int, part: str = "") -> None:
-        self._of = (setting, number)
-        self._rng = generator("spot", setting, number, part) if number else None
+    def __init__(self, number: int) -> None:
+        self._number = number
 
-    def part(self, name: str) -> Spot:
-        """The answers about one part of it: not moved by how many questions the others had, at night or in rain."""
-        return Spot(*self._of, name)
-
-    def near(self, value: float, by: float) -> float:
-        """A number at most `by` away from `value`."""
-        return value if self._rng is None else value + self._rng.uniform(-by, by)
-
-    def of(self, *colours: RGB) -> RGB:
-        """One of some colours; the first of them in the plain spot."""
-        return colours[0] if self._rng is None else self._rng.choice(colours)
-
-    def bumps(self, points: Sequence[tuple[float, float]], by: float) -> list[tuple[float, float]]:
-        """The points, moved up or down."""
-        return [(x, self.near(y, by)) for x, y in points]
+    def of(self, *choices: _Choice) -> _Choice:
+        """This palette's one of some choices; the first of them in the plain palette."""
+        return choices[self._number % len(choices)]
 
     def turned(self, colours: Sequence[RGB]) -> list[RGB]:
-        """The colours in turn, beginning with any of them."""
-        start = 0 if self._rng is None else self._rng.randrange(len(colours))
+        """The colours in turn, each palette beginning with another."""
+        start = self._number % len(colours)
         return [*colours[start:], *colours[:start]]
 
 
 class Backdrop:
     """A pen with a time of day: fills are tinted and the outlines of things far away are soft."""
 
-    def __init__(self, pen: Pen, time: str, weather: str, spot: Spot) -> None:
-        self.pen, self.time, self.weather, self.spot = pen, time, weather, spot
+    def __init__(self, pen: Pen, time: str, weather: str, palette: Palette) -> None:
+        self.pen, self.time, self.weather, self.palette = pen, time, weather, palette
 
     def shade(self, colour: RGB) -> RGB:
         """Return `colour` as it looks at this time."""
@@ -122,49 +125,41 @@ def _light(pen: Pen, time: str, x: float, y: float, size: float) -> None:
 
 def _sky(back: Backdrop) -> None:
     clear = back.weather == "clear"
-    top, low = (SKY if clear else GREY_SKY)[back.time]
+    top, low = back.palette.of(*SKY[back.time]) if clear else GREY_SKY[back.time]
     _gradient(back.pen, top, low, 0, 86, polygon([(0, 0), (SIZE, 0), (SIZE, SIZE), (0, SIZE)]))
     if back.time == "night" and clear:
-        spot = back.spot.part("stars")
         for x, y, r in STARS:
-            back.pen.disc(spot.near(x, 5), spot.near(y, 4), r, colour=(255, 250, 220))
-    spot = back.spot.part("light")
-    _light(back.pen, back.time, spot.near(SUN_SPOT[0], 3), spot.near(SUN_SPOT[1], 3), 11)
+            back.pen.disc(x, y, r, colour=(255, 250, 220))
+    _light(back.pen, back.time, SUN_SPOT[0], SUN_SPOT[1], 11)
     cloud = {"day": WHITE, "sunset": (255, 226, 204), "night": (86, 96, 152)}[back.time]
     if not clear:
         cloud = mix(cloud, (120, 126, 146), 0.45)
-    spots = ((27, 18, 13, 5), (72, 34, 10, 4)) if clear else ((22, 14, 19, 7), (60, 22, 17, 6.5), (98, 33, 17, 6))
-    spot = back.spot.part("clouds")
-    for x, y, rx, ry in spots:
-        back.pen.fill(scallops(spot.near(x, 9), spot.near(y, 6), spot.near(rx, 3), ry, 8, 4), cloud)
+    clouds = ((27, 18, 13, 5), (72, 34, 10, 4)) if clear else ((22, 14, 19, 7), (60, 22, 17, 6.5), (98, 33, 17, 6))
+    for x, y, rx, ry in clouds:
+        back.pen.fill(scallops(x, y, rx, ry, 8, 4), cloud)
 
 
 def _beach(back: Backdrop) -> None:
     _sky(back)
-    spot = back.spot
-    horizon = spot.near(58, 4)
-    sea = spot.of((54, 158, 222), (46, 176, 190), (72, 126, 214))
-    back.shape(polygon([(0, horizon), (SIZE, horizon), (SIZE, 98), (0, 98)]), sea, 0)
-    for at, y, w in ((16, 66, 14), (58, 63, 12), (98, 70, 16), (38, 76, 12), (84, 79, 10)):
-        x = spot.near(at, 8)
+    palette = back.palette
+    sea = palette.of((54, 158, 222), (40, 178, 186), (76, 122, 214), (86, 176, 210))
+    back.shape(polygon([(0, 58), (SIZE, 58), (SIZE, 98), (0, 98)]), sea, 0)
+    for x, y, w in ((16, 66, 14), (58, 63, 12), (98, 70, 16), (38, 76, 12), (84, 79, 10)):
         back.pen.line_through([(x - w / 2, y), (x, y - 1.4), (x + w / 2, y)], back.shade((170, 222, 250)), 1.6)
-    shore = spot.bumps([(-10, 88), (30, 84), (70, 88), (110, 84), (140, 88)], 3)
-    sand = spot.of((250, 220, 150), (242, 202, 160), (236, 216, 184))
+    shore = [(-10, 88), (30, 84), (70, 88), (110, 84), (140, 88)]
+    sand = palette.of((250, 220, 150), (246, 202, 158), (240, 222, 196), (232, 204, 120))
     back.shape(smooth([*shore, (140, 140), (-10, 140)]), sand, 0)
     back.pen.line_through(shore, back.shade((255, 250, 236)), 3)
     trunk = (176, 120, 66)
-    lean, tall = spot.near(0, 5), spot.near(0, 6)
-    top_x, top_y = 21 + lean, 53 + tall
-    back.shape(smooth([(10, 98), (12, 76), (top_x - 2, top_y), (top_x + 3, top_y + 1), (18, 76), (18, 98)]), trunk)
-    leaf = spot.of((60, 166, 84), (108, 176, 60), (40, 142, 104))
+    back.shape(smooth([(10, 98), (12, 76), (19, 53), (24, 54), (18, 76), (18, 98)]), trunk)
+    leaf = palette.of((60, 166, 84), (108, 176, 60), (36, 140, 112), (76, 180, 120))
     for dx, dy in ((-21, -3), (-15, -13), (1, -17), (17, -11), (21, 1)):
-        tip_x, tip_y = top_x + dx, top_y + spot.near(dy, 3)
-        mid = ((top_x + tip_x) / 2 + 1, (top_y + tip_y) / 2 - 7)
-        back.shape(smooth([(top_x, top_y), mid, (tip_x, tip_y), ((top_x + tip_x) / 2, (top_y + tip_y) / 2 + 2)]), leaf)
-    back.disc(top_x - 1, top_y + 3, 3.2, 3.2, (120, 74, 44))
-    shell = spot.of((255, 168, 160), (255, 240, 220), (200, 150, 220))
-    for at, y in ((112, 108), (32, 121)):
-        back.shape(scallops(spot.near(at, 9), spot.near(y, 4), 4, 3, 5, 2), shell, 1.2)
+        mid = (21 + dx / 2 + 1, 53 + dy / 2 - 7)
+        back.shape(smooth([(21, 53), mid, (21 + dx, 53 + dy), (21 + dx / 2, 53 + dy / 2 + 2)]), leaf)
+    back.disc(20, 56, 3.2, 3.2, (120, 74, 44))
+    shell = palette.of((255, 168, 160), (255, 240, 220), (200, 150, 220), (255, 200, 120))
+    for x, y in ((112, 108), (32, 121)):
+        back.shape(scallops(x, y, 4, 3, 5, 2), shell, 1.2)
 
 
 def _pine(back: Backdrop, x: float, base: float, height: float, colour: RGB) -> None:
@@ -184,43 +179,43 @@ def _mushroom(back: Backdrop, x: float, y: float, cap: RGB) -> None:
 
 def _forest(back: Backdrop) -> None:
     _sky(back)
-    spot = back.spot
-    back.shape(polygon([(0, 78), (SIZE, 78), (SIZE, SIZE), (0, SIZE)]), (56, 128, 74), 0)
-    far, close = spot.of((58, 134, 96), (92, 142, 70), (52, 120, 124)), spot.of((34, 112, 70), (62, 116, 44))
+    palette = back.palette
+    behind = palette.of((56, 128, 74), (84, 132, 60), (46, 112, 104), (110, 122, 62))
+    back.shape(polygon([(0, 78), (SIZE, 78), (SIZE, SIZE), (0, SIZE)]), behind, 0)
+    far = palette.of((58, 134, 96), (100, 148, 68), (48, 118, 128), (128, 134, 70))
+    close = palette.of((34, 112, 70), (66, 120, 44), (30, 94, 106), (92, 106, 46))
     for x in (8, 38, 66, 92, 120):
-        _pine(back, spot.near(x, 8), 84, spot.near(46, 9), far)
-    _pine(back, spot.near(20, 6), 92, spot.near(66, 7), close)
-    _pine(back, spot.near(112, 6), 92, spot.near(46, 8), close)
-    ground = spot.bumps([(-20, 92), (30, 86), (90, 90), (150, 86)], 3)
-    back.shape(smooth([*ground, (150, 150), (-20, 150)]), spot.of((94, 168, 82), (132, 168, 70), (84, 152, 104)), 0)
-    cap = spot.of((228, 58, 52), (244, 170, 60), (150, 96, 190))
-    _mushroom(back, spot.near(12, 6), spot.near(110, 4), cap)
-    _mushroom(back, spot.near(116, 6), spot.near(114, 4), cap)
+        _pine(back, x, 84, 46, far)
+    _pine(back, 20, 92, 66, close)
+    _pine(back, 112, 92, 46, close)
+    ground = palette.of((94, 168, 82), (134, 172, 70), (78, 150, 112), (112, 146, 84))
+    back.shape(smooth([(-20, 92), (30, 86), (90, 90), (150, 86), (150, 150), (-20, 150)]), ground, 0)
+    cap = palette.of((228, 58, 52), (244, 170, 60), (150, 96, 190), (236, 120, 90))
+    _mushroom(back, 12, 110, cap)
+    _mushroom(back, 116, 114, cap)
 
 
 def _park(back: Backdrop) -> None:
     _sky(back)
-    spot = back.spot
-    left, right = spot.near(20, 10), spot.near(94, 12)
+    palette = back.palette
     back.shape(
-        smooth([(-20, 82), (left, spot.near(64, 6)), (60, 80), (60, 140), (-20, 140)]),
-        spot.of((134, 206, 110), (170, 206, 96), (112, 196, 130)),
+        smooth([(-20, 82), (20, 64), (60, 80), (60, 140), (-20, 140)]),
+        palette.of((134, 206, 110), (176, 208, 92), (104, 194, 136), (150, 214, 116)),
         0,
     )
     back.shape(
-        smooth([(40, 84), (right, spot.near(66, 6)), (150, 80), (150, 140), (40, 140)]),
-        spot.of((116, 194, 98), (150, 190, 84), (98, 182, 122)),
+        smooth([(40, 84), (94, 66), (150, 80), (150, 140), (40, 140)]),
+        palette.of((116, 194, 98), (156, 194, 80), (88, 180, 128), (132, 204, 104)),
         0,
     )
-    lawn = spot.bumps([(-20, 90), (64, 84), (150, 90)], 3)
-    back.shape(smooth([*lawn, (150, 150), (-20, 150)]), spot.of((146, 216, 100), (176, 212, 92), (124, 206, 122)), 0)
+    lawn = palette.of((146, 216, 100), (186, 214, 88), (116, 204, 122), (162, 226, 112))
+    back.shape(smooth([(-20, 90), (64, 84), (150, 90), (150, 150), (-20, 150)]), lawn, 0)
     back.shape(smooth([(11, 98), (14, 70), (22, 70), (25, 98)]), (150, 98, 60))
-    crown_x, crown_y = spot.near(18, 4), spot.near(52, 5)
-    back.shape(scallops(crown_x, crown_y, spot.near(19, 3), 17, 9, 6), spot.of((72, 164, 78), (122, 170, 52)))
-    fruit = spot.of((230, 64, 60), (255, 206, 70), (236, 120, 190))
+    back.shape(scallops(18, 52, 19, 17, 9, 6), palette.of((72, 164, 78), (126, 172, 50), (44, 142, 96), (96, 186, 60)))
+    fruit = palette.of((230, 64, 60), (255, 206, 70), (236, 120, 190), (255, 240, 236))
     for dx, dy in ((-8, -6), (6, -10), (10, 6), (-5, 8)):
-        back.disc(crown_x + spot.near(dx, 2), crown_y + spot.near(dy, 2), 2.6, 2.6, fruit)
-    wood = spot.of((196, 130, 74), (206, 92, 84), (96, 140, 196))
+        back.disc(18 + dx, 52 + dy, 2.6, 2.6, fruit)
+    wood = palette.of((196, 130, 74), (206, 92, 84), (96, 140, 196), (176, 112, 150))
     for x in (97, 121):
         back.box(x, 84, 3, 14, (120, 82, 56), 1.2)
     for y in (76, 82, 89):
@@ -231,17 +226,16 @@ def _park(back: Backdrop) -> None:
         (52, 122, (255, 255, 255)),
         (8, 118, (190, 130, 255)),
     ):
-        at, low = spot.near(x, 9), spot.near(y, 4)
-        back.pen.fill(scallops(at, low, 2.2, 2.2, 5, 2.4), back.shade(colour))
-        back.disc(at, low, 1.1, 1.1, (255, 190, 40))
+        back.pen.fill(scallops(x, y, 2.2, 2.2, 5, 2.4), back.shade(colour))
+        back.disc(x, y, 1.1, 1.1, (255, 190, 40))
 
 
 def _mountains(back: Backdrop) -> None:
     _sky(back)
-    spot = back.spot
-    stone = spot.turned([(128, 142, 190), (150, 164, 206), (150, 132, 170)])
-    for at, half, high, colour in ((34.0, 50.0, 26.0, stone[0]), (92.0, 46.0, 40.0, stone[1])):
-        peak, top = spot.near(at, 9), spot.near(high, 7)
+    palette = back.palette
+    far = palette.of((128, 142, 190), (112, 158, 172), (150, 132, 176), (164, 142, 134))
+    near = palette.of((150, 164, 206), (138, 180, 192), (172, 156, 198), (188, 168, 158))
+    for peak, half, top, colour in ((34.0, 50.0, 26.0, far), (92.0, 46.0, 40.0, near)):
         back.shape(polygon([(peak - half, 94), (peak, top), (peak + half, 94)]), colour)
         k = 0.33
         cap = [
@@ -253,22 +247,20 @@ def _mountains(back: Backdrop) -> None:
             (peak - half * k, top + (94 - top) * k),
         ]
         back.shape(polygon(cap), (250, 252, 255), 1.2)
-    snow = spot.bumps([(-20, 92), (30, 86), (90, 91), (150, 86)], 3)
-    back.shape(smooth([*snow, (150, 150), (-20, 150)]), (236, 244, 255), 0)
+    back.shape(smooth([(-20, 92), (30, 86), (90, 91), (150, 86), (150, 150), (-20, 150)]), (236, 244, 255), 0)
     back.shape(smooth([(-20, 112), (40, 104), (100, 110), (150, 104), (150, 150), (-20, 150)]), (250, 252, 255), 0)
-    needles = spot.of((64, 138, 120), (44, 108, 84), (96, 150, 96))
-    _pine(back, spot.near(12, 5), 100, spot.near(34, 6), needles)
-    _pine(back, spot.near(120, 5), 100, spot.near(26, 5), needles)
+    needles = palette.of((64, 138, 120), (96, 150, 96), (52, 112, 136), (120, 138, 90))
+    _pine(back, 12, 100, 34, needles)
+    _pine(back, 120, 100, 26, needles)
 
 
 def _town(back: Backdrop) -> None:
     _sky(back)
     lit = back.time == "night"
-    spot = back.spot
-    walls = spot.turned([(250, 206, 120), (246, 150, 140), (150, 208, 226), (184, 220, 150)])
-    roofs = spot.turned([(206, 84, 66), (120, 100, 180), (206, 84, 66), (90, 120, 180)])
-    for x, high, colour, roof in zip((-6, 28, 62, 96), (46, 56, 50, 58), walls, roofs, strict=True):
-        top = spot.near(high, 5)
+    palette = back.palette
+    walls = palette.turned([(250, 206, 120), (246, 150, 140), (150, 208, 226), (184, 220, 150)])
+    roofs = palette.turned([(206, 84, 66), (120, 100, 180), (206, 84, 66), (90, 120, 180)])
+    for x, top, colour, roof in zip((-6, 28, 62, 96), (46, 56, 50, 58), walls, roofs, strict=True):
         back.box(x, top, 34, 50, colour)
         back.shape(polygon([(x - 2, top), (x + 17, top - 15), (x + 36, top)]), roof)
         for dx in (6, 20):
@@ -307,15 +299,15 @@ def _town(back: Backdrop) -> None:
 
 def _farm(back: Backdrop) -> None:
     _sky(back)
-    spot = back.spot
-    field = spot.bumps([(-20, 76), (50, 66), (110, 74), (150, 66)], 5)
-    back.shape(smooth([*field, (150, 140), (-20, 140)]), spot.of((222, 196, 96), (204, 170, 90), (190, 204, 110)), 0)
+    palette = back.palette
+    field = palette.of((222, 196, 96), (212, 168, 84), (204, 200, 92), (232, 190, 112))
+    back.shape(smooth([(-20, 76), (50, 66), (110, 74), (150, 66), (150, 140), (-20, 140)]), field, 0)
     for x in (52, 66, 80, 94, 108, 122):
         back.pen.line_through([(x, 72), (x + (x - 64) * 0.3, 92)], back.shade((198, 166, 70)), 1.8)
-    grass = spot.bumps([(-20, 92), (40, 87), (100, 92), (150, 87)], 2)
-    back.shape(smooth([*grass, (150, 150), (-20, 150)]), spot.of((150, 206, 92), (178, 204, 86), (126, 194, 112)), 0)
-    red = spot.of((214, 66, 56), (170, 104, 62), (74, 118, 182))
-    back.shape(polygon([(-4, 92), (-4, 58), (6, 42), (20, 34), (34, 42), (44, 58), (44, 92)]), red)
+    grass = palette.of((150, 206, 92), (182, 206, 82), (124, 196, 104), (158, 202, 106))
+    back.shape(smooth([(-20, 92), (40, 87), (100, 92), (150, 87), (150, 150), (-20, 150)]), grass, 0)
+    boards = palette.of((214, 66, 56), (178, 108, 64), (196, 62, 96), (226, 112, 58))
+    back.shape(polygon([(-4, 92), (-4, 58), (6, 42), (20, 34), (34, 42), (44, 58), (44, 92)]), boards)
     back.pen.stroke(
         smooth([(-6, 59), (6, 42), (20, 33), (34, 42), (46, 59)], closed=False), back.shade((250, 244, 240)), 3
     )
@@ -324,17 +316,17 @@ def _farm(back: Backdrop) -> None:
     back.pen.line_through([(11, 70), (29, 92)], back.shade((250, 240, 232)), 2)
     back.pen.line_through([(29, 70), (11, 92)], back.shade((250, 240, 232)), 2)
     back.box(15, 49, 10, 9, (250, 240, 232), 1.2)
-    fence, low = spot.of((250, 246, 238), (178, 124, 76)), spot.near(0, 3)
+    fence = palette.of((250, 246, 238), (178, 124, 76))
     for x in (56, 74, 92, 110):
-        back.box(spot.near(x, 3), 78 + low, 4, 20, fence, 1.2)
+        back.box(x, 78, 4, 20, fence, 1.2)
     for y in (82, 90):
-        back.box(50, y + low, 84, 3.4, fence, 1.2)
+        back.box(50, y, 84, 3.4, fence, 1.2)
 
 
 def _window(back: Backdrop, x: float, y: float, width: float, height: float) -> None:
     frame = back.shade((255, 252, 246))
     pane = polygon([(x, y), (x + width, y), (x + width, y + height), (x, y + height)])
-    _gradient(back.pen, *SKY[back.time], y, y + height, pane)
+    _gradient(back.pen, *SKY[back.time][0], y, y + height, pane)
     with back.pen.clipped(pane):
         if back.time == "night":
             for dx, dy in ((6, 7), (12, 25), (24, 30)):
@@ -347,68 +339,63 @@ def _window(back: Backdrop, x: float, y: float, width: float, height: float) -> 
 
 
 def _paler(colour: RGB, share: float) -> RGB:
-    """A colour's pale partner: that of the plain spot was chosen, those of the others are mixed."""
+    """A colour's pale partner: that of the plain palette was chosen, those of the others are mixed."""
     return _PLAIN_PALE.get(colour) or mix(colour, WHITE, share)
 
 
 def _bedroom(back: Backdrop) -> None:
-    spot = back.spot
-    wall = spot.of((255, 226, 214), (214, 226, 250), (222, 240, 210), (250, 236, 190), (232, 216, 244))
+    palette = back.palette
+    wall = palette.of((255, 226, 214), (206, 222, 252), (218, 242, 206), (250, 234, 176))
     back.box(0, 0, 128, 90, wall, 0)
-    first = spot.near(10, 7)
-    for x in range(0, 120, 28):
-        back.box(first + x, 0, 7, 88, _paler(wall, 0.4), 0)
+    for x in range(10, 130, 28):
+        back.box(x, 0, 7, 88, _paler(wall, 0.4), 0)
     back.box(-4, 88, 140, 48, (206, 150, 104), 0)
     back.box(-4, 85, 140, 4.5, (250, 244, 236), 1.2)
     for y in (100, 113):
         back.pen.line_through([(0, y), (128, y)], back.shade((184, 128, 84)), 1.3)
-    _window(back, spot.near(84, 4), spot.near(14, 3), 32, 34)
-    left, top = spot.near(48, 10), spot.near(16, 5)
-    back.box(left, top, 20, 18, (255, 250, 240))
+    _window(back, 84, 14, 32, 34)
+    back.box(48, 16, 20, 18, (255, 250, 240))
     heart = [(10, 14), (4, 8), (4.5, 4), (8, 3.4), (10, 6), (12, 3.4), (15.5, 4), (16, 8)]
     back.pen.fill(
-        smooth([(left + dx, top + dy) for dx, dy in heart]), back.shade(spot.of((240, 110, 130), (96, 150, 220)))
+        smooth([(48 + dx, 16 + dy) for dx, dy in heart]), back.shade(palette.of((240, 110, 130), (96, 150, 220)))
     )
     back.box(-6, 56, 8, 44, (150, 96, 60))
-    back.box(-4, 76, 50, 20, spot.of((104, 150, 222), (226, 120, 110), (120, 184, 120), (170, 130, 210)))
+    back.box(-4, 76, 50, 20, palette.of((104, 150, 222), (226, 120, 110), (120, 184, 120), (170, 130, 210)))
     back.shape(smooth([(2, 78), (2, 68), (18, 68), (19, 78)]), (255, 255, 255))
     back.box(44, 72, 5, 28, (150, 96, 60))
-    rug, middle = spot.of((238, 112, 120), (110, 160, 220), (126, 190, 130), (240, 190, 90)), spot.near(66, 10)
-    back.pen.fill(oval(middle, 116, 48, 10), back.shade(rug))
-    back.pen.fill(oval(middle, 116, 38, 7), back.shade(_paler(rug, 0.45)))
+    rug = palette.of((238, 112, 120), (110, 160, 220), (126, 190, 130), (240, 190, 90))
+    back.pen.fill(oval(66, 116, 48, 10), back.shade(rug))
+    back.pen.fill(oval(66, 116, 38, 7), back.shade(_paler(rug, 0.45)))
 
 
 def _kitchen(back: Backdrop) -> None:
-    spot = back.spot
-    wall = spot.of((190, 230, 206), (250, 226, 170), (196, 216, 244), (246, 206, 196))
+    palette = back.palette
+    wall = palette.of((190, 230, 206), (250, 224, 160), (190, 212, 248), (248, 200, 192))
     back.box(0, 0, 128, 90, wall, 0)
-    first = spot.near(-2, 8)
     for i in range(-1, 8):
         for j in range(2):
-            back.box(i * 19 + first, 55 + j * 15, 17.5, 13.5, _paler(wall, 0.55), 0)
+            back.box(i * 19 - 2, 55 + j * 15, 17.5, 13.5, _paler(wall, 0.55), 0)
     back.box(-4, 86, 140, 48, (252, 240, 220), 0)
-    tile = spot.of((240, 186, 142), (150, 180, 220), (170, 206, 160))
+    tile = palette.of((240, 186, 142), (222, 150, 120), (150, 180, 220), (170, 206, 160))
     for row, (y, height) in enumerate(((88, 12), (100, 13), (113, 16))):
         for column in range(7):
             if (row + column) % 2:
                 back.box(column * 21 - 8, y, 21, height, tile, 0)
-    _window(back, spot.near(84, 4), spot.near(12, 3), 32, 32)
+    _window(back, 84, 12, 32, 32)
     back.box(-4, 26, 34, 70, (240, 246, 252))
     back.pen.line_through([(-4, 50), (30, 50)], back.shade((120, 130, 150)), 1.6)
     for y0, y1 in ((36, 45), (56, 70)):
         back.pen.line_through([(25, y0), (25, y1)], back.shade((120, 130, 150)), 2.6)
-    back.box(96, 66, 40, 28, spot.of((232, 150, 90), (110, 160, 190), (190, 120, 150)))
+    back.box(96, 66, 40, 28, palette.of((232, 150, 90), (110, 160, 190), (190, 120, 150), (130, 170, 120)))
     back.box(92, 62, 44, 5.5, (250, 246, 240))
     back.disc(116, 81, 1.8, 1.8, (120, 70, 50))
-    back.shape(
-        smooth([(106, 62), (104, 52), (122, 52), (120, 62)]), spot.of((226, 62, 62), (70, 130, 210), (240, 180, 50))
-    )
+    pot = palette.of((226, 62, 62), (70, 130, 210), (240, 180, 50), (120, 90, 190))
+    back.shape(smooth([(106, 62), (104, 52), (122, 52), (120, 62)]), pot)
     back.pen.line_through([(104, 54), (99, 54), (101, 58)], back.shade((120, 30, 40)), 2)
-    left, top = spot.near(40, 5), spot.near(22, 4)
-    back.box(left, top, 32, 4, (196, 130, 74), 1.2)
-    jars = spot.turned([(255, 206, 80), (240, 110, 110), (110, 170, 240)])
+    back.box(40, 22, 32, 4, (196, 130, 74), 1.2)
+    jars = palette.turned([(255, 206, 80), (240, 110, 110), (110, 170, 240)])
     for dx, colour in zip((6, 16, 26), jars, strict=True):
-        back.box(left + dx - 3.6, top - 11, 7.2, 11, colour, 1.2)
+        back.box(36.4 + dx, 11, 7.2, 11, colour, 1.2)
 
 
 def _weather(back: Backdrop) -> None:
@@ -428,9 +415,9 @@ PLACES: dict[str, Callable[[Backdrop], None]] = {
 }  # fmt: skip
 
 
-def draw_setting(pen: Pen, setting: str, time: str, side: str, weather: str, spot: int = 0) -> None:
+def draw_setting(pen: Pen, setting: str, time: str, side: str, weather: str, palette: int = 0) -> None:
     """Draw a whole background over the 128-unit square."""
-    back = Backdrop(pen, time, weather, Spot(setting, spot))
+    back = Backdrop(pen, time, weather, Palette(palette))
     with pen.moved(SIZE if side == "left" else 0, 0, mirror=side == "left"):
         PLACES[setting](back)
         if weather != "clear":

@@ -34,10 +34,10 @@ from training.toon.stories import Story, StoryFrame, draw_story
 __all__ = ["SPLITS", "Frame", "Story", "StoryFrame", "sample_frame", "sample_story"]
 
 BREADTHS = ("scene", "looks", "wide")
-EDITION = 1  # one more whenever a seed gives another picture or text than before: what is kept of it is named by it
-# Of every place. More of them are something only references can tell; with one, the plain one, a background follows
+EDITION = 2  # one more whenever a seed gives another picture or text than before: what is kept of it is named by it
+# Of every place. No words tell a story's palette, so only references can; with a single one a background would follow
 # from the words. Networks know as many as they were trained on: another number is another EDITION.
-SPOTS = 1
+PALETTES = 4
 MAIN_SHARE = 0.65  # of the characters in "scene" frames; the others are side characters
 SIDE_HERO_SHARE = 0.25  # of the stories of the training splits; their heroes have names
 _CAST_LOOKS = {combination(character.look) for character in MAIN + NEW}
@@ -161,7 +161,7 @@ def sample_frame(seed: int, split: str = "train", breadth: str = "scene") -> Fra
         scene = _draw_scene(rng, split)
         while not belongs((scene,), split):
             scene = _draw_scene(rng, split)
-    scene = replace(scene, spot=generator("spot", split, breadth, seed).randrange(SPOTS))
+    scene = replace(scene, palette=generator("palette", split, breadth, seed).randrange(PALETTES))
     return Frame(scene=scene, wording_seed=stable_number("words", split, breadth, seed))
 
 
@@ -184,13 +184,12 @@ def sample_story(seed: int, split: str = "train", breadth: str = "scene") -> Sto
             hero = rng.choice(_NAMED_SIDE)
         story = draw_story(rng, hero, _company(rng, hero))
         if belongs(tuple(frame.scene for frame in story.frames), split):
-            return _settled(story, generator("spots", split, breadth, seed))
+            return _coloured(story, generator("story-palette", split, breadth, seed).randrange(PALETTES))
 
 
-def _settled(story: Story, rng: random.Random) -> Story:
-    """The story with a spot of each of its places, which it keeps: what one picture shows of it, the next ones have."""
-    spots = {setting: rng.randrange(SPOTS) for setting in SETTINGS}
-    frames = (replace(frame, scene=replace(frame.scene, spot=spots[frame.scene.setting])) for frame in story.frames)
+def _coloured(story: Story, palette: int) -> Story:
+    """The story in one palette, wherever it goes: what one picture shows of it, the next ones have."""
+    frames = (replace(frame, scene=replace(frame.scene, palette=palette)) for frame in story.frames)
     return replace(story, frames=tuple(frames))
 
 

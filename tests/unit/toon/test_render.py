@@ -8,7 +8,7 @@ import pytest
 
 from training.toon.cast import MAIN, NEW
 from training.toon.colours import CLOTH, FUR
-from training.toon.render import render
+from training.toon.render import figure_mask, render
 from training.toon.scene import (
     ACCESSORIES,
     ACTIONS,
@@ -24,8 +24,8 @@ from training.toon.scene import (
     Look,
     Scene,
 )
-from training.toon.settings import Spot
-from training.toon.world import sample_frame
+from training.toon.settings import Palette
+from training.toon.world import PALETTES, sample_frame
 
 PIP = MAIN[0]
 
@@ -35,10 +35,13 @@ def somebody(species, accessory="scarf"):
     return Character(id="somebody", name=None, pronoun="she", look=look)
 
 
-def picture(character=PIP, action="stand", mood="happy", prop=None, size_px=128, **scene):
+def scene_in(character=PIP, action="stand", mood="happy", prop=None, **scene):
     actor = Actor(character=character, action=action, mood=mood, prop=prop)
-    where = {"setting": "park", "time": "day", "side": "left", **scene}
-    return render(Scene(actors=(actor,), **where), size_px)
+    return Scene(actors=(actor,), **{"setting": "park", "time": "day", "side": "left", **scene})
+
+
+def picture(character=PIP, size_px=128, **scene):
+    return render(scene_in(character, **scene), size_px)
 
 
 def changed_px(first, second):
@@ -55,31 +58,28 @@ def test_the_same_scene_gives_the_same_pixels():
         assert hashlib.sha256(first.tobytes()).digest() == hashlib.sha256(second.tobytes()).digest()
 
 
+@pytest.mark.parametrize("time", ["day", "sunset", "night"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_place_has_many_spots_and_each_is_always_the_same(setting):
-    spots = [picture(setting=setting, spot=number) for number in range(6)]
-    for one, other in itertools.combinations(spots, 2):
-        assert changed_px(one, other) >= 200
-    assert np.array_equal(spots[3], picture(setting=setting, spot=3))
-    assert np.array_equal(spots[0], picture(setting=setting))
+def test_a_place_looks_different_in_every_palette(setting, time):
+    pictures = [picture(setting=setting, time=time, palette=number) for number in range(PALETTES)]
+    for one, other in itertools.combinations(pictures, 2):
+        assert np.abs(one.astype(int) - other.astype(int)).mean() >= 2
+    assert np.array_equal(pictures[0], picture(setting=setting, time=time))
 
 
-def test_a_spot_stays_what_it_is_at_night_and_in_rain():
-    asked_before, asked_only = Spot("park", 5), Spot("park", 5)
-    for _ in range(3):
-        asked_before.part("stars").near(0, 10)
-        asked_before.part("clouds").near(0, 10)
-    assert asked_before.near(20, 10) == asked_only.near(20, 10)
-    assert asked_before.part("clouds").near(0, 10) == asked_only.part("clouds").near(0, 10)
-    assert Spot("park", 5).near(0, 10) != Spot("park", 6).near(0, 10) != Spot("farm", 6).near(0, 10)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_palette_moves_no_figure(setting):
+    scenes = [scene_in(setting=setting, palette=number) for number in range(PALETTES)]
+    kept = figure_mask(scenes[0]) & figure_mask(scenes[-1])
+    first, last = (render(scene) for scene in (scenes[0], scenes[-1]))
+    # A figure's shadow lets the ground shine through; everything else of it is the same.
+    assert (first[kept] == last[kept]).all(axis=-1).mean() > 0.8
 
 
-def test_the_plain_spot_moves_nothing():
-    plain = Spot("park", 0)
-    assert plain.near(20, 10) == 20
-    assert plain.of((1, 2, 3), (4, 5, 6)) == (1, 2, 3)
-    assert plain.turned([(1, 2, 3), (4, 5, 6)]) == [(1, 2, 3), (4, 5, 6)]
-    assert plain.bumps([(1, 2), (3, 4)], 9) == [(1, 2), (3, 4)]
+def test_a_palette_chooses_by_its_number():
+    assert [Palette(number).of("a", "b", "c") for number in range(4)] == ["a", "b", "c", "a"]
+    assert Palette(0).turned([(1, 2, 3), (4, 5, 6)]) == [(1, 2, 3), (4, 5, 6)]
+    assert Palette(1).turned([(1, 2, 3), (4, 5, 6)]) == [(4, 5, 6), (1, 2, 3)]
 
 
 @pytest.mark.parametrize("size_px", [64, 128, 257, 512])

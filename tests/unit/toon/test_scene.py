@@ -27,10 +27,10 @@ def test_a_scene_survives_json(breadth):
         assert Scene.from_json(drawn.to_json()) == drawn
 
 
-def test_a_scene_written_before_there_were_spots_is_in_the_plain_one():
+def test_a_scene_written_before_there_were_palettes_is_in_the_plain_one():
     raw = json.loads(sample_frame(3).scene.to_json())
-    del raw["spot"]
-    assert Scene.from_json(json.dumps(raw)).spot == 0
+    del raw["palette"]
+    assert Scene.from_json(json.dumps(raw)).palette == 0
 
 
 def test_nobody_holds_nothing_and_nobody_carries_a_thing_while_running():

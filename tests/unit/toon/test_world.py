@@ -5,14 +5,13 @@ from itertools import pairwise
 
 import pytest
 
-from training.toon import world
 from training.toon.arcs import ARCS
 from training.toon.cast import MAIN, NEW, SIDE, combination
 from training.toon.lexicon import SETTING_CUES
 from training.toon.scene import ACCESSORIES, ACTIONS, MOODS, PROPS, SETTINGS, SPECIES, TIMES
 from training.toon.splits import HELD_OUT_SHARE, is_held_out
 from training.toon.stories import TOLD_TIME_CUES, told_value
-from training.toon.world import SPLITS, SPOTS, sample_frame, sample_story
+from training.toon.world import PALETTES, SPLITS, sample_frame, sample_story
 
 NEW_IDS = {character.id for character in NEW}
 NEW_NAMES = {character.name for character in NEW}
@@ -50,27 +49,19 @@ def test_a_seed_is_a_story(stories):
     assert sample_story(17) == stories["train"][17]
 
 
-def test_a_story_comes_back_to_the_spot_it_left(monkeypatch):
-    monkeypatch.setattr(world, "SPOTS", 4)
-    seen = set()
-    for story in (sample_story(seed) for seed in range(250)):
-        spots = {}
-        for frame in story.frames:
-            assert spots.setdefault(frame.scene.setting, frame.scene.spot) == frame.scene.spot
-        seen |= set(spots.items())
-    assert seen == {(setting, number) for setting in SETTINGS for number in range(4)}
-    assert len({sample_frame(seed).scene.spot for seed in range(40)}) == 4
+def test_a_story_keeps_its_palette():
+    palettes = [{frame.scene.palette for frame in sample_story(seed).frames} for seed in range(60)]
+    assert all(len(one) == 1 for one in palettes)
+    assert set.union(*palettes) == set(range(PALETTES))
 
 
-def test_the_world_of_today_is_plain(frames, stories):
-    scenes = [frame.scene for frame in frames["train"]]
-    scenes += [frame.scene for story in stories["train"] for frame in story.frames]
-    assert {scene.spot for scene in scenes} == set(range(SPOTS)) == {0}
+def test_single_frames_come_in_every_palette():
+    assert {sample_frame(seed).scene.palette for seed in range(40)} == set(range(PALETTES))
 
 
-def test_no_word_tells_the_spot(frames):
+def test_no_word_tells_the_palette(frames):
     frame = frames["train"][17]
-    moved = replace(frame, scene=replace(frame.scene, spot=frame.scene.spot + 1))
+    moved = replace(frame, scene=replace(frame.scene, palette=(frame.scene.palette + 1) % PALETTES))
     assert moved.description == frame.description
     assert moved.scene.labels() == frame.scene.labels()
 
