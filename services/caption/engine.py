@@ -32,7 +32,7 @@ from services.caption.driver import Ask, Driver
 from services.caption.image import read_image
 from services.caption.job import TOKENS_MAX, DescribeJob, Finish, Sampling, StoryJob, Written
 from services.caption.learned import check_learned, completed, told
-from services.models.captions import invention, llava, prompts, repetition, thread
+from services.models.captions import companions, invention, llava, prompts, repetition, thread
 from services.models.captions import looks as look_lock
 from services.models.captions import places as place_lock
 from services.models.captions.captioner import read_adapters, read_captioner
@@ -335,15 +335,25 @@ class CaptionEngine:
             written = await self._write(prompt, job.image, DESCRIPTIVE, sampling, forbidden)
             # At once, and not only where no other try has fewer faults: who is misnamed is there, and a try without
             # them would be chosen for saying less.
-            text = invention.repaired(written.text, said, self.model.world, met)
-            if not self._guards.invention or text == written.text:
-                return written
-            text = look_lock.repaired(text, looks) if self._guards.look_lock else text
-            if not fits(text) and fits(written.text):
-                return written
-            if number == 0:
-                self._observer.text_guarded(guard="invention", outcome="repaired")
-            return replace(written, text=text)
+            mends = {"invention": named, "look_lock": dressed}
+            for guard, mend in mends.items():
+                text = mend(written.text)
+                if text == written.text or (not fits(text) and fits(written.text)):
+                    continue
+                written = replace(written, text=text)
+                if number == 0:
+                    self._observer.text_guarded(guard=guard, outcome="repaired")
+            return written
+
+        def named(text: str) -> str:
+            mended = invention.repaired(text, said, self.model.world, met) if self._guards.invention else text
+            return look_lock.repaired(mended, looks) if mended != text and self._guards.look_lock else mended
+
+        def dressed(text: str) -> str:
+            eyes = self.model.eyes  # they know the words of looks
+            if eyes is None or not self._guards.look_lock:
+                return text
+            return companions.repaired(text, job.caption, job.earlier_descriptions, eyes.shape)
 
         def fits(text: str) -> bool:
             return len(text) <= TEXT_CHARACTERS_MAX and len(wording.encode(text)) <= room_tokens

@@ -174,7 +174,7 @@ class Eyes(nn.Module):
         """A figure's look in words: "a red duck with a teal top hat"."""
         species, colour, accessory, accessory_colour = figure.look
         worn = f"{accessory_colour} {accessory}"
-        return f"{_article(f'{colour} {species}')} with {worn if accessory in self.shape.plural else _article(worn)}"
+        return f"{article(f'{colour} {species}')} with {worn if accessory in self.shape.plural else article(worn)}"
 
 
 class _Convolution(nn.Sequential):
@@ -218,7 +218,8 @@ def new_looks(
     return {names[0]: phrase(left[0])}
 
 
-def _article(noun: str) -> str:
+def article(noun: str) -> str:
+    """A noun with its article: "an orange cat"."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 

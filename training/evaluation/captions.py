@@ -31,7 +31,7 @@ import numpy.typing as npt
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from services.models.captions import invention, llava, prompts, repetition, thread
+from services.models.captions import companions, invention, llava, prompts, repetition, thread
 from services.models.captions import looks as look_lock
 from services.models.captions import places as place_lock
 from services.models.captions.cast import Cast, name_tokens
@@ -185,11 +185,20 @@ class Captioner:
         ]
         best = self._best_of("descriptive", [questions] * NAME_LOCK_TRIES, texts, faults)
         return [
-            self._described(text, history, pair, known)
-            for text, history, pair, known in zip(best, histories, contexts, looks, strict=True)
+            self._described(text, history, pair, known, texts)
+            for text, history, pair, known, texts in zip(best, histories, contexts, looks, described, strict=True)
         ]
 
-    def _described(self, text: str, history: Sequence[str], context: tuple[str, str], looks: Mapping[str, str]) -> str:
+    def _described(
+        self,
+        text: str,
+        history: Sequence[str],
+        context: tuple[str, str],
+        looks: Mapping[str, str],
+        earlier: Sequence[str],
+    ) -> str:
+        if self.eyes is not None:
+            text = companions.repaired(text, history[-1], earlier, self.eyes.shape)
         text = look_lock.repaired(self.cast.repaired(text, *context, looks=looks), looks)
         return place_lock.repaired(text, history[-1], self.world.places)
 

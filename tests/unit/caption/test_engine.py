@@ -517,6 +517,20 @@ async def test_who_was_described_once_keeps_those_looks() -> None:
         await CaptionEngine(model, driver).describe(replace(job, earlier_descriptions=("One.",) * 1001))
 
 
+async def test_a_companion_without_a_name_keeps_its_looks() -> None:
+    eyes = FixedEyes()
+    words = {"species": ("pig",), "colour": ("green",), "accessory": ("cap", "hat"), "accessory_colour": ("red",)}
+    eyes.shape = EyesShape(figure=words, scene={})
+    said = "Pip runs. A green pig with a red hat sits."
+    job = replace(DESCRIBE, caption="Pip ran.", earlier_descriptions=("Pip sits. A green pig with a red cap sits.",))
+    for guards, kept in ((Guards(), said.replace("hat", "cap")), (Guards(look_lock=False), said)):
+        driver, notes = ScriptedDriver([said] * (1 + NAME_LOCK_TRIES)), Notes()
+        model = replace(MODEL, world=WORLD_OF_PIP, eyes=eyes)
+        written = await CaptionEngine(model, driver, guards=guards, observer=notes).describe(job)
+        assert written.text == kept
+        assert notes.guarded == ([("look_lock", "repaired")] if guards.look_lock else [])
+
+
 LONG_STORY = replace(STORY, captions=("Mina slept.", "She woke.", "It rained."))
 
 
