@@ -8,6 +8,7 @@ prompts.py      what ours is asked, as token ids
 
 cast.py         the name lock: whom a description may name, and how its names are mended
 looks.py        the look lock: what those look like of whom the story has told
+companions.py   the companion lock: somebody without a name keeps their looks
 places.py       the place lock: where a description is whose caption says where
 repetition.py   the repetition guard: captions that say again what was said
 thread.py       the thread guard: captions that lose sight of the hero
