@@ -274,7 +274,12 @@ class CaptionEngine:
             begun = openings[last] if last >= 0 and openings else ""
             written = await self._write(prompt, job.image, STORY, sampling, begun=begun)
             if number == 0 and self._guards.thread:
-                openings = thread.openings(written.text, job.captions, cast)
+                room_tokens = (job.sampling.max_tokens or DEFAULT_TOKENS[STORY]) // 2
+                openings = tuple(
+                    opening
+                    for opening in thread.openings(written.text, job.captions, cast, self.model.world)
+                    if len(self.model.wording.encode(opening)) <= room_tokens
+                )
             return written
 
         rules: dict[str, Rule] = {}
@@ -463,8 +468,7 @@ class CaptionEngine:
                 ask = self._ask(prompt, picture, adapter, sampling, attempt, begun)
                 reply = await self._driver.generate(replace(ask, forbidden_ids=forbidden_ids))
                 tokens += len(reply.ids)
-                text = self.model.wording.decode(reply.ids)
-                text = readable(begun + text) if text.strip() else ""
+                text = readable(self._continued(begun, reply.ids))
                 if reply.finish is Finish.LENGTH:
                     text = whole_sentences(text)
                 if text:
@@ -487,6 +491,15 @@ class CaptionEngine:
             seconds = self._clock() - started_s
             self._observer.text_done(adapter=adapter, outcome=outcome, tokens=tokens, seconds=seconds)
 
+    def _continued(self, begun: str, ids: Sequence[int]) -> str:
+        """`begun` and what was written after it; nothing when that is nothing."""
+        decode = self.model.wording.decode
+        if not begun or not decode(ids).strip():
+            return decode(ids)
+        # Decoded together: alone, a continuation would lose the space it begins with in most tokenizers.
+        opening = self.model.wording.encode(begun)
+        return begun + decode((*opening, *ids))[len(decode(opening)) :]
+
     def _refuse_if_full(self) -> None:
         if self._running >= self._max_requests:
             raise QueueFull(f"{self._running} captions are being written; try again after a pause")
@@ -507,6 +520,7 @@ class CaptionEngine:
     ) -> Ask:
         again = attempt > 0
         begun_ids = self.model.wording.encode(begun) if begun else []
+        tokens = sampling.max_tokens or DEFAULT_TOKENS[adapter]
         return Ask(
             ids=(*prompt.ids, *begun_ids),
             image=picture,
@@ -515,7 +529,7 @@ class CaptionEngine:
             top_p=sampling.top_p,
             seed=derived_seed(sampling.seed, attempt),
             # What is begun counts as answered: prompt and answer fit the context together.
-            max_tokens=max(1, (sampling.max_tokens or DEFAULT_TOKENS[adapter]) - len(begun_ids)),
+            max_tokens=tokens - len(begun_ids),
             stop_ids=self.model.wording.stop_ids,
         )
 

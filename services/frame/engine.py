@@ -191,6 +191,7 @@ class Ticket:
     cancelled: bool = False
     # From here on the engine's thread only, and once it is being decoded the thread that does it.
     decoded: bool = False  # or about to be: it is nobody's to drop any more
+    is_begun: bool = False  # or about to be: from here on a device that breaks may have broken of it
     drawing: Drawing | None = None
     started_s: float = 0.0
     warnings: tuple[Unfamiliar, ...] = ()
@@ -419,10 +420,11 @@ class FrameEngine:
             manifest = model.manifest
             grey = png(np.full((manifest.height_px, manifest.width_px, 3), 127, dtype=np.uint8))
             references = (ReferenceImage(image=grey, description="warm-up"),) * manifest.max_references
-            job = FrameJob(description="warm-up", seed=0, pack=name, references=references, steps=1)
             last: queue.Queue[Event | FabulaError] = queue.Queue()
-            for _ in range(self.settings.max_running):
-                self.submit(job, last.put)
+            for number in range(self.settings.max_running):
+                # Each with a text of its own, as they will come.
+                text = f"warm-up {number}"
+                self.submit(FrameJob(description=text, seed=0, pack=name, references=references, steps=1), last.put)
             drawn = 0
             while drawn < self.settings.max_running:
                 try:
@@ -506,10 +508,10 @@ class FrameEngine:
             with self._changed:
                 self._dead = True  # whoever submits from now on is told, although the thread still lives a moment
                 left = list(self._tickets.values())
-            # One of those that were drawn may have killed the engine, and would kill the next one too: callers count
+            # One of those that were begun may have killed the engine, and would kill the next one too: callers count
             # how often they get ReplicaLost. Those that only waited had no part in it.
             for ticket in left:
-                lost = ReplicaLost() if ticket.drawing is not None else EngineDead()
+                lost = ReplicaLost() if ticket.is_begun else EngineDead()
                 self._end(ticket, ShuttingDown() if self._stopping else lost)
 
     def _wait_for_work(self) -> bool:
@@ -556,10 +558,12 @@ class FrameEngine:
     def _begin(self, starts: Sequence[tuple[Ticket, Start]]) -> None:
         """Drawings of one model, begun together; alone where that does not work."""
         tickets = [ticket for ticket, _ in starts]
+        for ticket in tickets:
+            ticket.is_begun = True
         try:
             drawings = begin_together(tickets[0].model, [start for _, start in starts])
         except Exception as error:  # noqa: BLE001 - as above
-            if len(tickets) == 1:
+            if len(tickets) == 1 or isinstance(error, torch.AcceleratorError):
                 self._fail(tickets[0], error)
                 return
             log.warning("batched_beginning_failed", jobs=len(tickets), error=type(error).__name__)

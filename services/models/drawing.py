@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -171,7 +171,7 @@ def rows_of_a_frame(sketch: Sketch, *, reads: bool = False, sees: bool = False) 
 # Pixels that are decoded together at most: as much work at a time as one frame of Stable Diffusion.
 _DECODED_PX = 512 * 512
 _ENCODED_PX = 4 * _DECODED_PX  # the same of pictures that are encoded: half the work, and a story has a few
-_TEXTS_TOGETHER = 64
+_POSITIONS_TOGETHER = 32 * 77  # of texts that are read together: 32 of CLIP's windows
 _SHARED_SEED = 0x5EED  # of the noise that frames share
 UNGUIDED = Branches(nothing=0.0, images=0.0, everything=1.0)
 
@@ -220,8 +220,9 @@ def begin(
 def begin_together(model: FrameModel, starts: Sequence[Start]) -> list[Drawing]:
     """Encode texts and earlier frames and draw all noise: for the frame, its references, the blank, each reference.
 
-    All of them share the passes of the text encoder and of the autoencoder. A frame that is made of a picture begins
-    with that, under the noise of the first step that is taken.
+    They share the passes of the text encoder, but for those that change it or teach it words, and of the autoencoder
+    over earlier frames; what a model reads instead of seeing it (`FrameModel.reader`) is read alone. A frame that is
+    made of a picture begins with that, under the noise of the first step that is taken.
     Raises TextTooLong when a description does not fit.
     """
     for start in starts:
@@ -287,8 +288,9 @@ def _texts(model: FrameModel, starts: Sequence[Start]) -> list[Tensor]:
     plain = [not start.words and not start.changes for start in starts]
     wanted = list(dict.fromkeys(text for texts, shared in zip(said, plain, strict=True) if shared for text in texts))
     states: dict[str, Tensor] = {}
-    for first in range(0, len(wanted), _TEXTS_TOGETHER):
-        some = wanted[first : first + _TEXTS_TOGETHER]
+    together = max(2, _POSITIONS_TOGETHER // model.text.window)  # at least nothing and a description, as for one frame
+    for first in range(0, len(wanted), together):
+        some = wanted[first : first + together]
         states.update(zip(some, model.text.encode(some), strict=True))
     return [
         torch.stack([states[text] for text in texts])
@@ -303,32 +305,32 @@ def _encoded(
 ) -> list[tuple[Tensor | None, Tensor | None]]:
     """Of each sketch the blank's latents `[C, h, w]` and its earlier frames' `[N, C, h, w]`, as far as it has any."""
     codec, device = model.codec, model.device
-    values: dict[tuple[int, int], list[Tensor]] = {}  # by size: what is to be encoded, and with which noise
-    noises: dict[tuple[int, int], list[Tensor]] = {}
+    rows: dict[tuple[int, int], list[tuple[Pixels | None, Tensor]]] = {}  # by size: a picture or the blank, its noise
     for start, own in zip(starts, numbers, strict=True):
-        size = (start.sketch.height_px, start.sketch.width_px)
+        of_size = rows.setdefault((start.sketch.height_px, start.sketch.width_px), [])
         if own.blank is not None:
-            values.setdefault(size, []).append(torch.full((1, 3, *size), codec.blank_value))
-            noises.setdefault(size, []).append(own.blank[None])
+            of_size.append((None, own.blank))
         if own.pictures_NCHW is not None:
-            pixels = np.stack([seen.pixels for seen in _looked_at(model, start.sketch)])
-            values.setdefault(size, []).append(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0)
-            noises.setdefault(size, []).append(own.pictures_NCHW)
-    latents = {}
-    for size in values:
-        rows = max(1, _ENCODED_PX // (size[0] * size[1]))
-        all_NCHW, noise_NCHW = torch.cat(values[size]), torch.cat(noises[size])
-        parts = [
-            codec.encode_references(
-                moved(all_NCHW[first : first + rows], device), moved(noise_NCHW[first : first + rows], device)
-            )
-            for first in range(0, len(all_NCHW), rows)
-        ]
-        latents[size] = iter(torch.cat(parts))
+            seen = _looked_at(model, start.sketch)
+            of_size += [(one.pixels, noise) for one, noise in zip(seen, own.pictures_NCHW, strict=True)]
+    latents: dict[tuple[int, int], Iterator[Tensor]] = {}
+    for size, all_rows in rows.items():
+        together = max(1, _ENCODED_PX // (size[0] * size[1]))
+        done: list[Tensor] = []
+        for first in range(0, len(all_rows), together):
+            pixels, noises = zip(*all_rows[first : first + together], strict=True)
+            values = [
+                torch.full((3, *size), codec.blank_value, device=device)
+                if one is None
+                else moved(torch.tensor(one), device).permute(2, 0, 1).float() / 255.0
+                for one in pixels
+            ]
+            done += codec.encode_references(torch.stack(values), moved(torch.stack(noises), device))
+        latents[size] = iter(done)
     found: list[tuple[Tensor | None, Tensor | None]] = []
     for start, own in zip(starts, numbers, strict=True):
-        row = latents.get((start.sketch.height_px, start.sketch.width_px), iter(()))
-        blank = None if own.blank is None else next(row)
+        row = latents[start.sketch.height_px, start.sketch.width_px]
+        blank = None if own.blank is None else next(row).clone()  # a view would keep everybody's
         count = 0 if own.pictures_NCHW is None else len(own.pictures_NCHW)
         found.append((blank, torch.stack(list(itertools.islice(row, count))) if count else None))
     return found
@@ -456,8 +458,10 @@ __all__ = [
     "Randomness",
     "Seen",
     "Sketch",
+    "Start",
     "are_sound",
     "begin",
+    "begin_together",
     "decodable",
     "finish",
     "preview",

@@ -69,6 +69,10 @@ class Texts(Protocol):
     def width(self) -> int:
         """D of its words: what a learned one must have."""
 
+    @property
+    def window(self) -> int:
+        """Positions that each text takes."""
+
     def token_ids(self, texts: Sequence[str], words: Words = NO_WORDS) -> Tensor:
         """Raises TextTooLong when a text does not fit."""
 

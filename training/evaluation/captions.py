@@ -112,9 +112,10 @@ class Captioner:
             eos_token_id=self.tokenizer.eos_id,
             pad_token_id=pad_id,
         )
+        written = [self.tokenizer.decode(row) for row in written_BN[:, longest:].tolist()]
         return [
-            prompts.clean(question.begun + self.tokenizer.decode(row))
-            for question, row in zip(questions, written_BN[:, longest:].tolist(), strict=True)
+            prompts.clean(question.begun + text if text.strip() else "")
+            for question, text in zip(questions, written, strict=True)
         ]
 
     def next_captions(
@@ -136,7 +137,7 @@ class Captioner:
         faults = [partial(self._caption_faults, captions) for captions in histories]
         tries = [list(questions) for _ in range(CAPTION_TRIES)]
         for row, (text, captions) in enumerate(zip(texts, histories, strict=True)):
-            openings = thread.openings(text, captions, self.cast)
+            openings = thread.openings(text, captions, self.cast, self.world)
             for number, begun in enumerate(openings, start=CAPTION_TRIES - len(openings)):
                 tries[number][row] = replace(questions[row], begun=begun)
         best = self._best_of("story", tries, texts, faults)
@@ -221,7 +222,7 @@ class Captioner:
             again = [number for number, text in enumerate(texts) if faults[number](text)]
             sampled = self.answer(adapter, [questions[n] for n in again], temperature=RETRY_TEMPERATURE)
             for number, text in zip(again, sampled, strict=True):
-                if faults[number](text) < faults[number](texts[number]):
+                if text and faults[number](text) < faults[number](texts[number]):
                     texts[number] = text
         return texts
 

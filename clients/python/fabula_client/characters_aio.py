@@ -50,7 +50,9 @@ from fabula_client.characters import (
 from fabula_client.errors import FieldViolation, ImageCorrupt, InvalidArgument, Unavailable, WaitTimedOut
 
 UPLOAD_TIMEOUT_S = 120.0  # of calls that bring a whole story: every picture is decoded and looked at
-IMPORT_TIMEOUT_S = 330.0  # of calls that bring weights: the service reads a whole pack to compare
+FILES_TIMEOUT_S = 330.0  # of calls for which the service reads or moves whole networks
+IMPORT_TIMEOUT_S = FILES_TIMEOUT_S
+WEIGHTS_TIMEOUT_S = 3600.0  # of reading a whole network over somebody's line
 MOST_ARCHIVE_BYTES = MOST_EXAMPLE_BYTES + (1 << 20)
 
 Picture = bytes | str | os.PathLike[str]
@@ -125,7 +127,7 @@ class AsyncCharacters:
             if not token:
                 return
 
-    async def delete_version(self, version_id: str, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> CharacterVersion:
+    async def delete_version(self, version_id: str, *, timeout_s: float | None = FILES_TIMEOUT_S) -> CharacterVersion:
         """Deletes a version: nothing new is drawn with it. It can be undeleted until the answer's `purged`.
 
         Frames that are being drawn are finished. Deleting it again changes nothing. Raises NotFound.
@@ -134,15 +136,13 @@ class AsyncCharacters:
         answer = await self._connection.call(self._stub.DeleteCharacterVersion, request, timeout_s=timeout_s)
         return version_from_pb(answer.version)
 
-    async def undelete_version(
-        self, version_id: str, *, timeout_s: float | None = UPLOAD_TIMEOUT_S
-    ) -> CharacterVersion:
+    async def undelete_version(self, version_id: str, *, timeout_s: float | None = FILES_TIMEOUT_S) -> CharacterVersion:
         """Takes a deletion back. Raises NotFound once its time is over."""
         request = pb.UndeleteCharacterVersionRequest(version_id=version_id)
         answer = await self._connection.call(self._stub.UndeleteCharacterVersion, request, timeout_s=timeout_s)
         return version_from_pb(answer.version)
 
-    async def read_weights(self, version: CharacterVersion, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> bytes:
+    async def read_weights(self, version: CharacterVersion, *, timeout_s: float | None = WEIGHTS_TIMEOUT_S) -> bytes:
         """The safetensors file of a version, checked against its SHA-256.
 
         Raises NotFound, FailedPrecondition for a deleted one, ImageCorrupt.
@@ -199,7 +199,7 @@ class AsyncCharacters:
         answer = await self._connection.call(self._stub.ImportCharacterVersion, request, timeout_s=timeout_s)
         return Imported(version=version_from_pb(answer.version), is_new=answer.is_new)
 
-    async def archive(self, version: CharacterVersion, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> bytes:
+    async def archive(self, version: CharacterVersion, *, timeout_s: float | None = WEIGHTS_TIMEOUT_S) -> bytes:
         """A version in one file, for `import_archive` of another installation. `timeout_s` is per call."""
         pictures = version.reference_sha256s[:MOST_REFERENCES]
         return write_archive(
@@ -348,7 +348,7 @@ class AsyncJob(JobFacts):
             if not token:
                 return tuple(found)
 
-    async def publish(self, step: int = 0, *, timeout_s: float | None = None) -> CharacterVersion:
+    async def publish(self, step: int = 0, *, timeout_s: float | None = FILES_TIMEOUT_S) -> CharacterVersion:
         """Makes a checkpoint (0: the suggested one) a character that frame services can draw at once."""
         request = pb.PublishCheckpointRequest(job_id=self.job_id, step=step)
         answer = await self._connection.call(self._stub.PublishCheckpoint, request, timeout_s=timeout_s)

@@ -15,7 +15,15 @@ from fabula_client.characters import (
     JobFacts,
     Training,
 )
-from fabula_client.characters_aio import IMPORT_TIMEOUT_S, UPLOAD_TIMEOUT_S, AsyncCharacters, AsyncJob, Picture
+from fabula_client.characters_aio import (
+    FILES_TIMEOUT_S,
+    IMPORT_TIMEOUT_S,
+    UPLOAD_TIMEOUT_S,
+    WEIGHTS_TIMEOUT_S,
+    AsyncCharacters,
+    AsyncJob,
+    Picture,
+)
 
 T = TypeVar("T")
 
@@ -73,15 +81,15 @@ class Characters:
         found = self._core.versions(name=name, page_size=page_size, show_deleted=show_deleted, timeout_s=timeout_s)
         return self._loop.iterate(found)
 
-    def delete_version(self, version_id: str, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> CharacterVersion:
+    def delete_version(self, version_id: str, *, timeout_s: float | None = FILES_TIMEOUT_S) -> CharacterVersion:
         """Deletes a version. See AsyncCharacters.delete_version."""
         return self._loop.run(self._core.delete_version(version_id, timeout_s=timeout_s))
 
-    def undelete_version(self, version_id: str, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> CharacterVersion:
+    def undelete_version(self, version_id: str, *, timeout_s: float | None = FILES_TIMEOUT_S) -> CharacterVersion:
         """Takes a deletion back. See AsyncCharacters.undelete_version."""
         return self._loop.run(self._core.undelete_version(version_id, timeout_s=timeout_s))
 
-    def read_weights(self, version: CharacterVersion, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> bytes:
+    def read_weights(self, version: CharacterVersion, *, timeout_s: float | None = WEIGHTS_TIMEOUT_S) -> bytes:
         """The safetensors file of a version. See AsyncCharacters.read_weights."""
         return self._loop.run(self._core.read_weights(version, timeout_s=timeout_s))
 
@@ -116,7 +124,7 @@ class Characters:
         )
         return self._loop.run(imported)
 
-    def archive(self, version: CharacterVersion, *, timeout_s: float | None = UPLOAD_TIMEOUT_S) -> bytes:
+    def archive(self, version: CharacterVersion, *, timeout_s: float | None = WEIGHTS_TIMEOUT_S) -> bytes:
         """A version in one file. See AsyncCharacters.archive."""
         return self._loop.run(self._core.archive(version, timeout_s=timeout_s))
 
@@ -167,7 +175,7 @@ class JobHandle(JobFacts):
         """What it has learned so far. See AsyncJob.checkpoints."""
         return self._loop.run(self._core.checkpoints(timeout_s=timeout_s))
 
-    def publish(self, step: int = 0, *, timeout_s: float | None = None) -> CharacterVersion:
+    def publish(self, step: int = 0, *, timeout_s: float | None = FILES_TIMEOUT_S) -> CharacterVersion:
         """Makes a checkpoint a character. See AsyncJob.publish."""
         return self._loop.run(self._core.publish(step, timeout_s=timeout_s))
 

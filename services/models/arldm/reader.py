@@ -56,6 +56,11 @@ class ArldmReader:
         return self.model.networks.config.frame.given_frames
 
     @property
+    def window(self) -> int:
+        """Positions of a caption alone."""
+        return self.model.window
+
+    @property
     def length(self) -> int:
         """S: the caption, and as many earlier frames as the last frame of a story has."""
         return self.model.window * self.model.networks.config.frame.frames

@@ -49,14 +49,24 @@ def loses_thread(text: str, earlier: Sequence[str], cast: Cast) -> bool:
     return not any(_names(one, hero) for one in recent)
 
 
-def openings(text: str, earlier: Sequence[str], cast: Cast) -> tuple[str, ...]:
+def openings(text: str, earlier: Sequence[str], cast: Cast, world: World) -> tuple[str, ...]:
     """What other tries should begin with where `text` loses sight of the hero; nothing where it does not.
 
     A small model does not write a name that it never read in training; begun with it, it goes on. Left to itself after
-    the name it would spell another ("Rosa" → "Rosais"), so a verb follows that goes with anything.
+    the name it would spell another ("Rosa" → "Rosais"), so a verb follows that goes with anything. Only for somebody:
+    "On Monday", "in Paris" and "Christmas Eve" begin with a capital, too, and no caption should begin "Monday was".
     """
     hero = hero_of(earlier, cast)
-    return tuple(f"{hero} {verb}" for verb in _VERBS) if hero and loses_thread(text, earlier, cast) else ()
+    if hero is None or not loses_thread(text, earlier, cast):
+        return ()
+    somebody = hero in cast.names or _is_somebody(hero, earlier[0], world)
+    return tuple(f"{hero} {verb}" for verb in _VERBS) if somebody else ()
+
+
+def _is_somebody(name: str, caption: str, world: World) -> bool:
+    """Whether a caption in the pack's own words plainly has somebody of that name do something."""
+    does = re.search(rf"(?<!\w){re.escape(name)} [^\W\d_A-Z]", caption) is not None
+    return does and name in world.whom([caption], {})[0] and not world.unknown_words(caption)
 
 
 def doubles_somebody(text: str, cast: Cast) -> bool:

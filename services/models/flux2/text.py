@@ -135,6 +135,11 @@ class QwenTexts:
         return 0
 
     @property
+    def window(self) -> int:
+        """Positions that each text takes, the chat's own words included."""
+        return WINDOW
+
+    @property
     def states_width(self) -> int:
         """D: what the transformer reads."""
         return len(LAYERS) * int(self.model.config.hidden_size)

@@ -120,8 +120,8 @@ class Steps:
         self.together: list[int] = []
         monkeypatch.setattr(serving, "finish", lambda model, drawing: None)
 
-    def begin(self, request: Request) -> Steps.Drawing:
-        return self.Drawing(request.sketch.steps)
+    def begin(self, *batch: Request) -> list[Steps.Drawing]:
+        return [self.Drawing(request.sketch.steps) for request in batch]
 
     def step(self, drawings: list[Steps.Drawing]) -> int:
         self.together.append(len(drawings))

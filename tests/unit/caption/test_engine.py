@@ -556,6 +556,30 @@ async def test_later_tries_begin_with_a_hero_whom_the_first_one_lost() -> None:
     assert {len(ask.ids) + ask.max_tokens for ask in driver.asks} == {len(question) + 20}, "of one length with the rest"
 
 
+async def test_no_try_begins_with_a_name_that_leaves_no_room_for_a_caption() -> None:
+    driver = SeededDriver(["She ran.", "He ran.", "She sat.", "She sat.", "She sat."], seed=5)
+    job = replace(LONG_STORY, sampling=replace(LONG_STORY.sampling, max_tokens=2))
+    written = await CaptionEngine(CAST_MODEL, driver).write_caption(job)
+    assert written.text == "Mina ran.", "the first, mended"
+    assert len({ask.ids for ask in driver.asks}) == 1
+
+
+class _Glued(StoryWording):
+    """Decodes as many published tokenizers do: what begins with a space is given without it."""
+
+    def decode(self, ids: Sequence[int]) -> str:  # type: ignore[override]
+        return self.tokenizer.decode(ids).strip()
+
+
+async def test_what_follows_an_opening_keeps_its_space() -> None:
+    wording = _Glued(MODEL.wording.tokenizer)  # type: ignore[attr-defined]
+    del wording.__dict__["decode"]
+    assert wording.decode(wording.encode(" home.")) == "home."
+    driver = SeededDriver(["She ran.", "He ran.", "She sat.", " home.", " tired."], seed=5)
+    engine = CaptionEngine(replace(CAST_MODEL, wording=wording), driver)
+    assert (await engine.write_caption(LONG_STORY)).text == "Mina was home."
+
+
 async def test_a_try_that_stops_at_its_opening_says_nothing() -> None:
     driver = SeededDriver(["She ran.", "He ran.", "She sat.", "", " "], seed=5)
     written = await CaptionEngine(CAST_MODEL, driver, max_attempts=1).write_caption(LONG_STORY)

@@ -436,6 +436,31 @@ def test_a_job_that_cannot_begin_fails_alone(
     assert beginning.together == [[5], [6, 7, 8], [6], [7], [8], [9]]
 
 
+def test_a_device_that_breaks_while_jobs_begin_may_have_broken_of_any_of_them(
+    tiny_model: FrameModel, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def broken(model: FrameModel, starts: Sequence[Start]) -> list[Drawing]:
+        tried.append(len(starts))
+        if len(tried) > 1:
+            raise torch.AcceleratorError("the context is gone")
+        return begin_together(model, starts)
+
+    monkeypatch.setattr(engine_module, "begin_together", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with running(tiny_model, EngineSettings(max_running=3)) as engine:
+        first = Inbox(engine, job(5))
+        gate.wait()
+        begun = [Inbox(engine, job(seed)) for seed in (6, 7)]
+        waits = Inbox(engine, job(8))
+        gate.open()
+        assert all(isinstance(inbox.last(), ReplicaLost) for inbox in (first, *begun))
+        assert isinstance(waits.last(), EngineDead)
+        assert not engine.is_healthy
+    assert tried == [1, 2], "nobody tries again on a broken device"
+
+
 class SlowDecoding:
     """Stands before every decoding of an engine, and lets it through when told."""
 

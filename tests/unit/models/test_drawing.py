@@ -409,7 +409,7 @@ def test_drawings_that_begin_together_share_their_passes(
 def test_no_more_texts_and_pictures_at_once_than_there_is_room_for(
     tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.models.drawing._TEXTS_TOGETHER", 2)
+    monkeypatch.setattr("services.models.drawing._POSITIONS_TOGETHER", 2 * tiny_model.text.window)
     monkeypatch.setattr("services.models.drawing._ENCODED_PX", 2 * SIZE_PX * SIZE_PX)
     rows: list[int] = []
     read, see = TextEncoder.encode, Codec.encode_references

@@ -47,9 +47,27 @@ def test_a_hero_may_go_unnamed_for_a_while_and_no_longer() -> None:
 
 def test_other_tries_begin_with_a_hero_who_was_lost_and_else_with_nothing() -> None:
     story = ["Mina slept.", "She woke.", "She ran."]
-    assert openings("She sat.", story, CAST) == ("Mina was", "Mina ran")
-    assert openings("Then Mina sat.", story, CAST) == ()
-    assert openings("She sat.", ["A girl.", "She woke.", "She ran."], CAST) == ()
+    assert openings("She sat.", story, CAST, World()) == ("Mina was", "Mina ran")
+    assert openings("Then Mina sat.", story, CAST, World()) == ()
+    assert openings("She sat.", ["A girl.", "She woke.", "She ran."], CAST, World()) == ()
+
+
+@pytest.mark.parametrize(
+    ("first", "begin"),
+    [
+        ("One day, Zora found a kite.", True),
+        ("On Monday a bear found a kite.", False),
+        ("One day in Paris a bear found a kite.", False),
+        ("It was Christmas Eve.", False),
+        ("One day, Zora found a skateboard.", False),  # who knows what the capital means in words nobody knows
+        ("Der Bär fand einen Drachen.", False),
+    ],
+)
+def test_no_try_begins_with_what_is_nobodys_name(first: str, begin: bool) -> None:
+    world = World(words=("one", "day", "found", "kite", "bear", "was", "ran", "sat", "it"), names=("Zora",))
+    story = [first, "It sat.", "It ran."]
+    assert bool(openings("It sat.", story, CAST, world)) == begin
+    assert not openings("It sat.", story, CAST, World()), "without a word to go by"
 
 
 def test_a_story_without_a_hero_has_no_thread_to_lose() -> None:
