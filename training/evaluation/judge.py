@@ -6,6 +6,7 @@ trained on, is no part of a pack, and is shipped beside this file with its own a
 in a fresh clone.
 
     python -m training.evaluation.judge [--minutes 25]     # trains it again
+    python -m training.evaluation.judge --measure          # on pictures as the world draws them today
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from training.command import run_arguments, run_parser
 from training.eyes import EyesRecipe, EyesTrainee, WorldEyes, adam_only
 from training.loop import RunResult, train
+from training.pictures import shelf
 from training.precision import on_gpu
 from training.storage import training_dir
+from training.verdicts import agreement, truth
 
 SHIPPED = Path(__file__).with_name("judge_weights")
 CHECKPOINT = "judge.safetensors"
@@ -65,16 +68,32 @@ def train_and_ship(recipe: EyesRecipe, folder: Path = SHIPPED) -> RunResult:
         "split": recipe.held_out.split,
         "steps": result.steps,
         "trained_on": ", ".join(one.file_name for one in recipe.shelves),
+        "measured_on": recipe.held_out.file_name,
     }
     save_judge(judge, facts, folder)
     return result
+
+
+def measure_shipped(recipe: EyesRecipe, folder: Path = SHIPPED, cache: Path | None = None) -> dict[str, float]:
+    """Measure the judge in `folder` on today's world, and write that beside it: pictures may have changed since."""
+    pictures, scenes = shelf(recipe.held_out, folder=cache), recipe.held_out.scenes(recipe.held_out.seeds)
+    accuracy = agreement(load_judge(folder).verdicts(pictures), [truth(scene) for scene in scenes])
+    facts = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
+    facts |= {"accuracy": accuracy, "measured_on": recipe.held_out.file_name}
+    (folder / "judge.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return accuracy
 
 
 def main() -> None:
     """Train the judge and write it beside this file."""
     from training.recipes import toon_judge
 
-    arguments = run_arguments(run_parser(__doc__))
+    parser = run_parser(__doc__)
+    parser.add_argument("--measure", action="store_true", help="only measure the shipped one on today's world")
+    arguments = run_arguments(parser)
+    if arguments.measure:
+        print(f"judge: {measure_shipped(toon_judge())}")
+        return
     result = train_and_ship(toon_judge(arguments.minutes, gpu=on_gpu()))
     print(f"judge: {result.steps} steps, {result.elapsed_s / 60:.1f} min, {result.figures}")
 

@@ -20,10 +20,11 @@ from training.evaluation.arcs import drops_hero, has_arc, places_of
 from training.evaluation.captions import expected, is_whole, names_agree
 from training.evaluation.figures import Figure, difference, gap, mean, share, table
 from training.evaluation.frames import Dials, Task, crowd_tasks, held_out_stories, story_tasks
-from training.evaluation.judge import Judge, load_judge, save_judge
+from training.evaluation.judge import Judge, load_judge, measure_shipped, save_judge
 from training.evaluation.stories import Told, story_figures
 from training.evaluation.toon import pooled, report
 from training.questions import EMPTY, PRESENT, answers
+from training.recipes import toon_judge
 from training.toon.arcs import ARCS
 from training.toon.grammar import describe
 from training.toon.reading import parse
@@ -146,6 +147,18 @@ class TestJudge:
         with torch.no_grad():
             assert torch.allclose(judge(pixels)["time"], again(pixels)["time"], atol=1e-5)
         assert (tmp_path / "judge.safetensors").stat().st_size <= 2_500_000
+
+    def test_it_can_be_measured_again_and_stays_as_it_is(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        save_judge(Judge(), {"accuracy": {"setting": 2.0}, "steps": 7}, tmp_path)
+        before = (tmp_path / "judge.safetensors").read_bytes()
+        recipe = replace(toon_judge(), held_out=replace(toon_judge().held_out, count=3))
+        found = measure_shipped(recipe, tmp_path, tmp_path)
+        facts = json.loads((tmp_path / "judge.json").read_text())
+        assert facts["accuracy"] == found
+        assert 0.0 <= found["setting"] <= 1.0
+        assert (facts["steps"], facts["measured_on"]) == (7, recipe.held_out.file_name)
+        assert (tmp_path / "judge.safetensors").read_bytes() == before
 
 
 class TestTasks:
