@@ -334,10 +334,16 @@ class CaptionEngine:
         forbidden = name_tokens(wording, cast.strangers(captions), captions) if locked else ()
         room_tokens = min(job.sampling.max_tokens or DEFAULT_TOKENS[DESCRIPTIVE], DEFAULT_TOKENS[DESCRIPTIVE])
 
+        at = place_lock.where(job.caption, places, await self._seen_place(job)) if self._guards.place_lock else None
         met = [one.name for one in job.learned if any(whole_word(one.name).search(caption) for caption in said)]
 
+        opening = ""
+
         async def write(sampling: Sampling, number: int) -> Written:
-            written = await self._write(prompt, job.image, DESCRIPTIVE, sampling, forbidden)
+            nonlocal opening
+            written = await self._write(prompt, job.image, DESCRIPTIVE, sampling, forbidden, begun=opening)
+            if number == 0 and at is not None and place_lock.faults(written.text, at, places):
+                opening = at.opening  # begun there, the rest goes with it: whether the light is a sun or a window
             # At once, and not only where no other try has fewer faults: who is misnamed is there, and a try without
             # them would be chosen for saying less.
             mends = {"invention": named, "look_lock": dressed}
@@ -366,14 +372,14 @@ class CaptionEngine:
         def repair(text: str) -> str:
             text = cast.repaired(text, *captions, fits, looks) if locked else text
             mended = look_lock.repaired(text, looks) if self._guards.look_lock else text
-            mended = place_lock.repaired(mended, job.caption, places) if self._guards.place_lock else mended
+            mended = place_lock.repaired(mended, at, places) if self._guards.place_lock else mended
             return mended if fits(mended) or not fits(text) else text
 
         rules: dict[str, Rule] = {"name_lock": lambda text: cast.faults(text, *captions)} if locked else {}
         if self._guards.look_lock:
             rules["look_lock"] = lambda text: look_lock.faults(text, looks)
         if self._guards.place_lock:
-            rules["place_lock"] = lambda text: place_lock.faults(text, job.caption, places)
+            rules["place_lock"] = lambda text: place_lock.faults(text, at, places)
         written = await self._guarded(rules, NAME_LOCK_TRIES, job.sampling, write, repair)
         if not locked:
             return written
@@ -395,6 +401,19 @@ class CaptionEngine:
                 return {}
             picture = read_image(job.image, eyes.shape.image_px)
             return new_looks(names, others, eyes.figures(np.asarray(picture)), eyes.phrase)
+
+        return await asyncio.to_thread(look)
+
+    async def _seen_place(self, job: DescribeJob) -> place_lock.At | None:
+        """Where the picture is, for a caption that speaks of no place; None when the pack's eyes do not know."""
+        eyes, world = self.model.eyes, self.model.world
+        if eyes is None or place_lock.is_told(job.caption, world.places):
+            return None
+
+        def look() -> place_lock.At | None:
+            word = eyes.place(np.asarray(read_image(job.image, eyes.shape.image_px)))
+            place = next((one for one in world.places if one.split()[-1] == word), None)
+            return None if place is None else place_lock.At(world.there.get(place, "in"), place)
 
         return await asyncio.to_thread(look)
 

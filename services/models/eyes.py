@@ -32,6 +32,7 @@ from services.models.shape import config_values
 FOLDER = "eyes"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+SETTING = "setting"  # the question of the whole picture that tells its place
 LOOK = ("species", "colour", "accessory", "accessory_colour")
 
 SURE = 0.8  # a look that is less sure than this is not told: see `Figure.look_sureness`
@@ -154,11 +155,7 @@ class Eyes(nn.Module):
     @torch.inference_mode()
     def figures(self, picture: npt.NDArray[np.uint8]) -> tuple[Figure, ...]:
         """Who stands in one picture, uint8 `[H, W, 3]` of any size; squeezed to the size that the eyes know."""
-        pixels = as_input(picture[None]).to(self.query.device)
-        if pixels.shape[-2:] != (self.shape.image_px, self.shape.image_px):
-            size = (self.shape.image_px, self.shape.image_px)
-            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
-        said = {name: logits[0].float().softmax(dim=-1) for name, logits in self(pixels).items()}
+        said = {name: logits[0].float().softmax(dim=-1) for name, logits in self(self._pixels(picture)).items()}
         found = []
         for slot in range(int(said["count"].argmax()) + 1):
             best = {name: said[name][slot].max(dim=-1) for name in self.shape.figure}
@@ -169,6 +166,22 @@ class Eyes(nn.Module):
                 )
             )
         return tuple(found)
+
+    @torch.inference_mode()
+    def place(self, picture: npt.NDArray[np.uint8]) -> str | None:
+        """Where one picture is, in the word of the eyes' question `setting`; None when they are not sure."""
+        if SETTING not in self.shape.scene:
+            return None
+        sureness, answer = self(self._pixels(picture))[SETTING][0].float().softmax(dim=-1).max(dim=-1)
+        return self.shape.scene[SETTING][int(answer)] if float(sureness) >= SURE else None
+
+    def _pixels(self, picture: npt.NDArray[np.uint8]) -> Tensor:
+        """uint8 `[H, W, 3]` of any size, squeezed to the size that the eyes know: `[1, 3, h, w]`."""
+        pixels = as_input(picture[None]).to(self.query.device)
+        size = (self.shape.image_px, self.shape.image_px)
+        if pixels.shape[-2:] != size:
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+        return pixels
 
     def phrase(self, figure: Figure) -> str:
         """A figure's look in words: "a red duck with a teal top hat"."""

@@ -92,6 +92,7 @@ class World:
     characters: Mapping[str, str] = field(default_factory=dict)  # name → what they look like: "an orange cat"
     names: tuple[str, ...] = ()  # it has read as well, of people without a look of their own
     places: tuple[str, ...] = ()  # with their article: "the beach"
+    there: Mapping[str, str] = field(default_factory=dict)  # place → the word before it, where that is not "in"
     things: tuple[str, ...] = ()  # with theirs: "a kite"
     # A picture is familiar when the pack's autoencoder gains at least so much on it: see `familiarity`.
     familiar_gain_db: float | None = None
@@ -104,6 +105,9 @@ class World:
         for name, phrase in self.characters.items():
             if not name.strip() or not phrase.strip():
                 raise ValueError(f"characters: {name!r} needs a name and a phrase")
+        for place, word in self.there.items():
+            if place not in self.places or not word.strip():
+                raise ValueError(f"there: {place!r} needs a word, and to be one of the places")
         for key in ("names", "places", "things"):
             if not all(text.strip() for text in getattr(self, key)):
                 raise ValueError(f"{key}: an entry is empty")

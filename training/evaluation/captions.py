@@ -164,7 +164,7 @@ class Captioner:
 
         `described` is what the frames before were described as, as far as they were.
         """
-        questions, contexts, looks = [], [], []
+        questions, contexts, looks, places = [], [], [], []
         for (*earlier, before, caption), image, texts in zip(histories, images, described, strict=True):
             context = self.cast.context(earlier, before, caption)
             known = {**prompts.told_looks(texts), **self.world.characters}
@@ -174,6 +174,7 @@ class Captioner:
             lines = prompts.cast_lines(known, (*earlier, before, caption))
             prompt = prompts.description_prompt(self.tokenizer, before, caption, _BUDGET_TOKENS, lines)
             looks.append(known)
+            places.append(self._where(caption, image))
             strangers = self.cast.strangers(context) if guarded else ()
             questions.append(Question(image, prompt, name_tokens(self.tokenizer, strangers, context)))
             contexts.append(context)
@@ -181,33 +182,46 @@ class Captioner:
         if not guarded:
             return texts
         faults = [
-            partial(self._description_faults, context, known, history)
-            for context, known, history in zip(contexts, looks, histories, strict=True)
+            partial(self._description_faults, context, known, at)
+            for context, known, at in zip(contexts, looks, places, strict=True)
         ]
-        best = self._best_of("descriptive", [questions] * NAME_LOCK_TRIES, texts, faults)
+        begun = [
+            replace(question, begun=at.opening) if at and place_lock.faults(text, at, self.world.places) else question
+            for question, text, at in zip(questions, texts, places, strict=True)
+        ]
+        best = self._best_of("descriptive", [begun] * NAME_LOCK_TRIES, texts, faults)
         return [
-            self._described(text, history, pair, known, texts)
-            for text, history, pair, known, texts in zip(best, histories, contexts, looks, described, strict=True)
+            self._described(text, history[-1], pair, known, texts, at)
+            for text, history, pair, known, texts, at in zip(
+                best, histories, contexts, looks, described, places, strict=True
+            )
         ]
 
     def _described(
         self,
         text: str,
-        history: Sequence[str],
+        caption: str,
         context: tuple[str, str],
         looks: Mapping[str, str],
         earlier: Sequence[str],
+        at: place_lock.At | None,
     ) -> str:
         if self.eyes is not None:
-            text = companions.repaired(text, history[-1], earlier, self.eyes.shape)
+            text = companions.repaired(text, caption, earlier, self.eyes.shape)
         text = look_lock.repaired(self.cast.repaired(text, *context, looks=looks), looks)
-        return place_lock.repaired(text, history[-1], self.world.places)
+        return place_lock.repaired(text, at, self.world.places)
+
+    def _where(self, caption: str, image_HWC: npt.NDArray[np.uint8]) -> place_lock.At | None:
+        word = self.eyes.place(image_HWC) if self.eyes is not None else None
+        place = next((one for one in self.world.places if one.split()[-1] == word), None)
+        seen = None if place is None else place_lock.At(self.world.there.get(place, "in"), place)
+        return place_lock.where(caption, self.world.places, seen)
 
     def _description_faults(
-        self, context: tuple[str, str], looks: Mapping[str, str], history: Sequence[str], text: str
+        self, context: tuple[str, str], looks: Mapping[str, str], at: place_lock.At | None, text: str
     ) -> int:
         names, worn = self.cast.faults(text, *context), look_lock.faults(text, looks)
-        return names + worn + place_lock.faults(text, history[-1], self.world.places)
+        return names + worn + place_lock.faults(text, at, self.world.places)
 
     def _best_of(
         self,

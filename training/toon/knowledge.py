@@ -48,10 +48,16 @@ def world_knowledge(folder: Path = SHIPPED) -> dict[str, Any]:
         characters={character.name: phrase(character.look) for character in MAIN if character.name},
         names=tuple(sorted({character.name for character in SIDE if character.name})),
         places=tuple(f"the {setting}" for setting in SETTINGS),
+        there={f"the {setting}": word for setting in SETTINGS if (word := _before(setting)) != "in"},
         things=tuple(ways[0] for ways in lexicon.PROP_WAYS.values()),
         familiar_gain_db=familiar_gain_db(_codec(folder)),
     )
     return asdict(world)
+
+
+def _before(setting: str) -> str:
+    """The word before a place: "at" the beach."""
+    return lexicon.SETTING_WAYS[setting][0].split()[0]
 
 
 def write_knowledge(folder: Path = SHIPPED) -> None:

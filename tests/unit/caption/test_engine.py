@@ -444,6 +444,8 @@ async def test_a_description_is_asked_with_the_looks_that_the_pack_knows() -> No
 class FixedEyes(Eyes):
     """See the same figures in every picture."""
 
+    seen_place: str | None = None
+
     def __init__(self, *looks: str, sureness: float = 1.0) -> None:
         super().__init__(EyesShape(figure=dict.fromkeys(LOOK, ("",)), scene={}))
         self.seen = tuple(
@@ -455,6 +457,9 @@ class FixedEyes(Eyes):
     def figures(self, picture: npt.NDArray[np.uint8]) -> tuple[Figure, ...]:
         self.pictures.append(picture.shape)
         return self.seen
+
+    def place(self, picture: npt.NDArray[np.uint8]) -> str | None:
+        return self.seen_place
 
 
 DUCK, CAT = "duck red hat teal", "cat orange scarf blue"
@@ -718,13 +723,36 @@ async def test_a_description_is_where_its_caption_is() -> None:
     model = replace(MODEL, world=replace(WORLD_OF_PIP, places=("the park", "the beach")))
     job = replace(DESCRIBE, previous_caption="Tessa came.", caption="In the park, Tessa ran.")
     notes = Notes()
-    driver = ScriptedDriver([wrong] * (1 + NAME_LOCK_TRIES))
-    assert (await CaptionEngine(model, driver, observer=notes).describe(job)).text == right
+    nothing = ScriptedDriver([wrong, *[""] * NAME_LOCK_TRIES])
+    engine = CaptionEngine(model, nothing, max_attempts=1, observer=notes)
+    assert (await engine.describe(job)).text == right, "the first one, mended"
     assert notes.guarded == [("place_lock", "repaired")]
-    better = ScriptedDriver([wrong, wrong, right, *[wrong] * NAME_LOCK_TRIES])
-    assert (await CaptionEngine(model, better).describe(job)).text == right
+    better = ScriptedDriver([wrong, *[" by day. Tessa runs."] * NAME_LOCK_TRIES])
+    assert (await CaptionEngine(model, better, observer=notes).describe(job)).text == right
+    assert notes.guarded[1:] == [("place_lock", "second_choice")]
     guards = Guards(place_lock=False)
     assert (await CaptionEngine(model, ScriptedDriver([wrong]), guards=guards).describe(job)).text == wrong
+
+
+async def test_a_frame_whose_caption_tells_no_place_is_where_the_picture_is() -> None:
+    eyes = FixedEyes()
+    eyes.seen_place = "beach"
+    world = World(places=("the beach", "the park"), there={"the beach": "at"})
+    model, job = replace(MODEL, world=world, eyes=eyes), replace(DESCRIBE, caption="Pip ran.")
+    wrong, right = "In the park by day. Pip runs.", "At the beach by day. Pip runs."
+    driver = ScriptedDriver([wrong, *[" by day. Pip runs."] * NAME_LOCK_TRIES])
+    assert (await CaptionEngine(model, driver).describe(job)).text == right
+    question = driver.asks[0].ids
+    begun = {MODEL.wording.decode(ask.ids[len(question) :]) for ask in driver.asks[1:]}
+    assert begun == {"At the beach"}, "every other try begins there"
+    for changes, caption, text in (
+        ({}, "Pip ran into the park.", wrong),  # the caption speaks of a place
+        ({"eyes": None}, "Pip ran.", wrong),
+        ({"world": World()}, "Pip ran.", wrong),  # of what the eyes see the pack knows nothing
+    ):
+        driver = ScriptedDriver([wrong])
+        written = await CaptionEngine(replace(model, **changes), driver).describe(replace(job, caption=caption))
+        assert written.text == text
 
 
 async def test_a_full_queue_is_asked_before_the_eyes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,27 @@ def test_how_many_there_are_must_be_sure_too(eyes: Eyes) -> None:
         (unsure,) = eyes.figures(picture)
     assert sure.answers == unsure.answers
     assert unsure.look_sureness < 0.05 * sure.look_sureness
+
+
+def test_a_place_is_told_only_when_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    eyes = Eyes(replace(SHAPE, scene={"setting": ("park", "beach")})).eval()
+    seen: list[tuple[int, ...]] = []
+
+    def answer(logits: list[float]) -> None:
+        def forward(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+            seen.append(tuple(pixels.shape))
+            return {"setting": torch.tensor([logits])}
+
+        monkeypatch.setattr(eyes, "forward", forward)
+
+    for logits, place in (([0.0, 9.0], "beach"), ([9.0, 0.0], "park"), ([1.0, 0.0], None)):
+        answer(logits)
+        assert eyes.place(np.full((40, 90, 3), 128, np.uint8)) == place
+    assert set(seen) == {(1, 3, 128, 128)}
+
+
+def test_eyes_that_are_not_asked_for_places_tell_none(eyes: Eyes) -> None:
+    assert eyes.place(np.zeros((128, 128, 3), np.uint8)) is None
 
 
 def test_only_a_clear_case_gives_somebody_a_look(eyes: Eyes) -> None:

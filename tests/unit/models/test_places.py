@@ -1,12 +1,13 @@
-"""The place lock: where a caption says that its frame is, its description is too."""
+"""The place lock: where a caption says that its frame is, its description is too; else where the last picture is."""
 
 from __future__ import annotations
 
 import pytest
 
-from services.models.captions.places import faults, repaired
+from services.models.captions.places import At, faults, repaired, where
 
 PLACES = ("the forest", "the mountains", "the beach", "the bedroom")
+FOREST = At("in", "the forest")
 
 
 @pytest.mark.parametrize(
@@ -20,9 +21,9 @@ PLACES = ("the forest", "the mountains", "the beach", "the bedroom")
     ],
 )
 def test_a_wrong_place_is_a_fault_and_is_mended(caption: str, description: str, right: str) -> None:
-    assert faults(description, caption, PLACES) == 1
-    assert repaired(description, caption, PLACES) == right
-    assert faults(right, caption, PLACES) == 0
+    assert faults(description, where(caption, PLACES), PLACES) == 1
+    assert repaired(description, where(caption, PLACES), PLACES) == right
+    assert faults(right, where(caption, PLACES), PLACES) == 0
 
 
 @pytest.mark.parametrize(
@@ -37,12 +38,35 @@ def test_a_wrong_place_is_a_fault_and_is_mended(caption: str, description: str, 
     ],
 )
 def test_what_a_caption_does_not_plainly_say_is_left_to_the_model(caption: str) -> None:
-    assert faults("In the mountains. Dot runs.", caption, PLACES) == 0
-    assert repaired("In the mountains. Dot runs.", caption, PLACES) == "In the mountains. Dot runs."
+    assert faults("In the mountains. Dot runs.", where(caption, PLACES), PLACES) == 0
+    assert repaired("In the mountains. Dot runs.", where(caption, PLACES), PLACES) == "In the mountains. Dot runs."
 
 
 def test_a_description_that_tells_no_place_or_the_right_one_among_others_is_left_alone() -> None:
     for description in ("Dot runs.", "At the beach. Behind it, in the forest, Dot runs."):
-        assert faults(description, "In the forest, Dot ran.", PLACES) == 0
-        assert repaired(description, "In the forest, Dot ran.", PLACES) == description
-    assert faults("In the mountains. Dot runs.", "In the forest, Dot ran.", ()) == 0, "a pack that knows no places"
+        assert faults(description, FOREST, PLACES) == 0
+        assert repaired(description, FOREST, PLACES) == description
+    assert where("In the forest, Dot ran.", ()) is None, "a pack that knows no places"
+
+
+@pytest.mark.parametrize(
+    ("caption", "at"),
+    [
+        ("Dot ran.", FOREST),
+        ("Then the rain came, and they held hands.", FOREST),
+        ("At the beach, Dot ran.", At("at", "the beach")),
+        ("Dot read of a treasure on the beach.", None),  # the place is told, but not whether they are there
+        ("They ran into the woods.", None),  # a place that nobody knows by that word
+        ("Dot went home.", None),
+        ("Tired, she lay in her bed.", None),
+        ("She dreamed of mountains.", None),
+        ("Dot was at the seaside.", None),
+    ],
+)
+def test_a_caption_that_speaks_of_no_place_is_where_the_picture_is(caption: str, at: At | None) -> None:
+    assert where(caption, PLACES, FOREST) == at
+    assert where(caption, PLACES) == (at if at != FOREST else None), "nobody sees anything"
+
+
+def test_a_description_begins_where_it_is() -> None:
+    assert At("at", "the beach").opening == "At the beach"

@@ -115,6 +115,8 @@ def test_a_pack_is_sealed_with_what_it_knows(tmp_path: Path) -> None:
         ({"characters": ["Pip"]}, "characters"),
         ({"places": [""]}, "places"),
         ({"things": [1]}, "things"),
+        ({"places": ["the beach"], "there": {"the farm": "on"}}, "the farm"),
+        ({"places": ["the beach"], "there": {"the beach": " "}}, "the beach"),
         ({"familiar_gain_db": "2"}, "familiar_gain_db"),
         ({"familiar_psnr": 2.0}, "familiar_psnr"),
     ],

@@ -29,6 +29,7 @@ def test_it_names_everybody_and_everything_of_the_world(world: World) -> None:
     assert world.characters["Pip"] == "an orange cat with a blue scarf"
     assert set(world.characters) == {character.name for character in MAIN}
     assert len(world.places) == len(SETTINGS)
+    assert world.there == {"the beach": "at", "the farm": "on"}
     assert len(world.things) == len(PROPS)
     assert world.familiar_gain_db is not None
 
