@@ -16,7 +16,9 @@ class Acceleration:
     why: str
 
 
-def accelerations(device: torch.device, dtype: torch.dtype, *, decode_beside: bool) -> tuple[Acceleration, ...]:
+def accelerations(
+    device: torch.device, dtype: torch.dtype, *, decode_beside: bool, graphs: bool
+) -> tuple[Acceleration, ...]:
     """Of an engine that draws on `device`, its UNets computing in `dtype`."""
     gpu = device.type == "cuda"
     half = dtype == torch.bfloat16
@@ -43,6 +45,15 @@ def accelerations(device: torch.device, dtype: torch.dtype, *, decode_beside: bo
             else "a processor's cores are busy with the steps"
             if not gpu
             else "FABULA_FRAME_DECODE_BESIDE=off",
+        ),
+        Acceleration(
+            "graphs",
+            graphs,
+            "forwards are recorded once for each shape and replayed"
+            if graphs
+            else "FABULA_FRAME_GRAPHS=off"
+            if gpu
+            else "a processor launches nothing",
         ),
         Acceleration(
             "pinned_memory",

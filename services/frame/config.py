@@ -63,6 +63,8 @@ class FrameSettings(Settings):
     strict: bool = False
     # Decode pictures that are done while others step. "auto" does on a GPU; on a CPU both want the same cores.
     decode_beside: Literal["auto", "on", "off"] = "auto"
+    # Record the network's forwards once for each shape and replay them (CUDA graphs). "auto" does on a GPU.
+    graphs: Literal["auto", "off"] = "auto"
     stall_s: float = Field(default=STALL_S, gt=0.0)  # a single step that takes longer means the engine hangs
     # Refuse packs whose weights and work on one frame do not fit the free memory, before they are read.
     check_memory: bool = True

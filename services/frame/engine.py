@@ -316,7 +316,8 @@ class FrameEngine:
         own = {adapter.digest: adapter for adapter in model.adapters.values()}
         adapters += tuple(own[one.digest] for one in sketch.characters[len(adapters) :])
         if whole is not None:
-            model = replace(model, denoiser=StoryDenoiser(whole.unet, model.denoiser.schedule), slots=None)
+            denoiser = StoryDenoiser(whole.unet, model.denoiser.schedule)
+            model = replace(model, denoiser=denoiser, slots=None, graphs=None)
         if job.deadline_s is not None and self._clock() >= job.deadline_s:
             raise DeadlineExceeded()
         manifest = model.manifest
@@ -369,6 +370,7 @@ class FrameEngine:
             repr(settings.references),
             f"strict={settings.strict}",
             *((f"deep_every={settings.deep_every}",) if settings.deep_every > 1 else ()),
+            *(("graphs",) if model.graphs is not None and not model.graphs.is_broken else ()),
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import structlog
 import torch
@@ -14,6 +15,7 @@ from services.frame.remote import RemoteFrames
 from services.models.allocator import keep_freed_memory
 from services.models.errors import PackUnsupported
 from services.models.footprint import check_room, footprint
+from services.models.graphs import CudaRecorder, Graphs
 from services.models.pack import RemoteManifest, find_pack, load_any_pack, load_pack, read_any_manifest, read_manifest
 from services.models.references import ReferencePolicy
 from services.models.registry import load_frame_model
@@ -56,8 +58,12 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
         else:
             check_room(wanted, free_bytes=free_memory_bytes())
     packs = [load_pack(folder) for folder in folders]
+    models = {pack.name: load_frame_model(pack, device=device, dtype=dtype) for pack in packs}
+    graphs = device == "cuda" and settings.graphs == "auto"
+    if graphs:
+        models = {name: replace(model, graphs=_graphs(name)) for name, model in models.items()}
     engine = FrameEngine(
-        {pack.name: load_frame_model(pack, device=device, dtype=dtype) for pack in packs},
+        models,
         default_pack=packs[0].name,
         settings=EngineSettings(
             max_running=settings.max_running,
@@ -83,13 +89,22 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
         worlds={pack.name: World.load(pack.folder) for pack in packs},
         fetch=fetcher(ObjectStore.open(settings.characters_url, installation.home / "characters")),
     )
-    for each in accelerations(torch.device(device), dtype, decode_beside=decode_beside):
+    for each in accelerations(torch.device(device), dtype, decode_beside=decode_beside, graphs=graphs):
         log.info("acceleration", name=each.name, on=each.on, why=each.why)
     engine.start()
     if settings.warm_up:
         engine.warm_up()
     log.info("frame_ready", packs=[pack.name for pack in packs], device=device, dtype=str(dtype))
     return engine
+
+
+def _graphs(pack: str) -> Graphs:
+    """The recordings of a pack's network."""
+
+    def broken(why: str) -> None:
+        log.warning("graphs_off", pack=pack, why=why)
+
+    return Graphs(CudaRecorder(), broken=broken)
 
 
 def load_remotes(settings: FrameSettings, installation: Installation) -> dict[str, RemoteFrames]:

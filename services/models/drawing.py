@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from services.models.character import CharacterWeights
 from services.models.denoiser import Branches, guidance
-from services.models.lora import NOBODY, Outfit
+from services.models.lora import NOBODY, Outfit, WornRows
 from services.models.references import EXACT, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.samplers import History, Sampler, samplers_of, starting_amplitude
@@ -377,13 +377,18 @@ def _begun(
     )
 
 
-def wearing(model: FrameModel, outfits: Sequence[Outfit]) -> AbstractContextManager[None]:
-    """The rows of a forward wear what they wear."""
+def worn_by(model: FrameModel, outfits: Sequence[Outfit]) -> WornRows | None:
+    """What rows wear, as a forward asks for it; None where nobody wears anything."""
     if not any(one.slot != NOBODY.slot for outfit in outfits for one in outfit):
-        return nullcontext()
+        return None
     if model.slots is None:
         raise ValueError("a drawing wears something, and the model has no slots")
-    return model.slots.rows(outfits)
+    return model.slots.prepared(outfits)
+
+
+def wearing(model: FrameModel, worn: WornRows | None) -> AbstractContextManager[None]:
+    """The rows of the forwards in this block wear what they wear."""
+    return nullcontext() if worn is None or model.slots is None else model.slots.worn(worn)
 
 
 def _shown(model: FrameModel, seen_NCHW: Tensor, nothing_SD: Tensor, outfit: Outfit) -> Mapping[str, KeyValue]:
@@ -391,7 +396,7 @@ def _shown(model: FrameModel, seen_NCHW: Tensor, nothing_SD: Tensor, outfit: Out
     unet = model.denoiser.unet
     nothing_NSD = nothing_SD.to(model.dtype).expand(len(seen_NCHW), *nothing_SD.shape)
     clean_N = torch.zeros(len(seen_NCHW), device=seen_NCHW.device)
-    with wearing(model, [outfit]):
+    with wearing(model, worn_by(model, [outfit])):
         return unet.project(unet.features(seen_NCHW.to(model.dtype), clean_N, nothing_NSD))
 
 
@@ -401,7 +406,8 @@ def _told(model: FrameModel, texts: Sequence[Tensor], outfits: Sequence[Outfit])
     if not isinstance(unet, StoryGenUNet):
         return [()] * len(texts)
     sizes = [len(own) for own in texts]
-    with wearing(model, [outfit for size, outfit in zip(sizes, outfits, strict=True) for _ in range(size)]):
+    rows = [outfit for size, outfit in zip(sizes, outfits, strict=True) for _ in range(size)]
+    with wearing(model, worn_by(model, rows)):
         read = unet.read(torch.cat(list(texts)).to(model.dtype))
     told: list[tuple[Told, ...]] = []
     for first, size in zip(itertools.accumulate([0, *sizes]), sizes, strict=False):
@@ -468,4 +474,5 @@ __all__ = [
     "rows_of_a_frame",
     "sampler_of",
     "wearing",
+    "worn_by",
 ]

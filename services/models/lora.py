@@ -352,8 +352,8 @@ class _Run(NamedTuple):
     weights: Merged
 
 
-@dataclass
-class _Rows:
+@dataclass(frozen=True)
+class WornRows:
     """What one pass's rows wear: by row, on the device; or run by run, where there are merged weights for everybody."""
 
     count: int
@@ -395,7 +395,8 @@ class AdapterSlots:
         self._layers = adapted_layers(unet)
         self._stacks: dict[str, _Stack] = {}
         self._held: dict[int, str] = {}  # digests by slot
-        self._rows: _Rows | None = None
+        self._rows: WornRows | None = None
+        self._parts: frozenset[str] = frozenset()
 
     @property
     def held(self) -> Mapping[int, str]:
@@ -419,6 +420,7 @@ class AdapterSlots:
             whole = self._whole(name)
             whole[slot] = delta.to(whole)
         self._held[slot] = adapter.digest
+        self._parts = self._read()
 
     def clear(self, slot: int) -> None:
         """Make a slot nobody's. Its numbers are zeroed, so that a stale row number could only add nothing."""
@@ -432,17 +434,35 @@ class AdapterSlots:
                 for part in (stack.down, stack.up, stack.whole):
                     if part is not None:
                         part[slot] = 0.0
+        self._parts = self._read()
+
+    def _read(self) -> frozenset[str]:
+        used = [(name, stack) for name, stack in self._stacks.items() if stack.is_used]
+        low = {f"{name}.low" for name, stack in used if stack.down is not None}
+        return frozenset(low | {f"{name}.whole" for name, stack in used if stack.whole is not None})
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What a forward reads of the stacks now. It stays where it is; with more of it, a forward is another one."""
+        return self._parts
 
     @contextmanager
     def rows(self, worn: Sequence[Outfit]) -> Iterator[None]:
         """What the rows of the forwards in this block wear."""
+        with self.worn(self.prepared(worn)):
+            yield
+
+    @contextmanager
+    def worn(self, rows: WornRows | None) -> Iterator[None]:
+        """The same, of what `prepared` made of it."""
         try:
-            self._rows = self._prepared(worn)
+            self._rows = rows
             yield
         finally:
             self._rows = None
 
-    def _prepared(self, outfits: Sequence[Outfit]) -> _Rows | None:
+    def prepared(self, outfits: Sequence[Outfit]) -> WornRows | None:
+        """What rows wear, on the device; None for nothing. Raises ValueError for a slot that nobody lies in."""
         outfits = [[one for one in outfit if one.slot != NOBODY.slot] for outfit in outfits]
         most = max(map(len, outfits), default=0)
         if most == 0:
@@ -452,7 +472,7 @@ class AdapterSlots:
             raise ValueError(f"nobody lies in the slots {unknown}")
         whole = [[*outfit, *[NOBODY] * (most - len(outfit))] for outfit in outfits]
         device = next(iter(self._layers.values())).weight.device
-        return _Rows(
+        return WornRows(
             len(outfits),
             sent([[one.slot for one in outfit] for outfit in whole], device),
             sent([[one.scale for one in outfit] for outfit in whole], device),
@@ -528,7 +548,7 @@ class AdapterSlots:
             return self._added_together(stack, rows, layer, given, plain(given))
         return _run_by_run(name, rows.runs, layer, given)
 
-    def _added_together(self, stack: _Stack, rows: _Rows, layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
+    def _added_together(self, stack: _Stack, rows: WornRows, layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
         if isinstance(layer, nn.Conv2d):
             down_BRIKK, up_BOR = self._gathered(stack, rows)
             low = _convolved(layer, given, down_BRIKK).flatten(2)
@@ -546,7 +566,7 @@ class AdapterSlots:
         return answer + added.view_as(answer)
 
     @staticmethod
-    def _gathered(stack: _Stack, rows: _Rows) -> tuple[Tensor, Tensor]:
+    def _gathered(stack: _Stack, rows: WornRows) -> tuple[Tensor, Tensor]:
         """`[B, M·r, I…]` and `[B, O, M·r]`: what a row wears, rank beside rank, the scales in the second."""
         assert stack.down is not None
         assert stack.up is not None
@@ -611,6 +631,7 @@ __all__ = [
     "LowRank",
     "Outfit",
     "Worn",
+    "WornRows",
     "adapted_layers",
     "adapter_config",
     "read_adapter",

@@ -26,6 +26,7 @@ from services.models.errors import AdapterError, PackManifestInvalid, PackWeight
 from services.models.flux2.networks import check_flux2, load_flux2_networks, transformer_files
 from services.models.glimpse import FILE as GLIMPSE_FILE
 from services.models.glimpse import Glimpse, load_glimpse
+from services.models.graphs import Graphs
 from services.models.lora import Adapter, AdapterSlots, read_adapter_file
 from services.models.pack import Manifest, Pack
 from services.models.ranges import FlowConfig
@@ -121,6 +122,7 @@ class FrameModel:
     # True: earlier frames are parts of what the network reads, without noise or caption, and no passes of their own.
     sees_pictures: bool = False
     has_deep_blocks: bool = True  # whose states another step may use again
+    graphs: Graphs | None = None  # its forwards, recorded; None: they run as they are
 
     @property
     def base_digest(self) -> str:

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from services.models.drawing import Drawing, Pixels, Randomness, Sketch, begin, finish, sampler_of, wearing
+from services.models.drawing import Drawing, Pixels, Randomness, Sketch, begin, finish, sampler_of, wearing, worn_by
+from services.models.graphs import Inputs, Outputs, Work
+from services.models.lora import Outfit, WornRows
 from services.models.references import Pages, ReferenceCache, ReferenceKey, ReferenceRow
 from services.models.registry import FrameModel
 from services.models.samplers import History
@@ -218,22 +221,27 @@ def _look(
             if len(batch) >= room:
                 break
     taken = sorted(batch.values(), key=lambda seen: tuple(seen.outfit))  # who wears the same stands together
-    schedule, unet = model.denoiser.schedule, model.denoiser.unet
+    schedule = model.denoiser.schedule
+    unet: Any = model.denoiser.unet  # a StoryGen: nobody else's packs have passes
     levels = [seen.key.level for seen in taken]
     noisy = schedule.add_noise(
         torch.stack([seen.clean_CHW for seen in taken]),
         torch.stack([seen.noise_CHW for seen in taken]),
         torch.tensor(levels),
     )
-    with wearing(model, [seen.outfit for seen in taken]):
-        projected = unet.project(
-            unet.features(
-                noisy.to(model.dtype),
-                sent(levels, model.device),
-                torch.stack([seen.text_SD for seen in taken]).to(model.dtype),
-                **_together([seen.told for seen in taken]),
-            )
-        )
+    inputs = {
+        "latents": noisy.to(model.dtype),
+        "timesteps": sent(levels, model.device),
+        "text": torch.stack([seen.text_SD for seen in taken]).to(model.dtype),
+        **_together([seen.told for seen in taken]),
+    }
+
+    def work(given: Inputs) -> Outputs:
+        features = unet.features(given["latents"], given["timesteps"], given["text"], **_told_of(given))
+        return tuple(part for seen in unet.project(features).values() for part in seen)
+
+    parts = iter(_through(model, "features", work, inputs, [seen.outfit for seen in taken]))
+    projected = dict(zip(unet.block_keys, map(KeyValue, parts, parts), strict=True))
     pages.store([seen.key for seen in taken], projected, now.keys())
     cache.computed_count += len(taken)
     return len(taken), found
@@ -267,36 +275,87 @@ def _predict(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Ten
 
 def _pass(model: FrameModel, rows: Sequence[_Row], pages: Pages) -> tuple[Tensor, Tensor | None]:
     """One forward over rows that all compute their deep states, or all use earlier ones; the former's states."""
-    device, dtype = model.device, model.dtype
+    device, dtype, unet = model.device, model.dtype, model.denoiser.unet
     if model.sees_pictures:
         blocks, numbers = _shown(rows)
     else:
         blocks, numbers = pages.blocks, [pages.slots(seen.key for seen in row.sees) for row in rows]
-    looked_at = _references(blocks, numbers, device)
-    with wearing(model, [row.drawing.outfit for row in rows]):
-        unet = model.denoiser.unet
-        given = (
-            torch.stack([row.drawing.latents_CHW for row in rows]).to(dtype),
-            sent([row.drawing.steps[row.drawing.done] for row in rows], device),
-            torch.stack([row.text_SD for row in rows]).to(dtype),
-        )
-        told = _together([row.told for row in rows])
-        earlier = [row.deep_CHW for row in rows if row.deep_CHW is not None]
-        if earlier:
-            return unet.predict_shallow(*given, torch.stack(earlier), looked_at, **told).float(), None
-        if all(row.drawing.sketch.deep_every == 1 for row in rows):
-            return unet.predict(*given, looked_at, **told).float(), None
-        answer, deep = unet.predict_and_keep(*given, looked_at, **told)
-        return answer.float(), deep
+    inputs = {
+        "latents": torch.stack([row.drawing.latents_CHW for row in rows]).to(dtype),
+        "timesteps": sent([row.drawing.steps[row.drawing.done] for row in rows], device),
+        "text": torch.stack([row.text_SD for row in rows]).to(dtype),
+        **_looked_at(numbers, device),
+        **_together([row.told for row in rows]),
+    }
+    earlier = [row.deep_CHW for row in rows if row.deep_CHW is not None]
+    if earlier:
+        inputs["deep"] = torch.stack(earlier)
+    keeps = not earlier and any(row.drawing.sketch.deep_every > 1 for row in rows)
+
+    def work(given: Inputs) -> Outputs:
+        asked = (given["latents"], given["timesteps"], given["text"])
+        seen = References(blocks, given["seen"], given.get("present")) if "seen" in given else None
+        told = _told_of(given)
+        if "deep" in given:
+            return (unet.predict_shallow(*asked, given["deep"], seen, **told),)
+        if keeps:
+            return unet.predict_and_keep(*asked, seen, **told)
+        return (unet.predict(*asked, seen, **told),)
+
+    kind = "shallow" if earlier else "keep" if keeps else "predict"
+    outfits = [row.drawing.outfit for row in rows]
+    answer, *deep = _through(model, kind, work, inputs, outfits, blocks if "seen" in inputs else {})
+    # A copy, because the next forward may write where this one did.
+    return answer.to(torch.float32, copy=True), deep[0] if deep else None
 
 
-def _together(told: Sequence[Told | None]) -> dict[str, Any]:
-    """The rows' texts as one argument more, where the network has read them before; it is the same one, so all are."""
+def _through(
+    model: FrameModel,
+    kind: str,
+    work: Work,
+    inputs: Inputs,
+    outfits: Sequence[Outfit],
+    blocks: Mapping[str, KeyValue] = MappingProxyType({}),
+) -> Outputs:
+    """`work` of rows that wear what they wear, replayed where the device has it recorded. It looks into `blocks`."""
+    worn = worn_by(model, outfits)
+    # What a network sees as it is lies elsewhere in every step.
+    if model.graphs is None or model.sees_pictures or (worn is not None and worn.runs is not None):
+        with wearing(model, worn):
+            return work(inputs)
+    if worn is not None:
+        inputs = {**inputs, "slots": worn.slots_BM, "scales": worn.scales_BM}
+
+    def dressed(given: Inputs) -> Outputs:
+        rows = WornRows(len(given["slots"]), given["slots"], given["scales"], None) if "slots" in given else None
+        with wearing(model, rows):
+            return work(given)
+
+    addresses = [part.data_ptr() for seen in blocks.values() for part in seen]
+    parts = model.slots.parts if worn is not None and model.slots is not None else frozenset[str]()
+    return model.graphs.run(kind, dressed, inputs, addresses=addresses, parts=parts)
+
+
+_TOLD = "told."  # names of inputs: "told.key.down_blocks.0…"
+
+
+def _together(told: Sequence[Told | None]) -> dict[str, Tensor]:
+    """The rows' texts as the network has read them before, by input; it is the same one, so it has all or none."""
     read = [one for one in told if one is not None]
-    if not read:
+    return {
+        f"{_TOLD}{part}.{name}": torch.stack([getattr(one[name], part) for one in read])
+        for name in (read[0] if read else ())
+        for part in KeyValue._fields
+    }
+
+
+def _told_of(given: Inputs) -> dict[str, Any]:
+    """The argument that `_together` made inputs of."""
+    key = f"{_TOLD}key."
+    names = [name.removeprefix(key) for name in given if name.startswith(key)]
+    if not names:
         return {}
-    parts = {name: zip(*(one[name] for one in read), strict=True) for name in read[0]}
-    return {"told": {name: KeyValue(*map(torch.stack, part)) for name, part in parts.items()}}
+    return {"told": {name: KeyValue(*(given[f"{_TOLD}{part}.{name}"] for part in KeyValue._fields)) for name in names}}
 
 
 def _shown(rows: Sequence[_Row]) -> tuple[Mapping[str, KeyValue], list[list[int]]]:
@@ -317,22 +376,17 @@ def _shown(rows: Sequence[_Row]) -> tuple[Mapping[str, KeyValue], list[list[int]
     return blocks, numbers
 
 
-def _references(
-    blocks: Mapping[str, KeyValue], numbers: Sequence[Sequence[int]], device: torch.device
-) -> References | None:
-    """What rows look at, filled up to the longest; None where nobody looks at anything."""
+def _looked_at(numbers: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """What rows look at, filled up to the longest, by input; nothing where nobody looks at anything."""
     slots = max(map(len, numbers))
     if not slots:
-        return None
+        return {}
     anything = next(row[0] for row in numbers if row)
+    seen = {"seen": sent([[*row, *[anything] * (slots - len(row))] for row in numbers], device)}
     present = [[slot < len(row) for slot in range(slots)] for row in numbers]
-    complete = all(all(slots_of_row) for slots_of_row in present)
-    return References(
-        blocks,
-        sent([[*row, *[anything] * (slots - len(row))] for row in numbers], device),
-        # A mask costs the attention kernel its fast path, so only where rows differ.
-        None if complete else sent(present, device),
-    )
+    if all(all(slots_of_row) for slots_of_row in present):
+        return seen  # a mask costs the attention kernel its fast path
+    return {**seen, "present": sent(present, device)}
 
 
 def _sample(model: FrameModel, drawing: Drawing, output_CHW: Tensor) -> tuple[Tensor, History]:

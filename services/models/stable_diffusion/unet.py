@@ -123,9 +123,12 @@ class StableDiffusionUNet(_Base):
         if not width:
             return text_BSD, {}
         height_px, width_px = (side * PIXELS_PER_LATENT for side in latents_BCHW.shape[2:])
-        sizes = torch.tensor([height_px, width_px, 0, 0, height_px, width_px], device=text_BSD.device)
+        # Filled on the device: copied from the host, the numbers could not be part of a recording (`models/graphs.py`).
+        sides = [text_BSD.new_full((1,), side, dtype=torch.float32) for side in (height_px, width_px)]
+        cropped = text_BSD.new_zeros(2, dtype=torch.float32)
+        sizes = torch.cat([*sides, cropped, *sides])
         pooled_BD = text_BSD[:, -1, :width]
-        told = {"text_embeds": pooled_BD, "time_ids": sizes.float().expand(len(text_BSD), -1)}
+        told = {"text_embeds": pooled_BD, "time_ids": sizes.expand(len(text_BSD), -1)}
         return text_BSD[:, :-1], {"added_cond_kwargs": told}
 
 

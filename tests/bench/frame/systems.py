@@ -222,11 +222,20 @@ class PeftNames:
     def __init__(self, adapters: Adapters) -> None:
         self.adapters = adapters
 
+    def prepared(self, outfits: Sequence[Outfit]) -> list[str]:
+        """Every row's name."""
+        return [f"a{outfit[0].slot - 1}" if outfit else "__base__" for outfit in outfits]
+
     @contextmanager
-    def rows(self, worn: Sequence[Outfit]) -> Iterator[None]:
+    def worn(self, names: list[str]) -> Iterator[None]:
         """Every row by name."""
-        names = [f"a{outfit[0].slot - 1}" if outfit else "__base__" for outfit in worn]
         with self.adapters.peft.base_model._enable_peft_forward_hooks(adapter_names=names):
+            yield
+
+    @contextmanager
+    def rows(self, outfits: Sequence[Outfit]) -> Iterator[None]:
+        """Both at once."""
+        with self.worn(self.prepared(outfits)):
             yield
 
 
