@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from services.models.registry import FrameModel
 from services.models.storygen import References
 
-_PROBE = 1024  # side of the product that peaks are measured with
+_PROBE, _GPU_PROBE = 1024, 8192  # sides of the product that peaks are measured with: one that fills the device
 
 
 @torch.inference_mode()
@@ -39,11 +39,12 @@ def flops_of_a_row(model: FrameModel) -> float:
 @torch.inference_mode()
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product in this arithmetic with this many threads: the best of a few."""
-    a = torch.ones(_PROBE, _PROBE, device=device, dtype=dtype)
+    side = _GPU_PROBE if device.type == "cuda" else _PROBE
+    a = torch.ones(side, side, device=device, dtype=dtype)
     best_s = float("inf")
     for _ in range(4):
         start = time.perf_counter()
         out = a @ a
         float(out[0, 0])  # waits for a device that works behind our back
         best_s = min(best_s, time.perf_counter() - start)
-    return 2.0 * _PROBE**3 / best_s
+    return 2.0 * side**3 / best_s

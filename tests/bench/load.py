@@ -24,75 +24,19 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
-from transformers import CLIPTextModel
 
 from services.models.pack import load_pack
 from services.models.registry import load_frame_model
-from services.models.storygen import StoryGenConfig, build_storygen
+from tests.bench.full_size import Kind, write_full_size
 from tests.bench.machine import ROOT, machine_facts, revision_facts
-from tests.stable_diffusion_checkpoints import BETAS, sealed, text_config, tokenizer
+from tests.stable_diffusion_checkpoints import sealed
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PEAK_TO_FILE = 1.3  # the most that reading may take, as a share of the weights' files
-KINDS = ("storygen", "sd15")
+KINDS: tuple[Kind, ...] = ("storygen", "sd15")
 Stored = Literal["float32", "float16"]
-_UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
-
-
-def write_full_size(folder: Path, kind: str, dtype: torch.dtype) -> None:
-    """A checkpoint in the published shapes of Stable Diffusion 1.5, for `storygen` with `attn3`; weights are random."""
-    torch.manual_seed(0)
-    config = StoryGenConfig()
-    shape = {name: value for name, value in config.to_dict().items() if name in UNet2DConditionModel().config}
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel(**shape)
-        vae: Any = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            sample_size=512,
-        )
-        text: Any = CLIPTextModel(
-            text_config(
-                vocab_size=49408,
-                hidden_size=768,
-                intermediate_size=3072,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-                projection_dim=768,
-                hidden_act="quick_gelu",
-            )
-        )
-    parts = {"unet": unet, "vae": vae, "text_encoder": text}
-    for network in parts.values():
-        _fill(network, dtype)
-    StableDiffusionPipeline(
-        **parts,
-        tokenizer=tokenizer(),
-        scheduler=DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(str(folder), safe_serialization=True)
-    if kind == "storygen":
-        with torch.device("meta"):
-            own: Any = build_storygen(config)
-        _fill(own, dtype)
-        save_file(own.state_dict(), str(folder / _UNET_FILE), metadata={"format": "pt"})
-
-
-def _fill(network: Any, dtype: torch.dtype) -> None:
-    network.to_empty(device="cpu").to(dtype)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    for name, buffer in network.named_buffers():
-        if name.endswith("position_ids"):
-            buffer.copy_(torch.arange(buffer.shape[-1])[None])
 
 
 def read_once(folder: Path, dtype: str) -> dict[str, float]:
@@ -123,7 +67,7 @@ def read_once(folder: Path, dtype: str) -> dict[str, float]:
     }
 
 
-def measured(kind: str, stored: Stored, served: str, scratch: Path) -> dict[str, Any]:
+def measured(kind: Kind, stored: Stored, served: str, scratch: Path) -> dict[str, Any]:
     """One pack's figures."""
     checkpoint, packs = scratch / "checkpoint", scratch / "packs"
     write_full_size(checkpoint, kind, getattr(torch, stored))

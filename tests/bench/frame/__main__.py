@@ -4,6 +4,8 @@
     python -m tests.bench.frame --rounds 3         to see whether the bench works
     python -m tests.bench.frame --check            exit status 1 when a target is missed
 
+Where there is a GPU, images a second at Stable Diffusion's sizes follow (`widths.py`).
+
 Every round runs every system once on the same requests, in an order that turns from round to round, so that what the
 machine does meanwhile hits all alike; figures are medians of the rounds' ratios. The report goes to
 `tests/bench/results/`.
@@ -34,7 +36,8 @@ from services.models.references import EXACT, ReferenceCache, ReferencePolicy
 from services.models.registry import FrameModel, load_frame_model
 from services.models.step import advance
 from services.runtime.config import Installation
-from tests.bench.frame.report import document, markdown, ratio, table
+from tests.bench.frame import widths
+from tests.bench.frame.report import GPU_TARGETS, TARGETS, document, markdown, ratio, table
 from tests.bench.frame.serving import serve_ours, serve_split
 from tests.bench.frame.systems import Adapters, Done, Ours, Published, Split, SplitOurs
 from tests.bench.frame.workload import REFERENCES, Request, arriving, requests
@@ -228,8 +231,20 @@ def main() -> int:
     figures |= closed_loop(model, adapters, arguments.rounds, console)
     if arguments.stream:
         figures |= open_loop(model, adapters[4], arguments.stream, console)
+    targets = TARGETS
+    if torch.cuda.is_available():
+        targets += GPU_TARGETS
+        figures |= widths.measured(
+            widths.KINDS,
+            torch.device("cuda"),
+            widths.WIDTHS,
+            steps=widths.STEPS,
+            rounds=widths.ROUNDS,
+            characters=widths.CHARACTERS,
+            console=console,
+        )
     plan = {"rounds": arguments.rounds, "stream": arguments.stream, "threads": torch.get_num_threads(), "steps": STEPS}
-    found = document(figures, machine=machine, revision=revision, date=date, plan=plan)
+    found = document(figures, targets=targets, machine=machine, revision=revision, date=date, plan=plan)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"frame-{date}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (arguments.out / "frame.md").write_text(markdown(found), encoding="utf-8")

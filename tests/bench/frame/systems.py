@@ -29,6 +29,7 @@ from torch import Tensor
 
 from services.models.denoiser import StoryDenoiser
 from services.models.drawing import Drawing, Pixels, Start, begin_together, finish
+from services.models.graphs import Graphs
 from services.models.lora import ALPHA, MERGED_BYTES, AdapterSlots, Outfit, Worn, read_adapter
 from services.models.references import ReferenceCache
 from services.models.registry import FrameModel
@@ -251,9 +252,11 @@ class Ours:
         strict: bool = False,
         merges: bool = True,
         prefill_rows: int = 24,
+        together: int = TOGETHER,
+        graphs: Graphs | None = None,
     ) -> None:
         """`merges`: rows that wear the same go through merged weights, as the engine does on a processor."""
-        self.name, self.strict, self.prefill_rows = name, strict, prefill_rows
+        self.name, self.strict, self.prefill_rows, self.together = name, strict, prefill_rows, together
         if name.startswith("peft"):
             self.model = with_unet(model, adapters.peft.base_model.model, PeftNames(adapters))
         else:
@@ -262,7 +265,7 @@ class Ours:
             slots = AdapterSlots(unet, count=adapters.count, rank_max=RANK, merged_bytes=budget_bytes)
             for number in range(adapters.count):
                 slots.put(number + 1, read_adapter(adapters.file(number), unet))
-            self.model = with_unet(model, unet, slots)
+            self.model = replace(with_unet(model, unet, slots), graphs=graphs)
         self.cache = ReferenceCache(CACHE_BYTES)
 
     def begin(self, *batch: Request) -> list[Drawing]:
@@ -286,7 +289,7 @@ class Ours:
         done, waiting = Done(), list(requests)
         running: list[tuple[Request, Drawing]] = []
         while waiting or running:
-            room = TOGETHER - len(running)
+            room = self.together - len(running)
             coming, waiting = waiting[:room], waiting[room:]
             if coming:
                 running += zip(coming, self.begin(*coming), strict=True)

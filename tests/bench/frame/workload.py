@@ -52,6 +52,7 @@ def requests(
     seed: int = 0,
     policy: ReferencePolicy = EXACT,
     guidance: tuple[float, float] = (TEXT_GUIDANCE, IMAGE_GUIDANCE),
+    references: int = REFERENCES,
 ) -> list[Request]:
     """`count` requests; adapter k is wanted 1/(k+1) as often as the first (Zipf), and everybody is wanted at all."""
     rng = random.Random(f"bench {seed}")
@@ -68,7 +69,7 @@ def requests(
                 pixels=pixels.integers(0, 256, (manifest.height_px, manifest.width_px, 3), dtype=np.uint8),
                 description=" ".join(rng.sample(_WORDS, 4)),
             )
-            for _ in range(REFERENCES)
+            for _ in range(references)
         )
         sketch = Sketch(
             description=" ".join(rng.sample(_WORDS, 5)),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
 from services.models.drawing import Sketch
-from tests.bench.frame import serving
+from tests.bench.frame import serving, widths
 from tests.bench.frame.report import TARGETS, document, markdown, ratio
 from tests.bench.frame.serving import serve_ours, serve_split
 from tests.bench.frame.workload import Request, arriving
@@ -139,3 +142,12 @@ def test_the_engine_lets_newcomers_join_and_drops_who_leaves(monkeypatch: pytest
     assert system.together == [1, 1, 3, 3, 1, 1]
     assert served.drawn == 2
     assert sorted(served.all_s) == pytest.approx([0.4, 0.45])
+
+
+def test_what_a_gpu_is_measured_with_runs_on_a_processor() -> None:
+    console = Console(file=io.StringIO())
+    figures = widths.measured(["tiny"], torch.device("cpu"), [1, 2], steps=2, rounds=1, characters=2, console=console)
+    best = figures["tiny_images_per_s_mixed"]
+    assert best == max(figures[f"tiny_mixed_as_it_is_at_{width}_images_per_s"] for width in (1, 2))
+    assert all(figures[f"tiny_{kind}_as_it_is_at_2_of_peak"] > 0 for kind in ("mixed", "plain"))
+    assert figures["tiny_diffusers_images_per_s"] > 0
