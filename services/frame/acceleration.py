@@ -51,7 +51,7 @@ def accelerations(
             graphs,
             "forwards are recorded once for each shape and replayed"
             if graphs
-            else "FABULA_FRAME_GRAPHS=off"
+            else "FABULA_FRAME_GRAPHS=off, or every frame steps alone (FABULA_FRAME_STRICT)"
             if gpu
             else "a processor launches nothing",
         ),

@@ -689,13 +689,15 @@ class FrameEngine:
 
     def _step(self, batch: Sequence[Ticket]) -> None:
         """One denoising step of `batch`, then tell, preview, finish or fail each of them."""
-        began_s = self._clock()
+        began_s, graphs = self._clock(), batch[0].model.graphs
+        recorded = graphs.recorded_count if graphs is not None else 0
         stepped, rows = self._advance(batch)
         sound = are_sound([_drawing(ticket) for ticket in stepped]) if stepped else []
         seconds = self._clock() - began_s  # the device is done: it has answered
         with self._changed:
-            # The time of a step that was taken again, one by one, says nothing of the next one.
-            self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if rows.total else None)
+            # The time of a step that was taken again, one by one, or that recorded, says nothing of the next one.
+            is_usual = rows.total > 0 and (graphs is None or graphs.recorded_count == recorded)
+            self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if is_usual else None)
         flops = rows.total * self._row_flops.get(batch[0].model.manifest.name, 0.0)
         self._observer.step_done(jobs=len(stepped), rows=rows, seconds=seconds, flops=flops)
         whole = []

@@ -59,9 +59,13 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
             check_room(wanted, free_bytes=free_memory_bytes())
     packs = [load_pack(folder) for folder in folders]
     models = {pack.name: load_frame_model(pack, device=device, dtype=dtype) for pack in packs}
-    graphs = device == "cuda" and settings.graphs == "auto"
+    graphs = device == "cuda" and settings.graphs == "auto" and not settings.strict
     if graphs:
-        models = {name: replace(model, graphs=_graphs(name)) for name, model in models.items()}
+        recorder = CudaRecorder()
+        models = {
+            name: replace(model, graphs=_graphs(recorder, name)) if model.is_recordable else model
+            for name, model in models.items()
+        }
     engine = FrameEngine(
         models,
         default_pack=packs[0].name,
@@ -98,13 +102,13 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
     return engine
 
 
-def _graphs(pack: str) -> Graphs:
+def _graphs(recorder: CudaRecorder, pack: str) -> Graphs:
     """The recordings of a pack's network."""
 
     def broken(why: str) -> None:
         log.warning("graphs_off", pack=pack, why=why)
 
-    return Graphs(CudaRecorder(), broken=broken)
+    return Graphs(recorder, broken=broken)
 
 
 def load_remotes(settings: FrameSettings, installation: Installation) -> dict[str, RemoteFrames]:

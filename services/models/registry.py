@@ -122,7 +122,13 @@ class FrameModel:
     # True: earlier frames are parts of what the network reads, without noise or caption, and no passes of their own.
     sees_pictures: bool = False
     has_deep_blocks: bool = True  # whose states another step may use again
-    graphs: Graphs | None = None  # its forwards, recorded; None: they run as they are
+    # Its forwards ask the device for nothing, and what they see lies where it lay the step before.
+    is_recordable: bool = True
+    graphs: Graphs | None = None  # its forwards, recorded, if they can be; None: they run as they are
+
+    def __post_init__(self) -> None:
+        if self.graphs is not None and not self.is_recordable:
+            raise ValueError(f"forwards of {self.manifest.architecture} cannot be recorded")
 
     @property
     def base_digest(self) -> str:
@@ -241,6 +247,7 @@ def load_arldm_pack(pack: Pack, device: torch.device, dtype: torch.dtype) -> Fra
         device=device,
         dtype=dtype,
         reader=reader,
+        is_recordable=False,  # how much context a forward reads, it asks the texts
     )
 
 
@@ -267,6 +274,7 @@ def load_flux2(pack: Pack, device: torch.device, dtype: torch.dtype, *, keeps_re
         dtype=dtype,
         sees_pictures=True,
         has_deep_blocks=False,
+        is_recordable=False,  # what it sees lies elsewhere in every step
     )
 
 

@@ -319,8 +319,7 @@ def _through(
 ) -> Outputs:
     """`work` of rows that wear what they wear, replayed where the device has it recorded. It looks into `blocks`."""
     worn = worn_by(model, outfits)
-    # What a network sees as it is lies elsewhere in every step.
-    if model.graphs is None or model.sees_pictures or (worn is not None and worn.runs is not None):
+    if model.graphs is None or (worn is not None and worn.runs is not None):
         with wearing(model, worn):
             return work(inputs)
     if worn is not None:
@@ -331,9 +330,9 @@ def _through(
         with wearing(model, rows):
             return work(given)
 
-    addresses = [part.data_ptr() for seen in blocks.values() for part in seen]
+    places = [number for seen in blocks.values() for part in seen for number in (part.data_ptr(), len(part))]
     parts = model.slots.parts if worn is not None and model.slots is not None else frozenset[str]()
-    return model.graphs.run(kind, dressed, inputs, addresses=addresses, parts=parts)
+    return model.graphs.run(kind, dressed, inputs, places=places, parts=parts)
 
 
 _TOLD = "told."  # names of inputs: "told.key.down_blocks.0…"

@@ -37,7 +37,7 @@ from services.models.registry import FrameModel, load_frame_model
 from services.models.step import advance
 from services.runtime.config import Installation
 from tests.bench.frame import widths
-from tests.bench.frame.report import GPU_TARGETS, TARGETS, document, markdown, ratio, table
+from tests.bench.frame.report import GPU_TARGETS, TARGETS, Target, document, markdown, ratio, table
 from tests.bench.frame.serving import serve_ours, serve_split
 from tests.bench.frame.systems import Adapters, Done, Ours, Published, Split, SplitOurs
 from tests.bench.frame.workload import REFERENCES, Request, arriving, requests
@@ -231,9 +231,9 @@ def main() -> int:
     figures |= closed_loop(model, adapters, arguments.rounds, console)
     if arguments.stream:
         figures |= open_loop(model, adapters[4], arguments.stream, console)
-    targets = TARGETS
+    targets: Sequence[Target] = TARGETS
     if torch.cuda.is_available():
-        targets += GPU_TARGETS
+        targets = (*TARGETS, *GPU_TARGETS)
         figures |= widths.measured(
             widths.KINDS,
             torch.device("cuda"),

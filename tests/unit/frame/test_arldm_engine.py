@@ -27,6 +27,7 @@ from services.models.arldm.unet import Context
 from services.models.character import CharacterWeights
 from services.models.drawing import Drawing, Pixels, Randomness, Seen, Sketch, begin, finish
 from services.models.errors import PackFileMissing, PackManifestInvalid
+from services.models.graphs import Graphs
 from services.models.pack import MANIFEST, Pack, PackSettings, Sampling, write_pack
 from services.models.registry import FrameModel, load_frame_model
 from services.models.step import advance
@@ -39,6 +40,7 @@ from services.runtime.errors import (
     TooManyReferences,
 )
 from tests.reference_arldm import random_state
+from tests.tape import Tape
 from tests.tiny_arldm import CAPTIONS, GUIDANCE, SIZES, STEPS, blip_tokenizer, clip_tokenizer, config, worst
 
 from .conftest import picture
@@ -378,3 +380,8 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(tmp_path: Path) -> N
     assert (folder / MANIFEST).is_file()
     with pytest.raises(PackFileMissing, match="blip_tokenizer"):
         load_frame_model(pack)
+
+
+def test_forwards_that_ask_their_texts_how_long_they_are_are_not_recorded(models: dict[str, FrameModel]) -> None:
+    with pytest.raises(ValueError, match="cannot be recorded"):
+        replace(models["stories"], graphs=Graphs(Tape()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from services.frame import engine as engine_module
 from services.frame.engine import EngineSettings, FrameEngine, _Silence
 from services.frame.job import FrameJob
 from services.frame.sketch import MAX_STEPS, sketch_of
 from services.models.character import CharacterWeights
+from services.models.graphs import Graphs
 from services.models.lora import ALPHA, BASE_DIGEST, AdapterSlots, adapted_layers, read_adapter
 from services.models.pack import QualitySettings
 from services.models.quality import Quality
@@ -28,6 +31,7 @@ from services.runtime.errors import (
     RenderFailed,
     ValueOutOfRange,
 )
+from tests.tape import Tape
 
 from .test_engine import Gate, Inbox, gate, job, running  # noqa: F401 - a fixture
 
@@ -292,6 +296,38 @@ def test_whole_unets_are_drawn_in_forwards_of_their_own_beside_the_others(
     assert max(len(turn) for turn in gate.turns[before:]) == 2, "those of one network, and no others"
     assert [_differs(a, b) for a, b in zip(alone, images, strict=True)] == [False] * len(jobs)
     assert sorted(files.asked) == sorted([*whole, light]), "each file was read once"
+
+
+def test_recorded_forwards_draw_everybody_as_others_do(
+    tiny_model: FrameModel, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, light, other = files.keep(a_whole_unet(tiny_model, 1)), *(files.keep(weights(tiny_model, n)) for n in (3, 4))
+    jobs = [
+        job(9, references=2),
+        wearing(9, light, references=2),
+        wearing(9, whole, references=2),
+        wearing(7, light, other, references=1),
+        job(8),
+    ]
+    later = [wearing(9, other, references=2, scale=0.5), job(9, references=2), wearing(9, light, references=2)]
+    alone = [job(8), wearing(8, whole)]  # nothing tells their forwards apart but whose network they are
+    # As on a GPU: no merged weights, which are drawn with as they are.
+    monkeypatch.setattr(engine_module, "AdapterSlots", functools.partial(AdapterSlots, merged_bytes=0))
+
+    def drawn(graphs: Graphs | None) -> list[bytes]:
+        model = replace(tiny_model, graphs=graphs)
+        with running(model, EngineSettings(max_running=5), fetch=files.fetch) as engine:
+            images = [inbox.frame().image for inbox in [Inbox(engine, one) for one in jobs]]
+            assert engine.unload(light)
+            images += [inbox.frame().image for inbox in [Inbox(engine, one) for one in later]]
+            return images + [Inbox(engine, one).frame().image for one in alone]
+
+    graphs = Graphs(Tape())
+    plain, recorded = drawn(None), drawn(graphs)
+    assert graphs.replayed_count
+    assert not graphs.is_broken
+    assert [_differs(a, b) for a, b in zip(plain, recorded, strict=True)] == [False] * len(plain)
+    assert not _differs(recorded[1], recorded[-3]), "the same character, loaded again"
 
 
 def test_a_whole_unet_counts_fully_and_beside_nobody_elses(

@@ -93,9 +93,12 @@ class Inbox:
 
 @contextmanager
 def running(
-    model: FrameModel, settings: EngineSettings | None = None, clock: Callable[[], float] = time.monotonic
+    model: FrameModel,
+    settings: EngineSettings | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **more: Any,
 ) -> Iterator[FrameEngine]:
-    engine = FrameEngine({"tiny": model}, "tiny", settings, clock=clock)
+    engine = FrameEngine({"tiny": model}, "tiny", settings, clock=clock, **more)
     engine.start()
     try:
         yield engine

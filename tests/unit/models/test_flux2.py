@@ -22,6 +22,7 @@ from services.models.errors import PackManifestInvalid, PackWeightsMismatch, Tex
 from services.models.flux2.networks import weight_files
 from services.models.flux2.text import WINDOW, QwenTexts
 from services.models.flux2.transformer import BETWEEN_PICTURES, Flux2KvNetwork, Flux2Network
+from services.models.graphs import Graphs
 from services.models.pack import MANIFEST, Pack, write_pack
 from services.models.ranges import FlowConfig, LatentScaling
 from services.models.registry import FrameModel, load_frame_model
@@ -31,6 +32,7 @@ from services.models.step import StepRows, advance
 from services.models.storygen import References
 from services.models.text_encoder import TextChange
 from tests.flux2_checkpoints import CHANNELS, KINDS, SCHEDULE, SIDE_PX, pipeline, sealed, settings, write_checkpoint
+from tests.tape import Tape
 
 CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 0.0}  # latents are of the order of one
 PROMPT = "the cat and the dog, at night"
@@ -493,3 +495,9 @@ def test_a_tokenizer_without_a_chat_is_refused(pairs: dict[str, Pair], tmp_path:
     (folder / "tokenizer" / "chat_template.jinja").unlink()
     with pytest.raises(PackManifestInvalid, match="tokenizer"):
         load_frame_model(write_pack(folder, settings("other")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forwards_that_see_pictures_elsewhere_in_every_step_are_not_recorded(pairs: dict[str, Pair], kind: str) -> None:
+    with pytest.raises(ValueError, match="cannot be recorded"):
+        replace(pairs[kind][1], graphs=Graphs(Tape()))

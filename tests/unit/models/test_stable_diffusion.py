@@ -32,6 +32,7 @@ from torch import Tensor
 from services.models.denoiser import StoryDenoiser
 from services.models.drawing import Drawing, Edit, Pixels, Randomness, Sketch, begin, finish
 from services.models.errors import TextTooLong
+from services.models.graphs import Graphs
 from services.models.lora import ALPHA, NOBODY, AdapterSlots, Worn, read_adapter
 from services.models.registry import FrameModel, load_frame_model
 from services.models.samplers import SAMPLERS
@@ -39,6 +40,7 @@ from services.models.schedule import Schedule
 from services.models.stable_diffusion.pack import read_scheduler
 from services.models.step import advance
 from tests.stable_diffusion_checkpoints import BETAS, KINDS, pipeline, sealed, write_checkpoint
+from tests.tape import Tape
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}  # latents are of the order of one
 PROMPT = "the cat and the dog, at night"
@@ -438,3 +440,15 @@ def test_it_cannot_look_at_earlier_frames(pairs: dict[str, Pair]) -> None:
     unet = pairs["sd15"][1].denoiser.unet
     with pytest.raises(TypeError, match="earlier frames"):
         unet.features(torch.zeros(1, *LATENT), torch.tensor([1]), torch.zeros(1, 77, 32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("deep_every", [1, 2])
+def test_forwards_can_be_recorded(pairs: dict[str, Pair], kind: str, deep_every: int) -> None:
+    model, graphs, job = pairs[kind][1], Graphs(Tape()), sketch(deep_every=deep_every)
+    recorded = replace(model, graphs=graphs)
+    for size in (64, 128):  # XL is told the size, which is therefore part of what is recorded
+        sized = replace(job, width_px=size)
+        assert torch.allclose(drawn(recorded, sized).latents_CHW, drawn(model, sized).latents_CHW, **CLOSE)
+    assert graphs.replayed_count
+    assert not graphs.is_broken
