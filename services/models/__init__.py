@@ -10,7 +10,10 @@ registry.py      architecture name → what loads it; writes and reads the netwo
 tiny.py          a complete pack of tiny random networks, for tests
 toon.py          the shapes of the toon pack
 
-drawing.py       sampling: begin, advance many drawings by one step, finish
+drawing.py       a picture's beginning and its end
+step.py          one denoising step of many drawings
+references.py    what earlier frames left, in pages
+graphs.py        forwards that are recorded once and replayed
 denoiser.py      StoryGen's rules (reference levels, guidance, dropout) and its training loss
 storygen.py      the UNet with reference attention, in the published layout
 storygen_published.py   the same checkpoint with its files as they were published
@@ -20,6 +23,7 @@ character.py     how such weights are named
 schedule.py      noise levels; what is trained and what is sampled
 samplers.py      DDIM, DPM-Solver++ 2M
 vae.py           pixels ↔ latents
+cost.py          what a row costs, and what the machine does at best
 transfer.py      small tensors on their way to a device
 text_encoder.py  descriptions → vectors
 tokenizer.py     one byte-level BPE for all networks of a pack
