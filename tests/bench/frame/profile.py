@@ -1,7 +1,9 @@
 """Where a step's time goes: what adapters cost in either form, what wide batches save, and which operations take it.
 
-    python -m tests.bench.frame.profile [--pack toon] [--threads 1] [--rounds 9]
+    python -m tests.bench.frame.profile [--pack toon] [--threads 1] [--rounds 9] [--compiled]
 
+`--compiled` also has torch.compile make the network's forward of a few widths, each for its shape alone and with the
+weights laid out for it, and says what that takes and gains: minutes, and a C++ compiler. It is no part of the service.
 Forwards of the network alone, over rows with three references each; every round times every case once, in an order that
 turns, and a figure is the median of the rounds. Writes `frame-profile.md` to `tests/bench/results/`.
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 
 from services.models.allocator import keep_freed_memory
@@ -36,6 +39,7 @@ from tests.bench.machine import machine_facts, revision_facts
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROWS = 24  # eight frames with three guidance branches
 WIDTHS = (1, 3, 6, 12, 24, 48)
+COMPILED_WIDTHS = (3, 24)  # a frame alone, and eight
 CHARACTERS = (1, 4, 8)  # at once: no more are drawn together
 _KINDS = {
     "convolutions": ("mkldnn_convolution", "cudnn_convolution", "conv2d"),
@@ -122,6 +126,21 @@ def adapter_cases(model: FrameModel, adapters: Adapters) -> dict[str, Forward]:
     return cases
 
 
+def compiled_cases(model: FrameModel, unet: StoryGenUNet) -> tuple[dict[str, Forward], dict[int, float]]:
+    """Forwards as they are and compiled, by width; and what compiling took, in seconds."""
+    cases: dict[str, Forward] = {}
+    took_s: dict[int, float] = {}
+    for rows in COMPILED_WIDTHS:
+        cases[f"{rows}"] = wide(model, unet, rows)
+        forward: Forward = torch.compile(wide(model, unet, rows), dynamic=False)
+        with inductor.patch(freezing=True):
+            start = time.perf_counter()
+            forward()
+            took_s[rows] = time.perf_counter() - start
+        cases[f"{rows}, compiled"] = forward
+    return cases, took_s
+
+
 def kinds(forward: Forward) -> dict[str, float]:
     """Shares of a forward's time by kind of operation."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
@@ -143,6 +162,7 @@ def main() -> None:
     parser.add_argument("--pack", default="toon")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -176,6 +196,15 @@ def main() -> None:
         f"Of a forward of {ROWS} rows without adapters: {', '.join(f'{kind} {v:.0%}' for kind, v in shares.items())}.",
         "",
     ]
+    if arguments.compiled:
+        with torch.inference_mode(False), torch.no_grad():
+            cases, took_s = compiled_cases(model, unet)
+            seconds = medians(cases, arguments.rounds)
+        told = [
+            f"{rows} rows ×{seconds[f'{rows}, compiled'] / seconds[str(rows)]:.2f} after {taken:.0f} s"
+            for rows, taken in took_s.items()
+        ]
+        lines += [f"Compiled by torch.compile for its shape, of the time as it is: {', '.join(told)}.", ""]
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "frame-profile.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
