@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from services.models.denoiser import Dropped, Example, StoryDenoiser, Unconditional
-from services.models.schedule import Schedule
+from services.models.schedule import Schedule, ScheduleConfig
 from services.models.storygen import build_storygen
 from services.models.text_encoder import TextEncoder
 from services.models.toon import SCHEDULE, UNET
@@ -63,6 +63,7 @@ class FrameRecipe:
     caption_share: float = 0.5  # of a story's first frames as references: with their caption, as a user gives them
     text_dropped: float = 0.10
     references_dropped: float = 0.10
+    schedule: ScheduleConfig = SCHEDULE
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class FrameTrainee:
         unet.start_references_from_self_attention()
         # torch's fused attention is slow backwards on a CPU (a third of a step); the plain one computes the same.
         unet.set_attn_processor(AttnProcessor())  # type: ignore[operator]
-        self.denoiser = StoryDenoiser(unet, Schedule(SCHEDULE))
+        self.denoiser = StoryDenoiser(unet, Schedule(recipe.schedule))
         self.networks = nn.ModuleDict({"unet": unet})
         self.nothing_ids_S = text.token_ids([""])[0]
         often = torch.tensor(recipe.crowd_weights)[torch.from_numpy(corpus.counts) - 1]
@@ -173,7 +174,7 @@ class FrameTrainee:
 
     def noise(self, generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Noise levels `[B]`, noise for the frames, noise for their references."""
-        steps = SCHEDULE.train_steps
+        steps = self.recipe.schedule.train_steps
         # Stratified: the noise levels of a batch are spread evenly, which makes the loss less noisy for nothing.
         spread = (torch.randperm(len(like), generator=generator) + torch.rand(len(like), generator=generator)) / len(
             like
