@@ -30,7 +30,7 @@ from services.models.glimpse import Glimpse, fitted_glimpse
 from services.models.pack import Pack, PackSettings, write_pack
 from services.models.registry import UNET_WEIGHTS, save_network
 from services.models.storygen import build_storygen
-from services.models.toon import FRAME_PX, MAX_REFERENCES, SCHEDULE, TEXT, UNET, VAE
+from services.models.toon import FRAME_PX, MAX_REFERENCES, TEXT, UNET, VAE
 from services.models.vae import Codec
 from training.card import CARD, card_of, model_card
 from training.clip import CHECKPOINT as CLIP_CHECKPOINT
@@ -98,7 +98,7 @@ def write_networks(folder: Path) -> PackSettings:
         reference_range="signed",
         sample_latents=False,  # trained on posterior means
         latents=latents,
-        schedule=SCHEDULE,
+        schedule=toon_frame().schedule,  # what it was trained with
         sampling=sampling,
     )
 

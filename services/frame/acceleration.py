@@ -51,7 +51,7 @@ def accelerations(
             graphs,
             "forwards are recorded once for each shape and replayed"
             if graphs
-            else "FABULA_FRAME_GRAPHS=off, or every frame steps alone (FABULA_FRAME_STRICT)"
+            else "FABULA_FRAME_GRAPHS=off, FABULA_FRAME_STRICT, or no pack whose forwards can be recorded"
             if gpu
             else "a processor launches nothing",
         ),

@@ -59,13 +59,13 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
             check_room(wanted, free_bytes=free_memory_bytes())
     packs = [load_pack(folder) for folder in folders]
     models = {pack.name: load_frame_model(pack, device=device, dtype=dtype) for pack in packs}
-    graphs = device == "cuda" and settings.graphs == "auto" and not settings.strict
-    if graphs:
+    if device == "cuda" and settings.graphs == "auto" and not settings.strict:
         recorder = CudaRecorder()
         models = {
             name: replace(model, graphs=_graphs(recorder, name)) if model.is_recordable else model
             for name, model in models.items()
         }
+    graphs = any(model.graphs is not None for model in models.values())
     engine = FrameEngine(
         models,
         default_pack=packs[0].name,
@@ -105,10 +105,11 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
 def _graphs(recorder: CudaRecorder, pack: str) -> Graphs:
     """The recordings of a pack's network."""
 
-    def broken(why: str) -> None:
-        log.warning("graphs_off", pack=pack, why=why)
+    def tell(why: str) -> None:
+        log.warning("recordings_given_up", pack=pack, why=why, for_good=graphs.is_broken)
 
-    return Graphs(recorder, broken=broken)
+    graphs = Graphs(recorder, tell=tell)
+    return graphs
 
 
 def load_remotes(settings: FrameSettings, installation: Installation) -> dict[str, RemoteFrames]:

@@ -1,6 +1,6 @@
 """Forwards that are recorded once for each shape and then replayed: no work of the host's for each of their kernels.
 
-    graphs = Graphs(CudaRecorder(), broken=lambda why: ...)
+    graphs = Graphs(CudaRecorder(), tell=lambda what: ...)
     answer, = graphs.run("predict", work, {"latents": …, "timesteps": …})
 
 On a GPU a narrow forward of hundreds of small kernels takes as long as the host needs to launch them. A CUDA graph
@@ -8,8 +8,8 @@ launches all of them at once, but always at the same addresses and in the same s
 that stay, filled up to one of a few counts (`ROWS`), and what the forward reads besides them has its addresses in the
 recording's key. The second forward of a key is recorded; the first one, as every one that is not recorded, runs as it
 is, on the filled up rows, so that its numbers are those of a replay. What a recording answers is compared with that
-once. Where recording does not work, or answers something else, everything runs as it is from then on, and `broken` is
-told.
+once. Where recording does not work, or answers something else, everything runs as it is from then on. That is told, and
+so is memory that ran out, for which all recordings are given up.
 
 Knows nothing of what it records. Not thread-safe: who steps the network records it.
 """
@@ -104,10 +104,10 @@ class Graphs:
     """The recordings of one network."""
 
     def __init__(
-        self, recorder: Recorder, *, broken: Callable[[str], None] = lambda _: None, bytes_max: int = BYTES_MAX
+        self, recorder: Recorder, *, tell: Callable[[str], None] = lambda _: None, bytes_max: int = BYTES_MAX
     ) -> None:
-        """`broken` is told why, once, when nothing will be recorded any more."""
-        self._recorder, self._tell_broken, self._bytes_max = recorder, broken, bytes_max
+        """`tell` hears why recordings were given up; `is_broken` says whether for good."""
+        self._recorder, self._tell, self._bytes_max = recorder, tell, bytes_max
         self._families: OrderedDict[tuple[object, ...], _Family] = OrderedDict()  # used longest ago first
         self.is_broken = False
         self.recorded_count = 0
@@ -135,6 +135,7 @@ class Graphs:
             return self._run(kind, work, inputs, rows, _Reads(tuple(places), parts))
         except torch.OutOfMemoryError:
             self._families.clear()
+            self._tell("memory ran out")
         # Not in the handler: the error holds the memory of the forward that failed.
         return work(inputs)
 
@@ -196,7 +197,7 @@ class Graphs:
     def _break(self, why: str) -> None:
         self.is_broken = True
         self._families.clear()
-        self._tell_broken(why)
+        self._tell(why)
 
 
 def _buffer(like: Tensor, rows: int) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,29 +49,18 @@ def _of_the_cast(shelves: tuple[ShelfRecipe, ...]) -> tuple[ShelfRecipe, ...]:
     return tuple(shelf for shelf in shelves if shelf.breadth in _MAIN_CAST)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What differs from the recipe."""
-
-    change: Callable[[FrameRecipe], FrameRecipe]
-    schedule: ScheduleConfig | None = None  # None: the pack's
-
-
-VARIANTS: dict[str, Variant] = {
-    "velocity": Variant(lambda recipe: recipe),
-    "epsilon": Variant(lambda recipe: replace(recipe, schedule=EPSILON), EPSILON),
-    "eighth": Variant(
-        lambda recipe: replace(recipe, singles=_fewer(recipe.singles, 8), stories=_fewer(recipe.stories, 8))
-    ),
-    "cast": Variant(
-        lambda recipe: replace(recipe, singles=_of_the_cast(recipe.singles), stories=_of_the_cast(recipe.stories))
-    ),
+VARIANTS: dict[str, Callable[[FrameRecipe], FrameRecipe]] = {
+    "velocity": lambda recipe: recipe,
+    "epsilon": lambda recipe: replace(recipe, schedule=EPSILON),
+    "eighth": lambda recipe: replace(recipe, singles=_fewer(recipe.singles, 8), stories=_fewer(recipe.stories, 8)),
+    "cast": lambda recipe: replace(recipe, singles=_of_the_cast(recipe.singles), stories=_of_the_cast(recipe.stories)),
 }
+"""What each changes of the recipe."""
 
 
 def recipe_of(name: str, steps: int) -> FrameRecipe:
     """The pack's recipe with one difference, ending after so many steps whatever time they take."""
-    recipe = VARIANTS[name].change(toon_frame())
+    recipe = VARIANTS[name](toon_frame())
     pace = replace(recipe.loop.pace, steps=steps, minutes=None)
     return replace(recipe, loop=replace(recipe.loop, pace=pace))
 
@@ -94,7 +83,7 @@ def with_variant(model: FrameModel, name: str) -> FrameModel:
     unet = build_storygen(UNET)
     unet.load_state_dict(trained_frame(checkpoint_of(name)))
     unet.requires_grad_(False)
-    schedule = VARIANTS[name].schedule or model.denoiser.schedule.config
+    schedule = VARIANTS[name](toon_frame()).schedule
     manifest = model.manifest.model_copy(update={"schedule": schedule})
     return replace(model, denoiser=StoryDenoiser(unet, Schedule(schedule)), manifest=manifest)
 

@@ -87,7 +87,7 @@ def by_width(
     figures |= measure("as_it_is", None)
     if device.type == "cuda":
         broken: list[str] = []
-        recorded = measure("recorded", Graphs(CudaRecorder(), broken=broken.append))
+        recorded = measure("recorded", Graphs(CudaRecorder(), tell=broken.append))
         figures |= {f"{name}_graphs_broken": broken[0]} if broken else recorded
     best = [value for key, value in figures.items() if key.startswith(f"{name}_mixed") and key.endswith("_per_s")]
     figures[f"{name}_images_per_s_mixed"] = max(best)

@@ -125,7 +125,7 @@ def test_a_device_that_cannot_record_is_asked_once_and_every_answer_is_right(*, 
             raise RuntimeError("no such capability")
 
     told: list[str] = []
-    graphs = Graphs(Bad(), broken=told.append)
+    graphs = Graphs(Bad(), tell=told.append)
     for _ in range(4):
         assert graphs.run("double", double, numbers(4))[0].equal(numbers(4)["x"] * 2)
     assert graphs.is_broken
@@ -144,7 +144,7 @@ def test_a_row_that_is_not_a_number_breaks_nothing() -> None:
 
 def test_a_work_that_asks_the_device_is_not_recorded() -> None:
     told: list[str] = []
-    graphs = Graphs(Tape(), broken=told.append)
+    graphs = Graphs(Tape(), tell=told.append)
 
     def asks(given: Inputs) -> Outputs:
         return (given["x"] * float(given["x"].max()),)
@@ -165,7 +165,8 @@ def test_shapes_that_nobody_asks_for_any_more_are_let_go_where_buffers_fill() ->
 
 
 def test_memory_that_runs_out_is_given_back_and_the_forward_made_once_more() -> None:
-    graphs, calls = Graphs(Tape()), 0
+    told: list[str] = []
+    graphs, calls = Graphs(Tape(), tell=told.append), 0
     for _ in range(3):
         graphs.run("double", double, numbers(3))
 
@@ -178,6 +179,7 @@ def test_memory_that_runs_out_is_given_back_and_the_forward_made_once_more() -> 
 
     assert graphs.run("large", large, numbers(3))[0].equal(numbers(3)["x"] * 2)
     assert calls == 2
+    assert told == ["memory ran out"]
     assert not graphs.is_broken
     for _ in range(3):
         graphs.run("double", double, numbers(3))
