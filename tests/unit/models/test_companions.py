@@ -77,3 +77,55 @@ def test_articles_and_plurals_are_right() -> None:
 
 def test_without_anybody_before_everything_stays() -> None:
     assert repaired("A grey owl with blue glasses runs.", "", [], SHAPE) == "A grey owl with blue glasses runs."
+
+
+BOTH = (
+    "On the left an orange owl with blue glasses stands happily. On the right Pip, a green pig with a red cap, points."
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (
+            "In the park. On the left Pip, a green pig with a red cap, jumps, laughing. The sun is on the right.",
+            "In the park. On the left Pip, a green pig with a red cap, jumps, laughing."
+            " On the right an orange owl with blue glasses jumps, laughing. The sun is on the right.",
+        ),
+        (
+            "In the park. Pip, a green pig with a red cap, runs.",  # nobody says where: as before
+            "In the park. On the left an orange owl with blue glasses runs."
+            " On the right Pip, a green pig with a red cap, runs.",
+        ),
+        (
+            "An orange owl with blue glasses sits. It rains.",
+            "On the left an orange owl with blue glasses sits."
+            " On the right Pip, a green pig with a red cap, sits. It rains.",
+        ),
+        (
+            "An orange owl with a blue cap sits.",  # first the looks, then who is missing
+            "On the left an orange owl with blue glasses sits. On the right Pip, a green pig with a red cap, sits.",
+        ),
+        ("Dot, a grey owl with a blue cap, runs.", "Dot, a grey owl with a blue cap, runs."),  # somebody else
+        ("In the park Pip, a green pig with a red cap, runs.", "In the park Pip, a green pig with a red cap, runs."),
+        ("In the park at night.", "In the park at night."),
+        (BOTH, BOTH),
+    ],
+)
+def test_they_are_both_who_were_there(said: str, kept: str) -> None:
+    assert repaired(said, "Then they laughed.", ["A grey owl with a red cap runs.", BOTH], SHAPE) == kept
+
+
+@pytest.mark.parametrize("caption", ["Pip laughed.", '"They are late," said Pip.', "“Are they there?” asked Pip."])
+def test_a_caption_of_one_leaves_one_alone(caption: str) -> None:
+    said = "Pip, a green pig with a red cap, runs."
+    assert repaired(said, caption, [BOTH], SHAPE) == said
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["", "Pip, a green pig with a red cap, sits.", f"{BOTH} In the middle a grey penguin with a red cap runs."],
+)
+def test_where_two_were_not_there_nobody_joins(before: str) -> None:
+    said = "Pip, a green pig with a red cap, runs."
+    assert repaired(said, "They ran.", [BOTH, before], SHAPE) == said
