@@ -68,10 +68,10 @@ class Task:
         return any(is_held_out(actor, self.scene.setting) for actor in self.scene.actors)
 
 
-def held_out_stories(count: int, seed: int = 0, split: str = "test") -> list[Story]:
-    """The evaluation's stories of one seed; the same ones every time."""
+def held_out_stories(count: int, seed: int = 0, split: str = "test", breadth: str = "scene") -> list[Story]:
+    """The evaluation's stories of one seed; the same ones every time. `breadth` "looks": of heroes of any look."""
     first = FIRST_SEED + SEED_STEP * seed
-    return [sample_story(number, split=split) for number in range(first, first + count)]
+    return [sample_story(number, split, breadth) for number in range(first, first + count)]
 
 
 def story_tasks(stories: Sequence[Story], count: int, size_px: int, seed: int = 0) -> list[Task]:

@@ -68,12 +68,14 @@ def rows(title: str, lines: Iterable[tuple[str, Sequence[Figure]]]) -> str:
     return "\n".join(out) + f"\n\nn = {lines[0][1][0].n} (first column's)"
 
 
-def drawn_figures(model: FrameModel, judge: Judge, tasks: Sequence[Task], dials: Dials) -> list[Figure]:
+def drawn_figures(
+    model: FrameModel, judge: Judge, tasks: Sequence[Task], dials: Dials, questions: Sequence[str] = QUESTIONS
+) -> list[Figure]:
     """What the judge says of the tasks drawn so, and how much the background jumps."""
     pictures = draw_all(model, tasks, dials)
     found = outcomes(judge.verdicts(pictures), [truth(task.scene) for task in tasks])
     jumps = [background_jump(t, p) for t, p in zip(tasks, pictures, strict=True) if same_place(t)]
-    return [*(share(name, found[name]) for name in QUESTIONS), mean("jump", jumps)]
+    return [*(share(name, found[name]) for name in questions), mean("jump", jumps)]
 
 
 def told_figures(
