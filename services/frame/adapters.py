@@ -6,14 +6,19 @@ touches a batch. `SlotTable` says which adapter lies in which slot of the networ
 never put out, of the others the one that was worn longest ago goes first.
 
 An adapter that nobody holds any more is only a Python object without references: nothing can be used after it is gone.
+While somebody holds it, nobody reads it a second time.
+
+Whole networks are another matter: each takes as much memory as the pack's own, so `NetworkPlaces` counts them before
+they are read, and sees to it that those which everybody asks for leave their places to others in turn.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from services.models.lora import Adapter
 
@@ -37,6 +42,7 @@ class AdapterStore:
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
         self._shelves: OrderedDict[tuple[str, str], _Shelf] = OrderedDict()
+        self._held: WeakValueDictionary[tuple[str, str], Adapter] = WeakValueDictionary()  # by anybody, also elsewhere
         self.loads_count = 0
 
     @property
@@ -53,6 +59,9 @@ class AdapterStore:
             self._shelves.move_to_end(key)
         with shelf.lock:  # others of the same digest wait here, everybody else goes on
             if shelf.adapter is None:
+                with self._lock:
+                    shelf.adapter = self._held.get(key)  # put out for want of room, and still worn
+            if shelf.adapter is None:
                 try:
                     shelf.adapter = read()
                 except BaseException:
@@ -62,10 +71,17 @@ class AdapterStore:
                     raise
                 with self._lock:
                     self.loads_count += 1
+                    self._held[key] = shelf.adapter
             adapter = shelf.adapter
         with self._lock:
             self._trim(key)
         return adapter
+
+    def has(self, pack: str, digest: str) -> bool:
+        """Whether it can be had without reading it."""
+        with self._lock:
+            shelf = self._shelves.get((pack, digest))
+            return (shelf is not None and shelf.adapter is not None) or (pack, digest) in self._held
 
     def drop(self, digest: str) -> bool:
         """Keep an adapter no longer, of whatever pack; was it kept? Those who have it go on having it."""
@@ -73,6 +89,8 @@ class AdapterStore:
             keys = [key for key in self._shelves if key[1] == digest]
             for key in keys:
                 del self._shelves[key]
+            for key in [key for key in self._held if key[1] == digest]:
+                del self._held[key]
         return bool(keys)
 
     def _trim(self, newest: tuple[str, str]) -> None:
@@ -96,6 +114,49 @@ class AdapterStore:
             for key, shelf in self._shelves.items()
             if shelf.adapter is not None and (huge or not self._is_huge(key))
         )
+
+
+class NetworkPlaces:
+    """Places for networks that characters brought, by key. Pure; whoever has it holds a lock.
+
+    A network has its place while anybody uses it. Whoever finds all taken stands in line from then on, for as long as
+    it goes on asking; once the first in line has stood there for `patience_s`, the network that has been there longest
+    takes nobody new, until its last user has left and its place is free.
+    """
+
+    def __init__(self, count: int, *, patience_s: float = 5.0, forgotten_s: float = 30.0) -> None:
+        """`forgotten_s`: who has not asked for so long stands in line no more."""
+        self.count, self._patience_s, self._forgotten_s = count, patience_s, forgotten_s
+        self._users: Counter[Hashable] = Counter()
+        self._since_s: dict[Hashable, float] = {}
+        self._line: dict[Hashable, tuple[float, float]] = {}  # asked first and last, in order of the first
+
+    def enter(self, key: Hashable, now_s: float) -> bool:
+        """One more user of a network, if it may."""
+        self._line = {one: at for one, at in self._line.items() if one == key or now_s - at[1] <= self._forgotten_s}
+        ahead = [asked_s for one, (asked_s, _) in self._line.items() if one != key]
+        if key in self._users:
+            leaves = min(self._since_s, key=lambda one: self._since_s[one]) == key
+            if leaves and ahead and now_s - ahead[0] >= self._patience_s:
+                return False
+        else:
+            first_s, _ = self._line.get(key, (now_s, now_s))
+            before = sum(1 for asked_s in ahead if asked_s < first_s)
+            if len(self._users) + before >= self.count:
+                self._line[key] = (first_s, now_s)
+                return False
+            self._line.pop(key, None)
+            self._since_s[key] = now_s
+        self._users[key] += 1
+        return True
+
+    def leave(self, key: Hashable) -> None:
+        """One user less. Raises ValueError for a network that nobody uses."""
+        if key not in self._users:
+            raise ValueError(f"nobody uses {key!r}")
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key], self._since_s[key]
 
 
 class SlotTable:

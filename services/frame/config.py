@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.frame.scheduler import SchedulerSettings
@@ -14,6 +14,7 @@ from services.runtime.config import Settings
 # Shared with `EngineSettings`; here, because this module costs nothing to import.
 ADAPTER_RANK_MAX = 16
 ADAPTERS_BYTES = 256 << 20
+STACKS_BYTES = 8 << 30
 REFERENCES_BYTES = 512 << 20
 PREFILL_ROWS = 24
 STALL_S = 60.0
@@ -48,6 +49,7 @@ class FrameSettings(Settings):
         default=ADAPTER_RANK_MAX, ge=1, le=256
     )  # of characters' weights; memory grows with it
     adapters_bytes: int = Field(default=ADAPTERS_BYTES, ge=0)  # of weights that are kept in memory for later
+    adapter_stacks_bytes: int = Field(default=STACKS_BYTES, ge=0)  # of weights side by side in one pack's network
     # How earlier frames are noised: as StoryGen does, or with one noise for all, so that their passes are used again.
     references: Literal["exact", "shared-noise"] = "exact"
     # Noise levels of earlier frames during a frame: 0 is StoryGen's, one a step and distance. With a few of them and
@@ -57,6 +59,10 @@ class FrameSettings(Settings):
     # Of so many steps one computes the UNet's deep blocks, the others use what it left (DeepCache): for packs that take
     # dozens of steps. 1: every step computes all.
     deep_every: int = Field(default=1, ge=1, le=16)
+    # The part of a frame's steps in which guidance counts; outside of it only the row with text and references is
+    # computed. The service's README says what that saves and costs.
+    guidance_from: float = Field(default=0.0, ge=0.0, le=1.0)
+    guidance_until: float = Field(default=1.0, ge=0.0, le=1.0)
     references_bytes: int = Field(default=REFERENCES_BYTES, ge=0)  # of what passes over earlier frames left
     prefill_rows: int = Field(default=PREFILL_ROWS, ge=0, le=4096)  # rows of such a pass that takes later steps' along
     # The same picture bit for bit, whoever is drawn at the same time: every frame steps in forwards of its own.
@@ -76,6 +82,12 @@ class FrameSettings(Settings):
         if not [name for name in packs.split(",") if name.strip()]:
             raise ValueError("name at least one pack")
         return packs
+
+    @model_validator(mode="after")
+    def _has_a_guided_part(self) -> FrameSettings:
+        if self.guidance_from >= self.guidance_until:
+            raise ValueError("guidance_from must be below guidance_until")
+        return self
 
     @property
     def pack_names(self) -> tuple[str, ...]:

@@ -48,6 +48,13 @@ class Decoding:
             ready.record(torch.cuda.current_stream(self._device))
         self._waiting.put((work, ready))
 
+    def hand_over_if_free(self, work: Work) -> bool:
+        """The same for what can be left out or done elsewhere, without waiting; was it taken?"""
+        if self._waiting.full():  # whoever hands over is one thread
+            return False
+        self.hand_over(work)
+        return True
+
     def collect(self) -> None:
         """Raises what work raised."""
         if self._error is not None:

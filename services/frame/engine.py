@@ -13,16 +13,20 @@ Knows no transport: it runs in a notebook. Knows no metrics library either: it t
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import hashlib
 import itertools
+import math
 import operator
 import platform
 import queue
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
@@ -30,13 +34,14 @@ import numpy as np
 import structlog
 import torch
 
-from services.frame.adapters import AdapterStore, SlotTable
+from services.frame.adapters import AdapterStore, NetworkPlaces, SlotTable
 from services.frame.config import (
     ADAPTER_RANK_MAX,
     ADAPTERS_BYTES,
     NETWORKS_MAX,
     PREFILL_ROWS,
     REFERENCES_BYTES,
+    STACKS_BYTES,
     STALL_S,
 )
 from services.frame.decoding import Decoding
@@ -61,8 +66,8 @@ from services.models.drawing import (
 )
 from services.models.errors import AdapterDamaged, AdapterError
 from services.models.familiarity import gain_over_shrinking_db
-from services.models.lora import NOBODY, Adapter, AdapterSlots, Worn, read_adapter
-from services.models.references import EXACT, ReferenceCache, ReferencePolicy
+from services.models.lora import NOBODY, Adapter, AdapterSlots, Worn, is_whole_unet, read_adapter
+from services.models.references import EXACT, SIZES_KEPT, ReferenceCache, ReferencePolicy
 from services.models.registry import FrameModel
 from services.models.step import StepRows, advance, forget
 from services.models.text_encoder import TextChange
@@ -89,6 +94,7 @@ GAINS_REMEMBERED = (
 )
 
 _NO_ROWS = StepRows(0, 0, 0)
+_THREADS = 4  # that read callers' pictures, and as many that fetch and check characters' weights
 
 Fetch = Callable[[str], bytes]
 """The file of a character's weights, by its SHA-256. Slow; raises FabulaError."""
@@ -110,9 +116,11 @@ class EngineSettings:
     adapter_slots: int = 0  # characters whose weights lie in the network at the same time; 0: as few as do
     adapter_rank_max: int = ADAPTER_RANK_MAX  # of their weights
     adapters_bytes: int = ADAPTERS_BYTES  # of weights that are kept in memory for later
+    adapter_stacks_bytes: int = STACKS_BYTES  # of weights side by side in one pack's network
     references: ReferencePolicy = EXACT  # how earlier frames are noised
     networks_max: int = NETWORKS_MAX  # UNets that characters brought, of all who wait or are drawn
     deep_every: int = 1  # steps of a frame of which one computes the UNet's deep blocks
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # the part of a frame's steps in which guidance counts
     references_bytes: int = REFERENCES_BYTES  # of what their passes left, for each of two picture sizes
     prefill_rows: int = PREFILL_ROWS  # rows of a reference pass that takes later steps' along; 0: a step's own only
     # Every job steps in forwards of its own, so that its picture is bit for bit the same whoever is drawn beside it.
@@ -124,8 +132,11 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.stall_s <= 0 or min(self.adapter_rank_max, self.deep_every, self.networks_max) < 1:
             raise ValueError("every limit of the frame engine must be positive")
-        if min(self.adapters_bytes, self.references_bytes, self.prefill_rows) < 0:
+        if min(self.adapters_bytes, self.adapter_stacks_bytes, self.references_bytes, self.prefill_rows) < 0:
             raise ValueError("every limit of the frame engine must be positive")
+        first, last = self.guidance_interval
+        if not 0.0 <= first < last <= 1.0:
+            raise ValueError("guidance counts in a part of the steps, from 0 to 1")
         if 0 < self.adapter_slots < self.max_running * CHARACTERS_MAX:
             raise ValueError(
                 f"{self.adapter_slots} slots are too few: {self.max_running} jobs that are drawn at the same time may "
@@ -188,6 +199,7 @@ class Ticket:
     deliver: Deliver
     adapters: tuple[Adapter, ...]  # of the sketch's characters, in their order
     given: int | None = None  # which reference is somebody's own picture, the first of them
+    network: Hashable | None = None  # that one of its characters brought
     cancelled: bool = False
     # From here on the engine's thread only, and once it is being decoded the thread that does it.
     decoded: bool = False  # or about to be: it is nobody's to drop any more
@@ -226,7 +238,15 @@ class FrameEngine:
         slots = self.settings.adapter_slots or self.settings.max_running * CHARACTERS_MAX
         slots += max(len(model.adapters) for model in models.values())  # the pack's own, and the same for everybody
         self.models = {
-            name: replace(model, slots=AdapterSlots(model.denoiser.unet, slots, self._rank_max(model)))
+            name: replace(
+                model,
+                slots=AdapterSlots(
+                    model.denoiser.unet,
+                    slots,
+                    self._rank_max(model),
+                    stacks_bytes_max=self.settings.adapter_stacks_bytes,
+                ),
+            )
             for name, model in models.items()
         }
         self.default_pack = default_pack
@@ -240,13 +260,19 @@ class FrameEngine:
         self._gains_db: dict[tuple[str, bytes], float] = {}  # by pack and picture, oldest first
         self._changed = threading.Condition()  # guards the scheduler and the tickets
         self._scheduler = Scheduler(self.settings.scheduling())
+        self._networks = NetworkPlaces(self.settings.networks_max)
+        # Whoever waits for a slow store holds up nobody whose weights are here, or who has none.
+        self._submitting = ThreadPoolExecutor(_THREADS, "frame-submit")
+        self._fetching = ThreadPoolExecutor(_THREADS, "frame-characters")
+        self._arriving = 0  # that one of these threads looks at, or will
+        self._measured_kinds: set[Hashable] = set()
         self._tickets: dict[int, Ticket] = {}  # of everybody who waits or is drawn, by the job's number
         self._arrivals = 0
         self._dead = False
         self._stopping = False
         self._unwanted: set[str] = set()  # digests of adapters that are to leave when nobody wears them
         self._told_adapters = (0, 0, 0)
-        self._row_flops: dict[str, float] = {}  # by pack, once warmed up
+        self._row_flops: dict[str, tuple[float, float]] = {}  # of a whole and a shallow one, by pack, once warmed up
         self._busy_since_s: float | None = None  # start of the unit of work in hand; None while idle
         self._decoding: Decoding | None = None
         if self.settings.decode_beside:
@@ -299,12 +325,22 @@ class FrameEngine:
         self._refuse_if_stopped()
         with self._changed:
             if self._scheduler.is_full:  # before the work of reading pictures
-                self._refuse(self._scheduler.full())
+                self._refuse(self._scheduler.full(self._clock()))
         model = self.models.get(job.pack or self.default_pack)
         if model is None:
             raise PackUnknown(f"no pack {job.pack!r} here; loaded: {', '.join(sorted(self.models))}", field="pack")
-        adapters = tuple(self._adapter(model, one.digest) for one in checked_characters(job))
+        with ExitStack() as undo:
+            adapters = tuple(self._adapter(model, one.digest, undo) for one in checked_characters(job))
+            ticket = self._queued(job, model, adapters, deliver)
+            undo.pop_all()  # the ticket leaves its network's place at its end
+        return ticket
+
+    def _queued(self, job: FrameJob, model: FrameModel, adapters: tuple[Adapter, ...], deliver: Deliver) -> Ticket:
         whole = _whole(adapters, job.characters)
+        for adapter in adapters:
+            if model.slots is not None and adapter.needs_slot:
+                with _usable(adapter.digest):
+                    model.slots.check_room(adapter)
         sketch = sketch_of(
             job,
             model,
@@ -312,6 +348,7 @@ class FrameEngine:
             _words(adapters),
             adapters=whole is None,
             deep_every=self.settings.deep_every,
+            guidance_interval=self.settings.guidance_interval,
         )
         own = {adapter.digest: adapter for adapter in model.adapters.values()}
         adapters += tuple(own[one.digest] for one in sketch.characters[len(adapters) :])
@@ -323,18 +360,11 @@ class FrameEngine:
         manifest = model.manifest
         with self._changed:
             self._refuse_if_stopped()
-            networks = {id(ticket.model.denoiser.unet) for ticket in self._tickets.values()}
-            networks -= {id(own.denoiser.unet) for own in self.models.values()}
-            if whole is not None and len(networks | {id(whole.unet)}) > self.settings.networks_max:
-                self._refuse(Refusal(reason="queue_full", retry_after_s=1.0))  # each is as much memory as the pack's
             offered = Job(
                 number=self._arrivals,
                 # Only those who share a network can share a forward.
                 kind=(manifest.name, sketch.height_px, sketch.width_px, whole.digest if whole else ""),
-                rows=-(
-                    -rows_of_a_frame(sketch, reads=model.reader is not None, sees=model.sees_pictures)
-                    // sketch.steps_taken
-                ),
+                rows=self._rows_a_step(sketch, model),
                 steps=sketch.steps_taken,
                 arrived_s=self._clock(),
                 tenant=job.tenant,
@@ -347,11 +377,21 @@ class FrameEngine:
                 self._refuse(refusal)
             self._arrivals += 1
             given = next((index for index, reference in enumerate(job.references) if reference.given), None)
-            ticket = Ticket(sketch, model, job.preview_every_steps, offered, deliver, adapters, given)
+            network = None if whole is None else (manifest.name, whole.digest)
+            ticket = Ticket(sketch, model, job.preview_every_steps, offered, deliver, adapters, given, network)
             self._tickets[offered.number] = ticket
             deliver(Queued(ahead_count=ahead))
             self._changed.notify()
         return ticket
+
+    @staticmethod
+    def _rows_a_step(sketch: Sketch, model: FrameModel) -> int:
+        """In rows of the pack's size: a larger picture's take as much more of the machine and its memory.
+
+        A smaller one's count as the pack's, so that no forward has more rows than it may.
+        """
+        rows = rows_of_a_frame(sketch, reads=model.reader is not None, sees=model.sees_pictures) / sketch.steps_taken
+        return math.ceil(rows * max(1.0, _area(sketch, model)))
 
     def fingerprint(self, model: FrameModel) -> str:
         """16 hex digits of all that a picture depends on besides its sketch: weights, arithmetic, machine, mode.
@@ -370,19 +410,36 @@ class FrameEngine:
             repr(settings.references),
             f"strict={settings.strict}",
             *((f"deep_every={settings.deep_every}",) if settings.deep_every > 1 else ()),
+            *((f"guidance={settings.guidance_interval}",) if settings.guidance_interval != (0.0, 1.0) else ()),
             *(("graphs",) if model.graphs is not None and not model.graphs.is_broken else ()),
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def _adapter(self, model: FrameModel, digest: str) -> Adapter:
-        """Checked weights of a character. Raises CharacterWeightsUnusable, or what fetching raises."""
+    def _adapter(self, model: FrameModel, digest: str, undo: ExitStack) -> Adapter:
+        """Checked weights of a character, with a place for their network if they are one; `undo` gives that back.
+
+        Raises CharacterWeightsUnusable, QueueFull where no place is free, or what fetching raises.
+        """
+        network = (model.manifest.name, digest)
+        has_place = False
+
+        def take_place() -> None:
+            nonlocal has_place
+            with self._changed:
+                if not self._networks.enter(network, self._clock()):
+                    self._refuse(Refusal(reason="queue_full", retry_after_s=1.0))
+            has_place = True
+            undo.callback(self._leave, network)
 
         def read() -> Adapter:
             if self._fetch is None:
                 raise CharacterWeightsUnknown(metadata={"digest": digest})
-            try:
+            payload = self._fetch(digest)
+            if is_whole_unet(payload, model.denoiser.unet):
+                take_place()  # before it takes as much memory as the pack's own
+            with _usable(digest):
                 adapter = read_adapter(
-                    self._fetch(digest),
+                    payload,
                     model.denoiser.unet,
                     name=digest[:12],
                     base_digest=model.base_digest,
@@ -392,13 +449,16 @@ class FrameEngine:
                 )
                 if adapter.digest != digest:
                     raise AdapterDamaged(f"{digest[:12]} is stored with the bytes of {adapter.digest[:12]}")
-                return adapter
-            except AdapterError as error:
-                raise CharacterWeightsUnusable(
-                    str(error), metadata={"digest": digest, "cause": error.reason}, field="characters"
-                ) from None
+            return adapter
 
-        return self._adapters.get(model.manifest.name, digest, read)
+        adapter = self._adapters.get(model.manifest.name, digest, read)
+        if adapter.unet is not None and not has_place:  # somebody else has read it
+            take_place()
+        return adapter
+
+    def _leave(self, network: Hashable) -> None:
+        with self._changed:
+            self._networks.leave(network)
 
     def unload(self, digest: str) -> bool:
         """Put an adapter out of memory, and out of the networks as soon as no job here asks for it; was it there?
@@ -417,7 +477,9 @@ class FrameEngine:
         Raises RenderFailed when that does not work: a service that cannot draw must not call itself ready.
         """
         for name, model in self.models.items():
-            self._row_flops[name] = flops_of_a_row(model)
+            full = flops_of_a_row(model)
+            shallow = flops_of_a_row(model, shallow=True) if self.settings.deep_every > 1 else full
+            self._row_flops[name] = (full, shallow)
             self._observer.peak_measured(flops_per_s=peak_flops(model.device, model.dtype))
             manifest = model.manifest
             grey = png(np.full((manifest.height_px, manifest.width_px, 3), 127, dtype=np.uint8))
@@ -449,7 +511,15 @@ class FrameEngine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        submission = loop.run_in_executor(None, self.submit, job, deliver)
+        self._refuse_if_stopped()
+        pack = job.pack or self.default_pack
+        is_here = all(self._adapters.has(pack, one.digest) for one in job.characters)
+        with self._changed:
+            if self._scheduler.is_full_with(self._arriving):
+                self._refuse(self._scheduler.full(self._clock()))
+            self._arriving += 1
+        pool = self._submitting if is_here else self._fetching
+        submission = loop.run_in_executor(pool, self._arrive, job, deliver)
         try:
             ticket = await asyncio.shield(submission)
         except asyncio.CancelledError:
@@ -466,6 +536,13 @@ class FrameEngine:
                     return
         finally:
             ticket.cancel()
+
+    def _arrive(self, job: FrameJob, deliver: Deliver) -> Ticket:
+        try:
+            return self.submit(job, deliver)
+        finally:
+            with self._changed:
+                self._arriving -= 1
 
     def _refuse_if_stopped(self) -> None:
         if self._stopping:
@@ -579,7 +656,7 @@ class FrameEngine:
                 ticket.drawing = drawing
                 # Strictly: what others left, or did not, would decide which rows share a pass.
                 ticket.cache = ReferenceCache() if self.settings.strict else self._cache_of(ticket.model)
-                ticket.warnings = self._warnings(ticket)
+                self._beside(functools.partial(self._warn, ticket))
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(ticket, error)
 
@@ -648,6 +725,9 @@ class FrameEngine:
             ticket.started_s = now_s
             return ticket
 
+    def _warn(self, ticket: Ticket) -> None:
+        ticket.warnings = self._warnings(ticket)
+
     def _warnings(self, ticket: Ticket) -> tuple[Unfamiliar, ...]:
         """What the pack does not know of the job's given picture. Costs one decoding a picture, and never the frame."""
         world = self._worlds.get(ticket.model.manifest.name)
@@ -696,9 +776,14 @@ class FrameEngine:
         seconds = self._clock() - began_s  # the device is done: it has answered
         with self._changed:
             # The time of a step that was taken again, one by one, or that recorded, says nothing of the next one.
-            is_usual = rows.total > 0 and (graphs is None or graphs.recorded_count == recorded)
-            self._scheduler.stepped([ticket.job.number for ticket in stepped], seconds if is_usual else None)
-        flops = rows.total * self._row_flops.get(batch[0].model.manifest.name, 0.0)
+            # Nor does that of a kind's first one, which chose kernels and filled tables.
+            kind = batch[0].job.kind
+            is_usual = rows.total > 0 and kind in self._measured_kinds
+            is_usual = is_usual and (graphs is None or graphs.recorded_count == recorded)
+            self._measured_kinds.add(kind)
+            numbers = [ticket.job.number for ticket in stepped]
+            self._scheduler.stepped(numbers, seconds if is_usual else None, self._clock())
+        flops = self._flops(batch[0], rows)
         self._observer.step_done(jobs=len(stepped), rows=rows, seconds=seconds, flops=flops)
         whole = []
         for ticket, is_sound in zip(stepped, sound, strict=True):
@@ -718,6 +803,12 @@ class FrameEngine:
         for size in [1] * len(whole) if self.settings.strict else sizes:
             self._decode(list(itertools.islice(waiting, size)))
 
+    def _flops(self, ticket: Ticket, rows: StepRows) -> float:
+        """About what a step of tickets like this one took; attention's growth with a picture's size is left out."""
+        full, shallow = self._row_flops.get(ticket.model.manifest.name, (0.0, 0.0))
+        counted = (rows.total - rows.shallow) * full + rows.shallow * shallow
+        return counted * _area(ticket.sketch, ticket.model)
+
     def _advance(self, batch: Sequence[Ticket]) -> tuple[list[Ticket], StepRows]:
         """Those of `batch` that took their step, and what that took; nothing when it did not go as it should.
 
@@ -729,7 +820,7 @@ class FrameEngine:
             return [ticket for stepped, _ in alone for ticket in stepped], functools.reduce(
                 operator.add, (rows for _, rows in alone)
             )
-        prefill_rows = 0 if self.settings.strict else self.settings.prefill_rows
+        prefill_rows = 0 if self.settings.strict or self._sizes_drawn > SIZES_KEPT else self.settings.prefill_rows
         drawings = [_drawing(ticket) for ticket in batch]
         try:
             return list(batch), advance(batch[0].model, drawings, _cache(batch[0]), prefill_rows=prefill_rows)
@@ -748,7 +839,18 @@ class FrameEngine:
         ticket.deliver(Progress(step=done, step_count=count, eta_s=eta_s))
         wanted = ticket.preview_every_steps and done % ticket.preview_every_steps == 0
         if wanted and not drawing.finished and not self._others_wait:
-            ticket.deliver(Preview(image=webp(preview(ticket.model, drawing)), step=done))
+            self._beside(functools.partial(self._preview, ticket, copy.copy(drawing)), or_not_at_all=True)
+
+    def _preview(self, ticket: Ticket, drawing: Drawing) -> None:
+        event = Preview(image=webp(preview(ticket.model, drawing)), step=drawing.done)
+        with self._changed:  # a job's last word is its last
+            if ticket.job.number in self._tickets:
+                ticket.deliver(event)
+
+    def _beside(self, work: Callable[[], None], *, or_not_at_all: bool = False) -> None:
+        """In the thread that decodes, where there is one and it has time; else here, or not at all."""
+        if self._decoding is None or not (self._decoding.hand_over_if_free(work) or or_not_at_all):
+            work()
 
     def _decode(self, tickets: Sequence[Ticket]) -> None:
         """Now, or by the thread that does nothing else."""
@@ -794,6 +896,13 @@ class FrameEngine:
         )
 
     @property
+    def _sizes_drawn(self) -> int:
+        """Picture sizes that take turns now: with more than a cache keeps, what is prefilled would be gone in vain."""
+        with self._changed:
+            drawn = [ticket.sketch for ticket in self._tickets.values() if ticket.drawing is not None]
+        return len({(sketch.height_px, sketch.width_px) for sketch in drawn})
+
+    @property
     def _others_wait(self) -> bool:
         """Somebody waits for room: then nobody's preview may hold up the steps."""
         with self._changed:
@@ -815,7 +924,9 @@ class FrameEngine:
         """The ticket's last word."""
         self._release(ticket)
         with self._changed:
-            self._tickets.pop(ticket.job.number, None)
+            is_last = self._tickets.pop(ticket.job.number, None) is not None
+            if is_last and ticket.network is not None:
+                self._networks.leave(ticket.network)
         ticket.drawing = None
         now_s = self._clock()
         started_s = ticket.started_s or now_s
@@ -842,6 +953,22 @@ class FrameEngine:
 def cpu_name() -> str:
     """What the processor can do, which is what its kernels are chosen by."""
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _area(sketch: Sketch, model: FrameModel) -> float:
+    """Of a picture, in those of the pack's size."""
+    return sketch.height_px * sketch.width_px / (model.manifest.height_px * model.manifest.width_px)
+
+
+@contextmanager
+def _usable(digest: str) -> Iterator[None]:
+    """Whatever is wrong with a character's weights, told as callers are told."""
+    try:
+        yield
+    except AdapterError as error:
+        raise CharacterWeightsUnusable(
+            str(error), metadata={"digest": digest, "cause": error.reason}, field="characters"
+        ) from None
 
 
 def _words(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:

@@ -78,11 +78,13 @@ def load_engine(settings: FrameSettings, installation: Installation, observer: O
             adapter_slots=settings.adapter_slots,
             adapter_rank_max=settings.adapter_rank_max,
             adapters_bytes=settings.adapters_bytes,
+            adapter_stacks_bytes=settings.adapter_stacks_bytes,
             references=ReferencePolicy(
                 shared_noise=settings.references == "shared-noise", levels_count=settings.reference_levels
             ),
             networks_max=settings.networks_max,
             deep_every=settings.deep_every,
+            guidance_interval=(settings.guidance_from, settings.guidance_until),
             references_bytes=settings.references_bytes,
             prefill_rows=settings.prefill_rows,
             strict=settings.strict,

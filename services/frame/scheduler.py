@@ -6,7 +6,7 @@ it says:
     refusal = scheduler.offer(job, now_s)       # None: it waits now
     while job := scheduler.begin(now_s): ...    # those for whom there is room
     batch = scheduler.choose()                  # who steps now, in one forward
-    scheduler.stepped(batch, seconds)           # what that took
+    scheduler.stepped(batch, seconds, now_s)    # what that took
     scheduler.remove(job.number)                # finished, failed, cancelled or late
 
 **Who begins next.** Priority bands come first, and waiting lifts a job from band to band (`aging_s`), so that no band
@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 _FORGETTING = 0.97  # what a measurement still counts after the next one of its kind
+_REMEMBERED_S = 60.0  # a kind that was not measured for so long counts as not measured: the machine may be another now
+_KINDS_MAX = 1024  # that are remembered
 _PREDICTED_MAX = 256  # jobs ahead that a prediction follows one by one; more are taken as one stream
 _RETRY_LEAST_S = 1.0
 
@@ -97,20 +99,31 @@ class SchedulerSettings:
 class StepTimes:
     """Measured times of steps, by kind: a constant and so much a row, least squares that forgets.
 
-    Diffusion costs are predictable: the same rows take the same time, until something else wants the machine.
+    Diffusion costs are predictable: the same rows take the same time, until something else wants the machine. Who is
+    refused is not measured, so what was measured long ago is not held against anybody: else one stall would be the last
+    word.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[Hashable, tuple[float, float, float, float, float]] = {}
+        self._sums: dict[Hashable, tuple[float, float, float, float, float]] = {}  # measured longest ago first
+        self._measured_s: dict[Hashable, float] = {}
 
-    def add(self, kind: Hashable, rows: int, seconds: float) -> None:
+    def add(self, kind: Hashable, rows: int, seconds: float, now_s: float) -> None:
         """A step of so many rows took so long."""
-        n, x, y, xx, xy = (value * _FORGETTING for value in self._sums.get(kind, (0.0,) * 5))
+        n, x, y, xx, xy = (value * _FORGETTING for value in self._sums.pop(kind, (0.0,) * 5))
         self._sums[kind] = (n + 1, x + rows, y + seconds, xx + rows * rows, xy + rows * seconds)
+        self._measured_s[kind] = now_s
+        if len(self._sums) > _KINDS_MAX:
+            oldest = next(iter(self._sums))
+            del self._sums[oldest], self._measured_s[oldest]
 
-    def predict(self, kind: Hashable, rows: int) -> float | None:
-        """Seconds of a step of so many rows; None for a kind that was never measured."""
-        if kind not in self._sums:
+    def guess(self, rows: int, now_s: float) -> float | None:
+        """Seconds of a step of so many rows of a kind that is not known: those of the slowest that is."""
+        return max((self.predict(kind, rows, now_s) or 0.0 for kind in self._sums), default=0.0) or None
+
+    def predict(self, kind: Hashable, rows: int, now_s: float) -> float | None:
+        """Seconds of a step of so many rows; None for a kind that was not measured lately."""
+        if kind not in self._sums or now_s - self._measured_s[kind] > _REMEMBERED_S:
             return None
         n, x, y, xx, xy = self._sums[kind]
         spread = n * xx - x * x
@@ -162,20 +175,25 @@ class Scheduler:
     @property
     def is_full(self) -> bool:
         """Nobody is taken now. Free places count too: a burst between two steps finds nobody running yet."""
-        return len(self._waiting) + len(self._running) >= self.settings.max_queued + self.settings.max_running
+        return self.is_full_with(0)
 
-    def full(self) -> Refusal:
+    def is_full_with(self, arriving_count: int) -> bool:
+        """The same, were so many more here, who are about to be."""
+        here = len(self._waiting) + len(self._running) + arriving_count
+        return here >= self.settings.max_queued + self.settings.max_running
+
+    def full(self, now_s: float) -> Refusal:
         """What somebody is told who comes when it is full."""
-        return Refusal(reason="queue_full", retry_after_s=self._until_room_s())
+        return Refusal(reason="queue_full", retry_after_s=self._until_room_s(now_s))
 
     def offer(self, job: Job, now_s: float) -> Refusal | None:
         """Take a job into the queue, or say why not. Then nothing has changed."""
         settings = self.settings
         tenant = self._tenants.get(job.tenant)
         if self.is_full:
-            return self.full()
+            return self.full(now_s)
         if job.tenant and tenant is not None and len(tenant.waiting) >= settings.tenant_queued_max:
-            return Refusal(reason="tenant_queue_full", retry_after_s=self._until_room_s())
+            return Refusal(reason="tenant_queue_full", retry_after_s=self._until_room_s(now_s))
         if job.deadline_s is not None and (late := self._lateness(job, now_s)) is not None:
             return late
         if tenant is None:
@@ -224,7 +242,7 @@ class Scheduler:
             rows += one.job.rows
         return tuple(chosen)
 
-    def stepped(self, numbers: Sequence[int], seconds: float | None) -> None:
+    def stepped(self, numbers: Sequence[int], seconds: float | None, now_s: float) -> None:
         """These took a step together. `seconds` is None when the time says nothing, as of a step that failed."""
         self._turn += 1
         stepped = [self._running[number] for number in numbers]
@@ -232,7 +250,7 @@ class Scheduler:
             one.last_turn = self._turn
             one.steps_left = max(0, one.steps_left - 1)
         if seconds is not None and stepped:
-            self.times.add(stepped[0].job.kind, sum(one.job.rows for one in stepped), seconds)
+            self.times.add(stepped[0].job.kind, sum(one.job.rows for one in stepped), seconds, now_s)
 
     def remove(self, number: int) -> None:
         """A job is gone; what it did not use of what its tenant was charged is given back. Unknown numbers are well."""
@@ -251,7 +269,7 @@ class Scheduler:
         ahead = sorted({**self._waiting, job.number: job}.values(), key=lambda one: self._order(one, now_s))
         place = next(index for index, one in enumerate(ahead) if one.number == job.number)
         if place > _PREDICTED_MAX:
-            return self._streamed_s(ahead[: place + 1])
+            return self._streamed_s(ahead[: place + 1], now_s)
         queue = iter(ahead)  # those behind count too: they fill places that are free beside it
         drawn = [(one.steps_left, one.job) for one in self._running.values() if one.steps_left > 0]
         passed_s = 0.0
@@ -259,7 +277,7 @@ class Scheduler:
             while len(drawn) < self.settings.max_running and (entering := next(queue, None)) is not None:
                 drawn.append((entering.steps, entering))
             turns = min(left for left, _ in drawn)
-            turn_s = self._turn_s([one for _, one in drawn])
+            turn_s = self._turn_s([one for _, one in drawn], now_s)
             if turn_s is None:
                 return None
             passed_s += turns * turn_s
@@ -296,7 +314,7 @@ class Scheduler:
         """A refusal when `job` cannot make its deadline."""
         assert job.deadline_s is not None
         left_s = job.deadline_s - now_s
-        alone_s = self.times.predict(job.kind, job.rows)
+        alone_s = self.times.predict(job.kind, job.rows, now_s)
         if alone_s is None:
             return None
         if alone_s * job.steps > left_s:  # not even if it were the only one
@@ -310,30 +328,34 @@ class Scheduler:
             predicted_s=predicted_s,
         )
 
-    def _until_room_s(self) -> float:
+    def _until_room_s(self, now_s: float) -> float:
         """Seconds until somebody who is drawn is done, as far as one knows."""
-        turn_s = self._turn_s([one.job for one in self._running.values()])
+        turn_s = self._turn_s([one.job for one in self._running.values()], now_s)
         if turn_s is None or not self._running:
             return _RETRY_LEAST_S
         return max(_RETRY_LEAST_S, turn_s * min(one.steps_left for one in self._running.values()))
 
-    def _turn_s(self, jobs: Iterable[Job]) -> float | None:
-        """Seconds until each of these has taken a step. Kinds take turns; too many rows take several."""
+    def _turn_s(self, jobs: Iterable[Job], now_s: float) -> float | None:
+        """Seconds until each of these has taken a step. Kinds take turns; too many rows take several.
+
+        None only where nothing is known of any kind: somebody of an unknown one must not hide when the others are late.
+        """
         rows: defaultdict[Hashable, int] = defaultdict(int)
         for job in jobs:
             rows[job.kind] += job.rows
         passed_s = 0.0
         for kind, count in rows.items():
             forwards = math.ceil(count / self.settings.max_rows)
-            each_s = self.times.predict(kind, math.ceil(count / forwards))
+            each = math.ceil(count / forwards)
+            each_s = self.times.predict(kind, each, now_s) or self.times.guess(each, now_s)
             if each_s is None:
                 return None
             passed_s += forwards * each_s
         return passed_s
 
-    def _streamed_s(self, jobs: Sequence[Job]) -> float | None:
+    def _streamed_s(self, jobs: Sequence[Job], now_s: float) -> float | None:
         """The end of a long queue, as if all places were always taken."""
-        turn_s = self._turn_s(jobs[: self.settings.max_running])
+        turn_s = self._turn_s(jobs[: self.settings.max_running], now_s)
         steps = sum(one.steps_left for one in self._running.values()) + sum(job.steps for job in jobs)
         return None if turn_s is None else steps / self.settings.max_running * turn_s
 

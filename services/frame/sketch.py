@@ -78,12 +78,13 @@ def sketch_of(
     *,
     adapters: bool = True,
     deep_every: int = 1,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> Sketch:
     """What `model` is to draw for `job`, with every default filled in.
 
-    `policy` and `deep_every` are the engine's, `words` are those that the job's characters taught the text encoder.
-    Without `adapters` (a character that is a whole UNet cannot wear the pack's) a quality is what it is in a pack that
-    has none for it. The pack's adapter of the quality is the last of the sketch's characters.
+    `policy`, `deep_every` and `guidance_interval` are the engine's, `words` are those that the job's characters taught
+    the text encoder. Without `adapters` (a character that is a whole UNet cannot wear the pack's) a quality is what it
+    is in a pack that has none for it. The pack's adapter of the quality is the last of the sketch's characters.
 
     Raises InvalidArgument or one of its kin, naming the field, when it cannot be drawn.
     """
@@ -134,6 +135,7 @@ def sketch_of(
         sampler=job.sampler or manifest.sampling.sampler,
         policy=policy,
         deep_every=deep_every if model.has_deep_blocks else 1,
+        guidance_interval=guidance_interval,
         edit=None if job.edit is None else _edit(job.edit, width_px, height_px),
     )
 

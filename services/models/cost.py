@@ -14,11 +14,12 @@ _PROBE, _GPU_PROBE = 1024, 8192  # sides of the product that peaks are measured 
 
 
 @torch.inference_mode()
-def flops_of_a_row(model: FrameModel) -> float:
+def flops_of_a_row(model: FrameModel, *, shallow: bool = False) -> float:
     """Floating-point operations of one main row at the pack's size that looks at one earlier frame; two a multiply-add.
 
-    At none where the pack takes no references, or reads them as texts. A reference row costs about as much. Counted by
-    torch from the operations themselves, not estimated.
+    At none where the pack takes no references, or reads them as texts. A reference row costs about as much. `shallow`:
+    one that uses an earlier step's deep states; for networks that can. Counted by torch from the operations themselves,
+    not estimated.
     """
     manifest, factor = model.manifest, model.codec.factor
     latents = torch.zeros(
@@ -31,8 +32,12 @@ def flops_of_a_row(model: FrameModel) -> float:
     if manifest.max_references and model.reader is None:
         rows_BN = torch.zeros(1, 1, dtype=torch.long).to(step)
         seen = References(unet.project(unet.features(latents, step, text)), rows_BN)
+    deep = unet.predict_and_keep(latents, step, text, seen)[1] if shallow else None
     with FlopCounterMode(display=False) as counter:
-        unet.predict(latents, step, text, seen)
+        if deep is None:
+            unet.predict(latents, step, text, seen)
+        else:
+            unet.predict_shallow(latents, step, text, deep, seen)
     return float(counter.get_total_flops())
 
 

@@ -164,7 +164,7 @@ def rows_of_a_frame(sketch: Sketch, *, reads: bool = False, sees: bool = False) 
     if sees:
         return steps * (nothing + images + everything)
     levels = min(policy.levels_count or steps, steps)
-    blanks = count * nothing * (not policy.shared_noise)
+    blanks = nothing * (not policy.shared_noise) * (min(count, 1) if policy.levels_count else count)
     return steps * (nothing + images + everything) + levels * (blanks + count * (images or everything))
 
 

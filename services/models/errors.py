@@ -6,6 +6,7 @@
     │   ├── AdapterDamaged   the file cannot be read, or its numbers are not finite
     │   ├── AdapterWrongBase it was trained on another UNet
     │   ├── AdapterWrongShape     it changes layers that the UNet does not have
+    │   ├── AdapterTooLarge  there is no room for it beside the network
     │   └── AdapterNotWritable    the form of file that was asked for has no place for it
     ├── ConversionError      old weights were not made safetensors
     │   ├── WeightsUnsafe    the file asks for more than weights: it could run code
@@ -74,6 +75,12 @@ class AdapterWrongShape(AdapterError):
     """The adapter changes layers that the UNet does not have, or that have another size there."""
 
     reason = "ADAPTER_WRONG_SHAPE"
+
+
+class AdapterTooLarge(AdapterError):
+    """There is no room for the adapter beside the network. Give the stacks more, or have fewer slots."""
+
+    reason = "ADAPTER_TOO_LARGE"
 
 
 class AdapterNotWritable(AdapterError):

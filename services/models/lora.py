@@ -32,7 +32,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -44,7 +44,13 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.models.errors import AdapterDamaged, AdapterNotWritable, AdapterWrongBase, AdapterWrongShape
+from services.models.errors import (
+    AdapterDamaged,
+    AdapterNotWritable,
+    AdapterTooLarge,
+    AdapterWrongBase,
+    AdapterWrongShape,
+)
 from services.models.lora_formats import (
     ALPHA,
     FORMS,
@@ -275,6 +281,18 @@ def _whole_unet(name: str, tensors: Mapping[str, Tensor], unet: nn.Module) -> nn
     return whole.requires_grad_(False).eval()
 
 
+def is_whole_unet(payload: bytes, unet: nn.Module) -> bool:
+    """Whether a file has the tensors of a whole UNet, by its header alone. What cannot be read is none."""
+    try:
+        length = int.from_bytes(payload[:8], "little")
+        header = json.loads(payload[8 : 8 + length])
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(header, dict):
+        return False
+    return {key.removeprefix("unet.") for key in header if key != "__metadata__"} == unet.state_dict().keys()
+
+
 def _words(name: str, tensors: Mapping[str, Tensor], text_width: int) -> dict[str, Tensor]:
     """Learned words, `[n, D]` each."""
     words = {}
@@ -325,6 +343,7 @@ def adapted_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 Layer = Callable[[Tensor], Tensor]
 MERGED_BYTES = 256 << 20  # of weights that have outfits merged in
+STACKS_BYTES = 8 << 30  # of adapters side by side
 
 
 class Worn(NamedTuple):
@@ -381,9 +400,18 @@ class _Stack:
 class AdapterSlots:
     """Adapters side by side in a UNet. Not thread-safe: who steps the UNet fills its slots."""
 
-    def __init__(self, unet: nn.Module, count: int, rank_max: int, *, merged_bytes: int = MERGED_BYTES) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        count: int,
+        rank_max: int,
+        *,
+        merged_bytes: int = MERGED_BYTES,
+        stacks_bytes_max: int = STACKS_BYTES,
+    ) -> None:
         """Room for `count` adapters besides nobody. Layers that no adapter changes cost nothing.
 
+        `stacks_bytes_max` is what all of them may take beside the network, on its device.
         Merged weights are for a processor and float32: in half precision they are another rounding than a sum.
         """
         if count < 1 or rank_max < 1:
@@ -391,6 +419,7 @@ class AdapterSlots:
         self.count, self.rank_max = count, rank_max
         first = next(unet.parameters())
         self._merged_bytes = merged_bytes if first.device.type == "cpu" and first.dtype == torch.float32 else 0
+        self._stacks_bytes_max = stacks_bytes_max
         self._merged: OrderedDict[tuple[Worn, ...], Merged] = OrderedDict()  # used longest ago first
         self._layers = adapted_layers(unet)
         self._stacks: dict[str, _Stack] = {}
@@ -404,23 +433,61 @@ class AdapterSlots:
         return dict(self._held)
 
     def put(self, slot: int, adapter: Adapter) -> None:
-        """Lay an adapter into a slot, in place of what was there. Raises ValueError for a slot or rank out of range."""
+        """Lay an adapter into a slot, in place of what was there.
+
+        Raises ValueError for a slot or rank out of range, and AdapterTooLarge where the stacks would outgrow their
+        budget. When it fails for want of memory the slot is nobody's, and everybody else's is as it was.
+        """
         if not 1 <= slot <= self.count:
             raise ValueError(f"slot {slot} is not from 1 to {self.count}")
         if adapter.rank > self.rank_max:
             raise ValueError(f"rank {adapter.rank} is above {self.rank_max}")
+        self.check_room(adapter)
         self.clear(slot)
-        for name, factors in adapter.factors.items():
-            self._stack(name).ranks[slot] = factors.rank
-            down, up = self._low_rank(name)
-            down[slot, : factors.rank] = factors.down.to(down)
-            up[slot, :, : factors.rank] = factors.scaled_up.flatten(1).to(up)
-        for name, delta in adapter.deltas.items():
-            self._stack(name).wholes.add(slot)
-            whole = self._whole(name)
-            whole[slot] = delta.to(whole)
+        names = (*adapter.factors, *adapter.deltas)
+        before = {name: replace(stack) for name in names if (stack := self._stacks.get(name)) is not None}
+        try:
+            for name, factors in adapter.factors.items():
+                down, up = self._low_rank(name)
+                down[slot, : factors.rank] = factors.down.to(down)
+                up[slot, :, : factors.rank] = factors.scaled_up.flatten(1).to(up)
+                self._stacks[name].ranks[slot] = factors.rank
+            for name, delta in adapter.deltas.items():
+                whole = self._whole(name)
+                whole[slot] = delta.to(whole)
+                self._stacks[name].wholes.add(slot)
+        except BaseException:
+            for name in names:  # what was made for it alone goes with it; no forward has looked there
+                stack, old = self._stacks.get(name), before.get(name, _Stack())
+                if stack is not None:
+                    stack.down, stack.up, stack.whole = old.down, old.up, old.whole
+            self.clear(slot)
+            raise
         self._held[slot] = adapter.digest
         self._parts = self._read()
+
+    @property
+    def stacks_bytes(self) -> int:
+        """What lies beside the network's own weights, in use or not."""
+        parts = [part for stack in [*self._stacks.values()] for part in (stack.down, stack.up, stack.whole)]
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def check_room(self, adapter: Adapter) -> None:
+        """Raises AdapterTooLarge where the stacks it needs would outgrow their budget. From any thread."""
+        more = 0
+        for name in adapter.factors:
+            if (stack := self._stacks.get(name)) is None or stack.down is None:
+                weight = self._layers[name].weight
+                more += self.rank_max * (weight[0].numel() + weight.shape[0]) * weight.element_size()
+        for name in adapter.deltas:
+            if (stack := self._stacks.get(name)) is None or stack.whole is None:
+                more += self._layers[name].weight.nbytes
+        more *= self.count + 1
+        if self.stacks_bytes + more > self._stacks_bytes_max:
+            raise AdapterTooLarge(
+                f"{adapter.digest[:12]} changes layers that nobody's weights have changed yet; for {self.count} slots "
+                f"that takes {more >> 20} MiB more, and at most {self._stacks_bytes_max >> 20} MiB are for all of them"
+            )
 
     def clear(self, slot: int) -> None:
         """Make a slot nobody's. Its numbers are zeroed, so that a stale row number could only add nothing."""
@@ -525,14 +592,15 @@ class AdapterSlots:
         return self._stacks[name]
 
     def _low_rank(self, name: str) -> tuple[Tensor, Tensor]:
-        stack, weight = self._stacks[name], self._layers[name].weight
+        stack, weight = self._stack(name), self._layers[name].weight
         if stack.down is None or stack.up is None:
-            stack.down = weight.new_zeros((self.count + 1, self.rank_max, *weight.shape[1:]))
+            down = weight.new_zeros((self.count + 1, self.rank_max, *weight.shape[1:]))
             stack.up = weight.new_zeros((self.count + 1, weight.shape[0], self.rank_max))
+            stack.down = down  # both or none
         return stack.down, stack.up
 
     def _whole(self, name: str) -> Tensor:
-        stack, weight = self._stacks[name], self._layers[name].weight
+        stack, weight = self._stack(name), self._layers[name].weight
         if stack.whole is None:
             stack.whole = weight.new_zeros((self.count + 1, *weight.shape))
         return stack.whole
@@ -634,6 +702,7 @@ __all__ = [
     "WornRows",
     "adapted_layers",
     "adapter_config",
+    "is_whole_unet",
     "read_adapter",
     "read_adapter_file",
     "write_adapter",

@@ -92,7 +92,7 @@ def advance(
         for drawing, output in zip(drawings, _combine(rows, answers, len(drawings)), strict=True)
     ]
     for drawing, (latents, history) in zip(drawings, stepped, strict=True):
-        pages.discard(seen.key for seen in references_of(drawing, drawing.done) if not seen.is_shared)
+        pages.discard(_done_with(drawing))
         drawing.latents_CHW, drawing.history = latents, history
         drawing.done += 1
     for row, states in zip(rows, deep, strict=True):
@@ -116,6 +116,12 @@ def draw(model: FrameModel, sketch: Sketch) -> Pixels:
     while not drawing.finished:
         advance(model, [drawing], cache)
     return finish(model, [drawing])[0]
+
+
+def _done_with(drawing: Drawing) -> set[ReferenceKey]:
+    """What only this drawing looks at, and its next step no more: stretches of steps may share a noise level."""
+    after = references_of(drawing, drawing.done + 1) if drawing.done + 1 < len(drawing.steps) else []
+    return {row.key for row in references_of(drawing, drawing.done) if not row.is_shared} - {row.key for row in after}
 
 
 def references_of(drawing: Drawing, done: int) -> list[ReferenceRow]:
@@ -376,12 +382,17 @@ def _shown(rows: Sequence[_Row]) -> tuple[Mapping[str, KeyValue], list[list[int]
 
 
 def _looked_at(numbers: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """What rows look at, filled up to the longest, by input; nothing where nobody looks at anything."""
+    """What rows look at, filled up to the longest, by input; nothing where nobody looks at anything.
+
+    A row is filled up with what it sees itself: the mask keeps its weight from being counted, but a number of somebody
+    else's that is not finite would spoil the row all the same.
+    """
     slots = max(map(len, numbers))
     if not slots:
         return {}
     anything = next(row[0] for row in numbers if row)
-    seen = {"seen": sent([[*row, *[anything] * (slots - len(row))] for row in numbers], device)}
+    filled = [[*row, *[row[0] if row else anything] * (slots - len(row))] for row in numbers]
+    seen = {"seen": sent(filled, device)}
     present = [[slot < len(row) for slot in range(slots)] for row in numbers]
     if all(all(slots_of_row) for slots_of_row in present):
         return seen  # a mask costs the attention kernel its fast path

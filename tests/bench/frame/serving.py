@@ -109,7 +109,7 @@ def serve_ours(system: Ours, requests: Sequence[Request]) -> Served:
             continue
         seconds = _timed(lambda batch=batch: system.step([drawings[n] for n in batch]))  # type: ignore[misc]
         now_s += seconds
-        scheduler.stepped(batch, seconds)
+        scheduler.stepped(batch, seconds, now_s)
         ended = [number for number in batch if drawings[number].finished]
         if ended:
             now_s += _timed(lambda ended=ended: finish(system.model, [drawings[n] for n in ended]))  # type: ignore[misc]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.frame.adapters import AdapterStore, SlotTable
+from services.frame.adapters import AdapterStore, NetworkPlaces, SlotTable
 from services.models.lora import Adapter
 
 
@@ -140,3 +140,71 @@ def test_of_what_is_larger_than_the_budget_the_newest_is_kept_and_puts_nobody_ou
     store.get("toon", "c", lambda: adapter("c", 200))
     assert store.kept_bytes == 260
     assert store.get("toon", "a", lambda: pytest.fail("it was put out")) is small
+
+
+def test_what_somebody_still_holds_is_not_read_again() -> None:
+    """Two that are larger than the budget, asked for in turn, while both are worn."""
+    store, reads = AdapterStore(5), Counter[str]()
+
+    def get(digest: str) -> Adapter:
+        def read() -> Adapter:
+            reads[digest] += 1
+            return adapter(digest)
+
+        return store.get("toon", digest, read)
+
+    worn = {digest: get(digest) for digest in "ab"}
+    assert [get(digest) is worn[digest] for digest in "abab"] == [True] * 4
+    assert reads == {"a": 1, "b": 1}
+    assert store.has("toon", "a")
+    worn.clear()
+    get("b")
+    assert not store.has("toon", "a")
+    assert store.drop("b")
+    assert not store.has("toon", "b")
+
+
+def test_a_network_that_is_put_out_is_read_again_though_somebody_holds_it() -> None:
+    store = AdapterStore(100)
+    old = store.get("toon", "a", lambda: adapter("a"))
+    store.drop("a")
+    assert store.get("toon", "a", lambda: adapter("a")) is not old
+
+
+def test_networks_have_so_many_places() -> None:
+    places = NetworkPlaces(2)
+    assert [places.enter(key, 0.0) for key in "abac"] == [True, True, True, False]
+    places.leave("a")
+    assert not places.enter("c", 1.0), "somebody uses it still"
+    places.leave("a")
+    assert places.enter("c", 1.0)
+    with pytest.raises(ValueError, match="nobody"):
+        places.leave("a")
+
+
+def test_networks_that_everybody_asks_for_starve_nobody() -> None:
+    """Both hot ones always have a user, the next one before the last has left; two others go on asking."""
+    places, came = NetworkPlaces(2, patience_s=5.0), dict[str, int]()
+    used = {key for key in "ab" if places.enter(key, 0.0)}
+    for second in range(1, 60):
+        for cold in sorted({"c", "d"} - came.keys()):
+            if places.enter(cold, float(second)):
+                came[cold] = second
+                places.leave(cold)  # drawn before the next one asks
+        for hot in "ab":
+            has_entered = places.enter(hot, float(second))
+            if hot in used:
+                places.leave(hot)
+                used.discard(hot)
+            if has_entered:
+                used.add(hot)
+    assert list(came) == ["c", "d"]
+    assert used, "and the hot ones are drawn as well"
+
+
+def test_who_asks_no_more_holds_up_nobody() -> None:
+    places = NetworkPlaces(1, patience_s=5.0, forgotten_s=30.0)
+    assert places.enter("a", 0.0)
+    assert not places.enter("b", 1.0)
+    assert not places.enter("a", 7.0), "b's turn comes first"
+    assert places.enter("a", 40.0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors.torch import save
 
 from services.frame import engine as engine_module
 from services.frame.engine import EngineSettings, FrameEngine, _Silence
-from services.frame.job import FrameJob
+from services.frame.job import FrameJob, RenderedFrame
 from services.frame.sketch import MAX_STEPS, sketch_of
 from services.models.character import CharacterWeights
 from services.models.graphs import Graphs
@@ -33,7 +35,7 @@ from services.runtime.errors import (
 )
 from tests.tape import Tape
 
-from .test_engine import Gate, Inbox, gate, job, running  # noqa: F401 - a fixture
+from .test_engine import WAIT_S, Gate, Inbox, gate, job, running  # noqa: F401 - a fixture
 
 
 def weights(model: FrameModel, seed: int, rank: int = 2, size: float = 0.5, base: str = "") -> bytes:
@@ -439,6 +441,71 @@ def test_only_so_many_foreign_unets_are_in_memory_for_jobs(
     for inbox in held:
         assert inbox.frame().image
     assert Inbox(engine, wearing(3, digests[2])).frame().image
+
+
+async def test_a_store_that_does_not_answer_holds_up_nobody_else(tiny_model: FrameModel, files: Files) -> None:
+    """However many wait for weights, those without any, or whose weights are here, are drawn."""
+    release, here, cold = threading.Event(), files.keep(weights(tiny_model, 1)), files.keep(weights(tiny_model, 2))
+
+    def fetch(digest: str) -> bytes:
+        if digest == cold:
+            assert release.wait(WAIT_S)
+        return files.fetch(digest)
+
+    async def drawn(one: FrameJob) -> RenderedFrame:
+        (frame,) = [event async for event in engine.render(one) if isinstance(event, RenderedFrame)]
+        return frame
+
+    engine = FrameEngine({"tiny": tiny_model}, "tiny", EngineSettings(max_running=2, max_queued=8), fetch=fetch)
+    engine.start()
+    try:
+        await drawn(wearing(1, here))
+        waiting = [asyncio.create_task(drawn(wearing(seed, cold))) for seed in range(9)]
+        await asyncio.sleep(0)
+        for one in (job(1), wearing(3, here)):
+            assert (await asyncio.wait_for(drawn(one), WAIT_S)).image
+        waiting.append(asyncio.create_task(drawn(wearing(9, cold))))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):  # those who wait for the store count
+            await drawn(job(2))
+        release.set()
+        for frame in await asyncio.gather(*waiting):
+            assert frame.image
+        assert files.asked.count(cold) == 1
+        assert engine._arriving == 0
+    finally:
+        release.set()
+        engine.stop()
+
+
+async def test_a_job_that_is_refused_gives_its_networks_place_back(tiny_model: FrameModel, files: Files) -> None:
+    one, other = (files.keep(a_whole_unet(tiny_model, seed)) for seed in (1, 2))
+    engine = FrameEngine({"tiny": tiny_model}, "tiny", EngineSettings(networks_max=1), fetch=files.fetch)
+    engine.start()
+    try:
+        for digest in (one, other, one):
+            with pytest.raises(ValueOutOfRange):
+                engine.submit(wearing(1, digest, steps=100_000), lambda _: None)
+            assert Inbox(engine, wearing(1, digest)).frame().image
+    finally:
+        engine.stop()
+
+
+def test_networks_that_are_drawn_are_not_read_again(
+    tiny_model: FrameModel,
+    files: Files,
+    started: Callable[..., FrameEngine],
+    gate: Gate,  # noqa: F811
+) -> None:
+    """Each is larger than what is kept, and both are asked for in turn."""
+    digests = [files.keep(a_whole_unet(tiny_model, seed)) for seed in range(2)]
+    engine = started(max_running=1, networks_max=2, adapters_bytes=1000)
+    held = [Inbox(engine, wearing(seed, digests[seed % 2])) for seed in range(6)]
+    assert len({id(inbox.ticket.model.denoiser.unet) for inbox in held}) == 2
+    gate.open()
+    for inbox in held:
+        assert inbox.frame().image
+    assert len(files.asked) == 2
 
 
 def test_the_best_quality_takes_no_more_steps_than_the_service_draws(tiny_model: FrameModel) -> None:

@@ -85,6 +85,10 @@ class Inbox:
         assert isinstance(self.seen[-1], RenderedFrame)
         return self.seen[-1]
 
+    def frame_of_kind(self) -> Any:
+        self.frame()
+        return self.ticket.job.kind
+
     def frame(self) -> RenderedFrame:
         last = self.last()
         assert isinstance(last, RenderedFrame), last
@@ -204,18 +208,18 @@ def test_other_sizes_take_turns_in_the_same_engine(tiny_model: FrameModel) -> No
     assert [Image.open(io.BytesIO(frame.image)).size for frame in frames] == sizes
 
 
-def test_a_cancelled_job_takes_part_in_no_more_than_two_steps(tiny_model: FrameModel, gate: Gate) -> None:
+def test_a_cancelled_job_takes_part_in_no_step_but_the_one_that_runs(tiny_model: FrameModel, gate: Gate) -> None:
     with running(tiny_model) as engine:
         given_up, kept = Inbox(engine, job(1, steps=50)), Inbox(engine, job(2, steps=8))
         gate.wait()
         gate.step()
-        gate.step()
+        gate.step()  # and stands before the third one, in which both are
         given_up.ticket.cancel()
         before = len(gate.turns)
         gate.open()
         assert isinstance(given_up.last(), Cancelled)
         assert isinstance(kept.last(), RenderedFrame)
-    assert sum(1 in turn for turn in gate.turns[before:]) <= 2
+    assert [1 in turn for turn in gate.turns[before:]] == [True, *[False] * (len(gate.turns) - before - 1)]
 
 
 def test_a_job_cancelled_in_the_queue_never_starts(tiny_model: FrameModel, gate: Gate) -> None:
@@ -857,6 +861,79 @@ def test_a_warmed_up_engine_knows_what_a_step_costs(tiny_model: FrameModel) -> N
     assert row > 2 * parameters, "every weight is used at least once"
     assert all(flops == rows.total * row for rows, flops in watcher.flops)
     assert [rows for rows, _ in watcher.flops[-2:]] == [StepRows(3, 8, 0), StepRows(3, 0, 4)]
+
+
+def test_previews_and_warnings_do_not_hold_up_steps_where_pictures_are_decoded_beside(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    plain = engine_module.preview
+
+    def noted(*given: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return plain(*given)
+
+    monkeypatch.setattr(engine_module, "preview", noted)
+    with running(tiny_model, EngineSettings(decode_beside=True)) as engine:
+        inbox = Inbox(engine, job(1, steps=6, preview_every_steps=2))
+        inbox.frame()
+    shown = [event.step for event in inbox.seen if isinstance(event, Preview)]
+    assert set(threads) <= {"frame-decoding"}
+    assert shown == sorted(shown)
+    assert set(shown) <= {2, 4}
+
+
+def test_a_large_picture_counts_for_as_much_as_it_takes(tiny_model: FrameModel) -> None:
+    with running(tiny_model, EngineSettings(max_running=1)) as engine:
+        sizes = [(64, 64), (128, 128), (32, 32)]
+        jobs = [Inbox(engine, job(n, 2, steps=2, width_px=w, height_px=h)) for n, (w, h) in enumerate(sizes)]
+        usual, large, small = (inbox.ticket.job.rows for inbox in jobs)
+    assert (large, small) == (4 * usual, usual)
+
+
+def test_with_more_sizes_than_the_cache_keeps_nothing_is_prefilled_in_vain(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+
+    def noted(*given: Any, prefill_rows: int) -> StepRows:
+        told.append(prefill_rows)
+        return advance(*given, prefill_rows=prefill_rows)
+
+    monkeypatch.setattr(engine_module, "advance", noted)
+    with running(tiny_model, EngineSettings(max_running=3)) as engine:
+        for widths in ((64, 32), (64, 32, 96)):
+            told.clear()
+            for inbox in [Inbox(engine, job(n, 1, steps=6, width_px=width)) for n, width in enumerate(widths)]:
+                inbox.frame()
+            assert (0 in told) is (len(widths) == 3)
+
+
+def test_guidance_may_count_in_a_part_of_the_steps_alone(tiny_model: FrameModel) -> None:
+    rows = []
+    for interval in ((0.0, 1.0), (0.0, 0.5)):
+        with running(tiny_model, EngineSettings(guidance_interval=interval)) as engine:
+            frame = Inbox(engine, job(1, 1, steps=4, text_guidance=3.0, image_guidance=2.0)).frame()
+            assert frame.sketch.guidance_interval == interval
+            rows.append(frame.fingerprint)
+    assert rows[0] != rows[1], "it is another picture"
+    for wrong in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)):
+        with pytest.raises(ValueError, match="guidance"):
+            EngineSettings(guidance_interval=wrong)
+
+
+def test_the_first_step_of_a_kind_says_nothing_of_the_next(tiny_model: FrameModel) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    with running(tiny_model, clock=clock) as engine:
+        kind = Inbox(engine, job(1, steps=1)).frame_of_kind()
+        assert engine._scheduler.times.predict(kind, 1, now[0]) is None
+        assert Inbox(engine, job(2, steps=1)).frame_of_kind() == kind
+        assert engine._scheduler.times.predict(kind, 1, now[0]) is not None
 
 
 def test_previews_are_dropped_while_others_wait(tiny_model: FrameModel, gate: Gate) -> None:

@@ -32,7 +32,7 @@ def order(scheduler: Scheduler, now_s: float = 0.0) -> list[int]:
     while (one := scheduler.begin(now_s)) is not None:
         numbers.append(one.number)
         for _ in range(one.steps):
-            scheduler.stepped([one.number], None)
+            scheduler.stepped([one.number], None, 0.0)
         scheduler.remove(one.number)
     return numbers
 
@@ -140,30 +140,59 @@ def test_unlike_kinds_take_turns_and_a_large_one_steps_alone() -> None:
     turns = []
     for _ in range(6):
         turns.append(scheduler.choose())
-        scheduler.stepped(turns[-1], 0.1)
+        scheduler.stepped(turns[-1], 0.1, 0.0)
     assert turns == [(0, 1), (2,), (3,)] * 2
 
 
 def test_step_times_are_a_constant_and_so_much_a_row() -> None:
     times = StepTimes()
-    assert times.predict("a", 4) is None
-    times.add("a", 4, 2.0)
-    assert times.predict("a", 8) == pytest.approx(4.0), "one measurement only scales"
+    assert times.predict("a", 4, 0.0) is None
+    times.add("a", 4, 2.0, 0.0)
+    assert times.predict("a", 8, 0.0) == pytest.approx(4.0), "one measurement only scales"
     for _ in range(50):
-        times.add("a", 8, 3.0)
-        times.add("a", 4, 2.0)
-    assert times.predict("a", 16) == pytest.approx(5.0, rel=0.02)
+        times.add("a", 8, 3.0, 0.0)
+        times.add("a", 4, 2.0, 0.0)
+    assert times.predict("a", 16, 0.0) == pytest.approx(5.0, rel=0.02)
     for _ in range(300):
-        times.add("a", 8, 6.0)
-        times.add("a", 4, 4.0)
-    assert times.predict("a", 8) == pytest.approx(6.0, rel=0.02), "what was long ago is forgotten"
+        times.add("a", 8, 6.0, 0.0)
+        times.add("a", 4, 4.0, 0.0)
+    assert times.predict("a", 8, 0.0) == pytest.approx(6.0, rel=0.02), "what was long ago is forgotten"
+
+
+def test_what_was_measured_long_ago_is_held_against_nobody() -> None:
+    """One stall, and everybody after it refused and so nobody measured: that would never end."""
+    scheduler = Scheduler(SETTINGS)
+    scheduler.times.add("a", 4, 30.0, 0.0)
+    late = scheduler.offer(job(0, deadline_s=40.0), 30.0)
+    assert late is not None
+    assert late.reason == "deadline"
+    assert scheduler.offer(job(1, deadline_s=80.0), 70.0) is None
+
+
+def test_somebody_of_an_unknown_kind_does_not_hide_who_will_be_late() -> None:
+    scheduler = measured(SETTINGS)
+    assert scheduler.offer(job(0, kind="new", steps=50), 0.0) is None
+    assert scheduler.offer(job(1, deadline_s=30.0), 0.0) is None
+    refused = scheduler.offer(job(2, steps=20, deadline_s=31.0), 0.0)
+    assert refused is not None
+    assert refused.reason == "deadline"
+    assert scheduler.times.guess(8, 0.0) == pytest.approx(1.8)
+    assert StepTimes().guess(8, 0.0) is None
+
+
+def test_only_so_many_kinds_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.frame.scheduler._KINDS_MAX", 2)
+    times = StepTimes()
+    for kind in "abac":
+        times.add(kind, 1, 1.0, 0.0)
+    assert [kind for kind in "abc" if times.predict(kind, 1, 0.0) is not None] == ["a", "c"]
 
 
 def measured(settings: SchedulerSettings) -> Scheduler:
     """A second a step and a tenth a row."""
     scheduler = Scheduler(settings)
     for rows in (4, 8, 4, 8):
-        scheduler.times.add("a", rows, 1.0 + rows / 10)
+        scheduler.times.add("a", rows, 1.0 + rows / 10, 0.0)
     return scheduler
 
 
@@ -182,7 +211,7 @@ def test_a_prediction_is_what_then_happens() -> None:
         begun(scheduler, 0.0)
         batch = scheduler.choose()
         now_s += 1.0 + 4 * len(batch) / 10
-        scheduler.stepped(batch, None)
+        scheduler.stepped(batch, None, now_s)
         for number in batch:
             left[number] -= 1
             if not left[number]:
@@ -253,7 +282,7 @@ class World:
             assert len(batch) == 1 or rows <= self.settings.max_rows
             assert len(left) <= self.settings.max_running
             self.now_s += self.step_s(rows)
-            scheduler.stepped(batch, self.step_s(rows))
+            scheduler.stepped(batch, self.step_s(rows), self.now_s)
             for n in batch:
                 left[n] -= 1
                 self.served[self.offered[n].tenant] += self.offered[n].rows

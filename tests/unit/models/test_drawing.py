@@ -453,6 +453,15 @@ def test_a_drawing_with_broken_numbers_says_so_and_does_not_hurt_its_neighbour(t
     torch.testing.assert_close(well.latents_CHW, alone.latents_CHW, atol=1e-5, rtol=1e-5)
 
 
+def test_an_earlier_frame_with_broken_numbers_hurts_nobody_who_sees_fewer(tiny_model: FrameModel) -> None:
+    sick, well, alone = begin(tiny_model, sketch(2, seed=1)), *(begin(tiny_model, sketch(1, seed=2)) for _ in range(2))
+    sick.reference_latents_NCHW = torch.full_like(sick.reference_latents_NCHW, float("nan"))
+    advance(tiny_model, [sick, well])
+    advance(tiny_model, [alone])
+    assert are_sound([sick, well]) == [False, True]
+    torch.testing.assert_close(well.latents_CHW, alone.latents_CHW, atol=1e-5, rtol=1e-5)
+
+
 def test_nothing_changes_when_a_step_fails(tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch) -> None:
     drawings = [begin(tiny_model, sketch(0, seed=s)) for s in (1, 2)]
     before = [d.latents_CHW.clone() for d in drawings]

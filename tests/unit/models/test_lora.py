@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.models import lora
-from services.models.errors import AdapterDamaged, AdapterWrongBase, AdapterWrongShape
+from services.models.errors import AdapterDamaged, AdapterTooLarge, AdapterWrongBase, AdapterWrongShape
 from services.models.lora import ALPHA, BASE_DIGEST, NOBODY, AdapterSlots, Worn, adapted_layers, read_adapter_file
 from services.models.storygen import References, StoryGenUNet, build_storygen
 from services.models.tiny import UNET
@@ -217,6 +217,56 @@ def test_a_slot_that_was_cleared_changes_nothing_and_can_be_filled_again(
     with pytest.raises(ValueError, match="slots \\[3\\]"), held.rows([(Worn(3, 1.0),)]):
         pass
     assert set(held.held) == {1, 2}
+
+
+@torch.no_grad()
+def test_an_adapter_for_which_there_is_no_memory_changes_nothing(
+    unet: StoryGenUNet, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs out half-way through layers that nobody else changes, and the others go on together."""
+    net = copy.deepcopy(unet)
+    held, given, worn = AdapterSlots(net, count=2, rank_max=4, merged_bytes=0), inputs(2), [(Worn(1, 1.0),), ()]
+    one, three = (read_adapter_file(files[name], net) for name in ("one", "three"))
+    held.put(1, one)
+    with held.rows(worn):
+        expected = net.predict(*given)
+    before = (held.stacks_bytes, held.parts)
+    zeros, calls = Tensor.new_zeros, 0
+
+    def fails(*asked: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # the second part of the second layer that is new
+            raise MemoryError
+        return zeros(*asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_zeros", fails)
+        with pytest.raises(MemoryError):
+            held.put(2, three)
+    assert calls == 4
+    assert (held.stacks_bytes, held.parts) == before
+    assert dict(held.held) == {1: one.digest}
+    with held.rows(worn):
+        torch.testing.assert_close(net.predict(*given), expected)
+    held.put(2, three)
+    with held.rows([(Worn(1, 1.0),), (Worn(2, 1.0),)]):
+        assert not torch.equal(net.predict(*given)[1], expected[1])
+
+
+def test_adapters_side_by_side_have_a_budget(unet: StoryGenUNet, files: dict[str, Path]) -> None:
+    net = copy.deepcopy(unet)
+    one, three = (read_adapter_file(files[name], net) for name in ("one", "three"))
+    roomy = AdapterSlots(net, count=2, rank_max=4)
+    roomy.put(1, one)
+    needed = roomy.stacks_bytes
+    tight = AdapterSlots(copy.deepcopy(unet), count=2, rank_max=4, stacks_bytes_max=needed)
+    tight.put(1, one)
+    assert tight.stacks_bytes == needed
+    tight.put(2, one)
+    with pytest.raises(AdapterTooLarge, match="MiB"):
+        tight.put(2, three)
+    assert dict(tight.held) == {1: one.digest, 2: one.digest}
 
 
 @torch.no_grad()
