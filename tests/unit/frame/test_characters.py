@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import io
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save
 
 from services.frame import engine as engine_module
@@ -23,7 +28,8 @@ from services.models.graphs import Graphs
 from services.models.lora import ALPHA, BASE_DIGEST, AdapterSlots, adapted_layers, read_adapter
 from services.models.pack import QualitySettings
 from services.models.quality import Quality
-from services.models.registry import FrameModel
+from services.models.registry import FrameModel, load_frame_model
+from services.models.tiny import build_tiny_pack
 from services.runtime.errors import (
     CharacterWeightsUnknown,
     CharacterWeightsUnusable,
@@ -113,11 +119,6 @@ def test_jobs_of_different_characters_are_drawn_together_as_each_alone(
 
 def _differs(a: bytes, b: bytes) -> bool:
     """By more than a level: a batch's last bits may round the other way."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
     left, right = (np.asarray(Image.open(io.BytesIO(one))).astype(int) for one in (a, b))
     return bool(np.abs(left - right).max() > 1)
 
@@ -512,3 +513,26 @@ def test_the_best_quality_takes_no_more_steps_than_the_service_draws(tiny_model:
     sampling = tiny_model.manifest.sampling.model_copy(update={"default_steps": 120})
     slow = replace(tiny_model, manifest=tiny_model.manifest.model_copy(update={"sampling": sampling}))
     assert sketch_of(job(1, quality=Quality.BEST, steps=0), slow).steps == MAX_STEPS
+
+
+def test_in_bfloat16_characters_share_forwards_as_well(tmp_path: Path, files: Files) -> None:
+    """A GPU's arithmetic: what each draws alone and among others differs by its rounding, and by nobody's weights."""
+    half = load_frame_model(build_tiny_pack(tmp_path / "tiny", captions=False), dtype=torch.bfloat16)
+    digests = [files.keep(weights(half, seed, size=0.2)) for seed in range(3)]
+    jobs = [job(9, references=2, steps=4), *(wearing(9, d, references=1, steps=4) for d in digests)]
+    engine = FrameEngine({"tiny": half}, "tiny", EngineSettings(max_running=4), fetch=files.fetch)
+    engine.start()
+    try:
+        alone = [pixels_of(Inbox(engine, one).frame()) for one in jobs]
+        together = [pixels_of(inbox.frame()) for inbox in [Inbox(engine, one) for one in jobs]]
+    finally:
+        engine.stop()
+    apart = [[float(np.abs(a - b).mean()) for b in together] for a in alone]
+    for number, row in enumerate(apart):
+        others = [value for place, value in enumerate(row) if place != number]
+        assert row[number] <= 2.0, "levels of 255, as a mean"
+        assert row[number] < 0.25 * min(others), "each is itself"
+
+
+def pixels_of(frame: RenderedFrame) -> npt.NDArray[np.int64]:
+    return np.asarray(Image.open(io.BytesIO(frame.image))).astype(np.int64)

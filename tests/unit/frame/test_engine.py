@@ -863,6 +863,30 @@ def test_a_warmed_up_engine_knows_what_a_step_costs(tiny_model: FrameModel) -> N
     assert [rows for rows, _ in watcher.flops[-2:]] == [StepRows(3, 8, 0), StepRows(3, 0, 4)]
 
 
+def test_shallow_rows_and_large_pictures_are_counted_as_what_they_cost(tiny_model: FrameModel) -> None:
+    class Watcher(engine_module._Silence):
+        def __init__(self) -> None:
+            self.flops: list[tuple[StepRows, float]] = []
+
+        def step_done(self, *, jobs: int, rows: StepRows, seconds: float, flops: float) -> None:
+            self.flops.append((rows, flops))
+
+    watcher = Watcher()
+    engine = FrameEngine({"tiny": tiny_model}, "tiny", EngineSettings(max_running=1, deep_every=2), watcher)
+    engine.start()
+    try:
+        engine.warm_up()
+        Inbox(engine, job(1, steps=2, width_px=128)).frame()
+    finally:
+        engine.stop()
+    (deep, all_of_it), (shallow, part) = watcher.flops[-2:]
+    full, little = flops_of_a_row(tiny_model), flops_of_a_row(tiny_model, shallow=True)
+    assert (deep.shallow, shallow.shallow) == (0, shallow.main)
+    assert all_of_it == deep.main * full * 2
+    assert part == shallow.main * little * 2
+    assert 0 < little < 0.9 * full
+
+
 def test_previews_and_warnings_do_not_hold_up_steps_where_pictures_are_decoded_beside(
     tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
