@@ -1,14 +1,15 @@
 """`make bench-frame`: the frame engine against what else draws story frames; a table, and one JSON object at the end.
 
-    python -m tests.bench.frame                    30 paired rounds and streams of 80: more than an hour
-    python -m tests.bench.frame --rounds 3         to see whether the bench works
-    python -m tests.bench.frame --check            exit status 1 when a target is missed
+    python -m tests.bench.frame                       30 paired rounds and five streams: more than an hour and a half
+    python -m tests.bench.frame --until-minutes 60    stops then; the same command again goes on
+    python -m tests.bench.frame --rounds 3            to see whether the bench works
+    python -m tests.bench.frame --check               exit status 1 when a target is missed
 
 Where there is a GPU, images a second at Stable Diffusion's sizes follow (`widths.py`).
 
 Every round runs every system once on the same requests, in an order that turns from round to round, so that what the
-machine does meanwhile hits all alike; figures are medians of the rounds' ratios. The report goes to
-`tests/bench/results/`.
+machine does meanwhile hits all alike; figures are medians of the rounds' ratios. Each round is kept as it ends
+(`journal.py`). The report goes to `tests/bench/results/`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ import json
 import os
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from services.models.registry import FrameModel, load_frame_model
 from services.models.step import advance
 from services.runtime.config import Installation
 from tests.bench.frame import widths
+from tests.bench.frame.journal import Journal, sources_digest
 from tests.bench.frame.report import GPU_TARGETS, TARGETS, Target, document, markdown, ratio, table
 from tests.bench.frame.serving import serve_ours, serve_split
 from tests.bench.frame.systems import Adapters, Done, Ours, Published, Split, SplitOurs
@@ -52,28 +53,59 @@ REPORT_STEPS = 40  # the report's
 System = Published | Ours
 
 
-def rounds(
-    systems: dict[str, tuple[System, Sequence[Request]]], count: int, console: Console
-) -> tuple[dict[str, list[float]], dict[str, Done]]:
-    """Seconds of each system, round by round, and what it drew the last time."""
-    seconds: defaultdict[str, list[float]] = defaultdict(list)
-    last: dict[str, Done] = {}
-    names = list(systems)
-    for name in names:  # warm: kernels chosen, tables filled
-        systems[name][0].run(systems[name][1])
-    for number in range(count):
-        console.print(f"  round {number + 1} of {count}")
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            system, wanted = systems[name]
-            start = time.perf_counter()
-            last[name] = system.run(wanted)
-            seconds[name].append(time.perf_counter() - start)
-    return dict(seconds), last
+class Enough(Exception):
+    """The time that was given is over; what was measured is kept."""
+
+
+@dataclass
+class Plan:
+    """How much is run, and where it is kept."""
+
+    journal: Journal
+    console: Console
+    until_s: float = float("inf")
+
+    def check_time(self) -> None:
+        """Raises Enough."""
+        if time.monotonic() >= self.until_s:
+            raise Enough
+
+    def rounds(
+        self,
+        part: str,
+        systems: dict[str, tuple[System, Sequence[Request]]],
+        count: int,
+        facts: Callable[[dict[str, Done]], dict[str, Any]] = lambda drawn: {},
+    ) -> dict[str, list[float]]:
+        """Seconds of each system, round by round; `facts` of what they drew are noted."""
+        missing = count - len(self.journal.rounds(part))
+        if missing > 0:
+            self.console.print(f"{part} …")
+            self.check_time()
+            drawn = {name: system.run(wanted) for name, (system, wanted) in systems.items()}  # warm: tables filled
+            self.journal.note(part, facts(drawn))
+        names = list(systems)
+        for number in range(count - missing, count):
+            self.check_time()
+            self.console.print(f"  round {number + 1} of {count}")
+            seconds = {}
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                system, wanted = systems[name]
+                start = time.perf_counter()
+                system.run(wanted)
+                seconds[name] = time.perf_counter() - start
+            self.journal.add(part, {name: seconds[name] for name in names})
+        return {name: values[:count] for name, values in self.journal.columns(part).items()}
 
 
 def with_policy(wanted: Sequence[Request], policy: ReferencePolicy) -> list[Request]:
     """The same requests under another policy."""
     return [replace(request, sketch=replace(request.sketch, policy=policy)) for request in wanted]
+
+
+def changed(wanted: Sequence[Request], **sketch: Any) -> list[Request]:
+    """The same requests, with something else in their sketches."""
+    return [replace(request, sketch=replace(request.sketch, **sketch)) for request in wanted]
 
 
 def difference(one: Done, other: Done) -> int:
@@ -96,12 +128,19 @@ def story_rows(model: FrameModel, policy: ReferencePolicy) -> int:
     return computed
 
 
-def closed_loop(model: FrameModel, adapters: dict[int, Adapters], count: int, console: Console) -> dict[str, Any]:
-    """One story, and eight at once."""
-    figures: dict[str, Any] = {}
-    console.print("one frame at a time …")
+def closed_loop(model: FrameModel, adapters: dict[int, Adapters], count: int, plan: Plan) -> dict[str, Any]:
+    """One story, eight at once, many characters, thirty-two."""
+    return {
+        **one_frame(model, adapters[1], count, plan),
+        **eight_frames(model, adapters[4], count, plan),
+        **sixteen_characters(model, adapters[16], count, plan),
+        **thirty_two_frames(model, adapters[16], max(1, count // 6), plan),
+    }
+
+
+def one_frame(model: FrameModel, none: Adapters, count: int, plan: Plan) -> dict[str, Any]:
+    """A frame at a time: every mode against the published schedule."""
     single = requests(model, 1, adapters=0, steps=(STEPS,))
-    none = adapters[1]
     published, ours = Published(model), Ours(model, none)
     alone: dict[str, tuple[System, Sequence[Request]]] = {
         "published": (published, single),
@@ -109,101 +148,174 @@ def closed_loop(model: FrameModel, adapters: dict[int, Adapters], count: int, co
         "exact": (ours, single),
         "shared": (ours, with_policy(single, SHARED)),
         "few_levels": (ours, with_policy(single, FEW)),
+        "deep": (ours, changed(single, deep_every=2)),
+        "interval": (ours, changed(single, guidance_interval=(0.2, 0.8))),
         "strict": (Ours(model, none, "strict", strict=True), single),
     }
-    seconds, drawn = rounds(alone, count, console)
-    figures["one_story_speedup"] = asdict(ratio(seconds["published_shared"], seconds["shared"]))
-    for mode in ("exact", "shared", "few_levels", "strict"):
-        figures[f"one_frame_{mode}_vs_published"] = asdict(ratio(seconds["published"], seconds[mode]))
-        figures[f"one_frame_{mode}_s"] = statistics.median(seconds[mode])
-        figures[f"one_frame_{mode}_rows"] = drawn[mode].rows
-    figures["one_frame_published_s"] = statistics.median(seconds["published"])
-    figures["one_frame_published_rows"] = drawn["published"].rows
-    figures["pixel_difference_exact"] = difference(drawn["exact"], drawn["published"])
-    figures["pixel_difference_shared"] = difference(drawn["shared"], drawn["published_shared"])
+    modes = [name for name in alone if not name.startswith("published")]
 
-    console.print("eight frames at once, four characters …")
+    def facts(drawn: dict[str, Done]) -> dict[str, Any]:
+        return {
+            **{f"one_frame_{mode}_rows": drawn[mode].rows for mode in ("published", *modes)},
+            "pixel_difference_exact": difference(drawn["exact"], drawn["published"]),
+            "pixel_difference_shared": difference(drawn["shared"], drawn["published_shared"]),
+        }
+
+    part = "one frame"
+    seconds = plan.rounds(part, alone, count, facts)
+    return {
+        **plan.journal.facts(part),
+        "one_story_speedup": asdict(ratio(seconds["published_shared"], seconds["shared"])),
+        **{f"one_frame_{mode}_vs_published": asdict(ratio(seconds["published"], seconds[mode])) for mode in modes},
+        **{f"one_frame_{mode}_s": statistics.median(seconds[mode]) for mode in ("published", *modes)},
+    }
+
+
+def eight_frames(model: FrameModel, four: Adapters, count: int, plan: Plan) -> dict[str, Any]:
+    """Eight frames of four characters at once."""
     mixed = requests(model, 8, adapters=4, steps=(STEPS,), seed=1)
     shared = with_policy(mixed, SHARED)
-    four = adapters[4]
-    eight: dict[str, tuple[System, Sequence[Request]]] = {
+    ours = Ours(model, four)
+    held: dict[str, tuple[System, Sequence[Request]]] = {
         "split_unmerged": (Split(model, four, merged=False), mixed),
         "split_merged": (Split(model, four, merged=True), mixed),
         "split_ours": (SplitOurs(model, four), shared),
         "peft": (Ours(model, four, "peft"), shared),
-        "exact": (Ours(model, four), mixed),
-        "shared": (Ours(model, four), shared),
-        "few_levels": (Ours(model, four), with_policy(mixed, FEW)),
+        "shared": (ours, shared),
+    }
+
+    def facts(drawn: dict[str, Done]) -> dict[str, Any]:
+        out: dict[str, Any] = {f"rows_per_frame_{mode}": one.rows / len(mixed) for mode, one in drawn.items()}
+        if "split_ours" in drawn:
+            out["pixel_difference_mixed"] = difference(drawn["shared"], drawn["split_ours"])
+        if "exact" in drawn:
+            out["pixel_difference_mixed_exact"] = difference(drawn["exact"], drawn["split_merged"])
+        return out
+
+    seconds = plan.rounds("eight frames", held, count, facts)
+    figures: dict[str, Any] = {
+        **plan.journal.facts("eight frames"),
+        **{f"frames_per_s_{mode}": len(mixed) / statistics.median(taken) for mode, taken in seconds.items()},
+        **{f"mixed_vs_{name}": asdict(ratio(seconds[name], seconds["shared"])) for name in held if name != "shared"},
+        # Where the gain over batches by character comes from, each step on top of the one before.
+        "gain_of_rows": asdict(ratio(seconds["split_merged"], seconds["split_ours"])),
+        "gain_of_one_batch": asdict(ratio(seconds["split_ours"], seconds["shared"])),
+    }
+    figures["mixed_vs_peft_4"] = figures.pop("mixed_vs_peft")
+    modes: dict[str, tuple[System, Sequence[Request]]] = {
+        "split_merged": held["split_merged"],
+        "exact": (ours, mixed),
+        "shared": held["shared"],
+        "few_levels": (ours, with_policy(mixed, FEW)),
         "strict": (Ours(model, four, "strict", strict=True), shared),
     }
-    seconds, drawn = rounds(eight, count, console)
-    for mode, name in (("split_unmerged", "split_unmerged"), ("split_merged", "split_merged"), ("split_ours",) * 2):
-        figures[f"mixed_vs_{name}"] = asdict(ratio(seconds[mode], seconds["shared"]))
-    figures["mixed_vs_peft_4"] = asdict(ratio(seconds["peft"], seconds["shared"]))
-    figures["mixed_few_levels_vs_split_merged"] = asdict(ratio(seconds["split_merged"], seconds["few_levels"]))
-    figures["mixed_exact_vs_split_merged"] = asdict(ratio(seconds["split_merged"], seconds["exact"]))
+    part = "eight frames, each mode"  # held to nothing: fewer rounds
+    seconds = plan.rounds(part, modes, max(1, count // 3), facts)
+    figures |= plan.journal.facts(part)
+    for mode in ("exact", "few_levels", "strict"):
+        figures[f"frames_per_s_{mode}"] = len(mixed) / statistics.median(seconds[mode])
+        figures[f"mixed_{mode}_vs_split_merged"] = asdict(ratio(seconds["split_merged"], seconds[mode]))
     figures["mixed_strict_vs_shared"] = asdict(ratio(seconds["shared"], seconds["strict"]))
-    for mode, taken in seconds.items():
-        figures[f"frames_per_s_{mode}"] = len(mixed) / statistics.median(taken)
-        figures[f"rows_per_frame_{mode}"] = drawn[mode].rows / len(mixed)
-    # Where the gain over batches by character comes from, each step on top of the one before.
-    figures["gain_of_rows"] = asdict(ratio(seconds["split_merged"], seconds["split_ours"]))
-    figures["gain_of_one_batch"] = asdict(ratio(seconds["split_ours"], seconds["shared"]))
-
-    console.print("the same, one request at a time …")  # slow, and far from anything else: a few rounds will do
+    part = "eight frames, one at a time"  # slow, and far from anything else
     slowly: dict[str, tuple[System, Sequence[Request]]] = {
         "published": (Published(model), mixed),
-        "shared": eight["shared"],
+        "shared": held["shared"],
     }
-    seconds, drawn = rounds(slowly, max(1, count // 6), console)
+    seconds = plan.rounds(part, slowly, max(1, count // 6), facts)
+    figures |= plan.journal.facts(part)
     figures["mixed_vs_published"] = asdict(ratio(seconds["published"], seconds["shared"]))
     figures["frames_per_s_published"] = len(mixed) / statistics.median(seconds["published"])
-    figures["rows_per_frame_published"] = drawn["published"].rows / len(mixed)
+    return figures
 
-    console.print("sixteen characters …")
-    sixteen = adapters[16]
+
+def sixteen_characters(model: FrameModel, sixteen: Adapters, count: int, plan: Plan) -> dict[str, Any]:
+    """Sixteen frames, each of a character of its own, against sixteen of one."""
     many = requests(model, 16, adapters=16, steps=(STEPS,), seed=2, policy=SHARED)
     one = [replace(request, adapter=0) for request in many]
-    seconds, _ = rounds(
+    seconds = plan.rounds(
+        "sixteen characters",
         {
             "sixteen": (Ours(model, sixteen), many),
-            "one": (Ours(model, sixteen), one),
             "sixteen_unmerged": (Ours(model, sixteen, merges=False), many),
             "one_unmerged": (Ours(model, sixteen, merges=False), one),
             "peft": (Ours(model, sixteen, "peft"), many),
         },
-        max(1, count // 2),
-        console,
+        count,
     )
-    figures["adapters_16_vs_1_unmerged"] = asdict(ratio(seconds["one_unmerged"], seconds["sixteen_unmerged"]))
-    figures["adapters_16_vs_1_merged"] = asdict(ratio(seconds["one"], seconds["sixteen"]))
-    figures["adapters_16_merged_vs_unmerged"] = asdict(ratio(seconds["sixteen_unmerged"], seconds["sixteen"]))
-    figures["mixed_vs_peft_16"] = asdict(ratio(seconds["peft"], seconds["sixteen"]))
-    return figures
+    merged: dict[str, tuple[System, Sequence[Request]]] = {
+        "sixteen": (Ours(model, sixteen), many),
+        "one": (Ours(model, sixteen), one),
+    }
+    both = plan.rounds("sixteen characters, merged", merged, max(1, count // 3))
+    return {
+        "adapters_16_vs_1_unmerged": asdict(ratio(seconds["one_unmerged"], seconds["sixteen_unmerged"])),
+        "adapters_16_vs_1_merged": asdict(ratio(both["one"], both["sixteen"])),
+        "adapters_16_merged_vs_unmerged": asdict(ratio(seconds["sixteen_unmerged"], seconds["sixteen"])),
+        "mixed_vs_peft_16": asdict(ratio(seconds["peft"], seconds["sixteen"])),
+    }
 
 
-def open_loop(model: FrameModel, four: Adapters, count: int, console: Console) -> dict[str, Any]:
-    """A Poisson stream at 50, 80 and 120 % of what batches by character can take; a tenth gives up."""
-    figures: dict[str, Any] = {}
+def thirty_two_frames(model: FrameModel, sixteen: Adapters, count: int, plan: Plan) -> dict[str, Any]:
+    """Thirty-two frames at once, sixteen characters of unlike popularity."""
+    crowd = requests(model, 32, adapters=16, steps=(STEPS,), seed=4)
+    systems: dict[str, tuple[System, Sequence[Request]]] = {
+        "split_merged": (Split(model, sixteen, merged=True), crowd),
+        "shared": (Ours(model, sixteen), with_policy(crowd, SHARED)),
+    }
+    seconds = plan.rounds("thirty-two frames", systems, count)
+    return {
+        "crowd_vs_split_merged": asdict(ratio(seconds["split_merged"], seconds["shared"])),
+        "frames_per_s_crowd": len(crowd) / statistics.median(seconds["shared"]),
+    }
+
+
+def open_loop(model: FrameModel, four: Adapters, count: int, times: int, plan: Plan) -> dict[str, Any]:
+    """Poisson streams at 50, 80 and 120 % of what batches by character can take; a tenth gives up.
+
+    That at 80 %, which is held to something, runs `times` times; the others show what is below and above.
+    """
     split, ours = Split(model, four, merged=True), Ours(model, four)
     wanted = requests(model, count, adapters=4, steps=(4, 8), seed=3)
-    start = time.perf_counter()
-    split.run(wanted)
-    capacity = len(wanted) / (time.perf_counter() - start)
-    ours.run(with_policy(wanted[:8], SHARED))  # the tables
-    figures["split_capacity_frames_per_s"] = capacity
-    for percent in (50, 80, 120):
-        console.print(f"a stream at {percent} % of the batches' capacity …")
-        stream = arriving(wanted, capacity * percent / 100, cancel_share=0.1, seed=percent)
-        theirs, mine = serve_split(split, stream), serve_ours(ours, with_policy(stream, SHARED))
-        for name, served in (("split", theirs), ("ours", mine)):
-            figures[f"p50_s_{name}_at_{percent}"] = percentile(served.all_s, 0.50)
-            figures[f"p99_s_{name}_at_{percent}"] = percentile(served.all_s, 0.99)
-            figures[f"drawn_{name}_at_{percent}"] = served.drawn
-        figures[f"p99_ratio_at_{percent}"] = percentile(mine.all_s, 0.99) / percentile(theirs.all_s, 0.99)
-        means = [statistics.mean(values) for values in mine.latencies_s.values()]
-        figures[f"tenant_spread_at_{percent}"] = max(means) / min(means)
+    turns = {50: 1, 80: times, 120: 1}
+    missing = any(len(plan.journal.rounds(_stream(percent))) < wished for percent, wished in turns.items())
+    if "capacity" not in plan.journal.facts("streams") and missing:
+        plan.check_time()
+        plan.console.print("what the batches can take …")
+        split.run(wanted[: count // 4])  # warm, as the other one will be
+        start = time.perf_counter()
+        split.run(wanted)
+        plan.journal.note("streams", {"capacity": len(wanted) / (time.perf_counter() - start)})
+    capacity = plan.journal.facts("streams")["capacity"]
+    if missing:
+        ours.run(with_policy(wanted[:8], SHARED))  # the tables
+    figures: dict[str, Any] = {"split_capacity_frames_per_s": capacity}
+    for percent, wished in turns.items():
+        for turn in range(len(plan.journal.rounds(_stream(percent))), wished):
+            plan.check_time()
+            plan.console.print(f"{_stream(percent)}, {turn + 1} of {wished} …")
+            stream = arriving(wanted, capacity * percent / 100, cancel_share=0.1, seed=1000 * turn + percent)
+            runs = {
+                "split": lambda stream=stream: serve_split(split, stream),
+                "ours": lambda stream=stream: serve_ours(ours, with_policy(stream, SHARED)),
+            }
+            served = {name: runs[name]() for name in (runs if turn % 2 == 0 else reversed(runs))}
+            means = [statistics.mean(values) for values in served["ours"].latencies_s.values()]
+            measured = {f"tenant_spread_at_{percent}": max(means) / min(means)}
+            for name, one in served.items():
+                for quantile in (0.5, 0.99):
+                    measured[f"p{quantile * 100:g}_s_{name}_at_{percent}"] = percentile(one.all_s, quantile)
+                measured[f"drawn_{name}_at_{percent}"] = one.drawn
+            plan.journal.add(_stream(percent), measured)
+    for percent in turns:
+        columns = plan.journal.columns(_stream(percent))
+        pair = (columns[f"p99_s_ours_at_{percent}"], columns[f"p99_s_split_at_{percent}"])
+        figures[f"p99_ratio_at_{percent}"] = asdict(ratio(*pair))
+        figures |= {name: statistics.median(values) for name, values in columns.items()}
     return figures
+
+
+def _stream(percent: int) -> str:
+    return f"a stream at {percent} % of the batches' capacity"
 
 
 def main() -> int:
@@ -211,8 +323,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", default="toon")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--stream", type=int, default=80, help="requests of each stream; 0 leaves the streams out")
+    parser.add_argument("--stream", type=int, default=60, help="requests of each stream; 0 leaves the streams out")
+    parser.add_argument("--streams", type=int, default=3, help="at 80 %%, the order of the two turned about")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--until-minutes", type=float, help="begin nothing after so many; the same command goes on")
+    parser.add_argument(
+        "--journal", type=Path, default=Path("bench-results") / "frame.jsonl", help="of what is measured"
+    )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -228,9 +345,22 @@ def main() -> int:
         "rows_story_exact": story_rows(model, EXACT),
         "rows_story_few_levels": story_rows(model, FEW),
     }
-    figures |= closed_loop(model, adapters, arguments.rounds, console)
-    if arguments.stream:
-        figures |= open_loop(model, adapters[4], arguments.stream, console)
+    about = {
+        "sources": sources_digest(),
+        "pack": model.manifest.digest,
+        "machine": f"{machine['cpu']}, {torch.get_num_threads()} threads",
+        "stream": arguments.stream,
+    }
+    minutes = arguments.until_minutes
+    until_s = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+    plan = Plan(Journal(arguments.journal, about), console, until_s)
+    try:
+        figures |= closed_loop(model, adapters, arguments.rounds, plan)
+        if arguments.stream:
+            figures |= open_loop(model, adapters[4], arguments.stream, arguments.streams, plan)
+    except Enough:
+        console.print(f"enough for now; the same command goes on with what is in {arguments.journal}")
+        return 0
     targets: Sequence[Target] = TARGETS
     if torch.cuda.is_available():
         targets = (*TARGETS, *GPU_TARGETS)
@@ -243,8 +373,14 @@ def main() -> int:
             characters=widths.CHARACTERS,
             console=console,
         )
-    plan = {"rounds": arguments.rounds, "stream": arguments.stream, "threads": torch.get_num_threads(), "steps": STEPS}
-    found = document(figures, targets=targets, machine=machine, revision=revision, date=date, plan=plan)
+    run = {
+        "rounds": arguments.rounds,
+        "stream": arguments.stream,
+        "streams": arguments.streams,
+        "threads": torch.get_num_threads(),
+        "steps": STEPS,
+    }
+    found = document(figures, targets=targets, machine=machine, revision=revision, date=date, plan=run)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"frame-{date}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (arguments.out / "frame.md").write_text(markdown(found), encoding="utf-8")

@@ -51,9 +51,11 @@ class Target:
 TARGETS = (
     Target("rows_story", 840, "network rows of the report's story (the published code takes 1,920)", at_most=True),
     Target("one_story_speedup", 1.8, "one story, against the published schedule with the same noise"),
+    Target("pixel_difference_shared", 1, "and its picture, levels of 255 at most", at_most=True),
     Target("mixed_vs_split_unmerged", 2.0, "8 stories, 4 characters, against batches by character, unmerged weights"),
     Target("mixed_vs_split_merged", 1.8, "the same, merged weights"),
     Target("mixed_vs_split_ours", 1.1, "the same, merged weights and our rows"),
+    Target("pixel_difference_mixed", 2, "and its pictures, against batches with our rows, levels of 255", at_most=True),
     Target("adapters_16_vs_1_unmerged", 0.95, "16 characters against one, all unmerged"),
     Target("mixed_vs_peft_4", 1.2, "against PEFT's mixed batch, 4 characters"),
     Target("mixed_vs_peft_16", 1.5, "against PEFT's mixed batch, 16 characters"),

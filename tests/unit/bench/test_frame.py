@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from services.models.drawing import Sketch
 from tests.bench.frame import serving, widths
+from tests.bench.frame.__main__ import Enough, Plan
+from tests.bench.frame.journal import Journal, OtherJournal
 from tests.bench.frame.report import TARGETS, document, markdown, ratio
 from tests.bench.frame.serving import serve_ours, serve_split
 from tests.bench.frame.workload import Request, arriving
@@ -151,3 +154,51 @@ def test_what_a_gpu_is_measured_with_runs_on_a_processor() -> None:
     assert best == max(figures[f"tiny_mixed_as_it_is_at_{width}_images_per_s"] for width in (1, 2))
     assert all(figures[f"tiny_{kind}_as_it_is_at_2_of_peak"] > 0 for kind in ("mixed", "plain"))
     assert figures["tiny_diffusers_images_per_s"] > 0
+
+
+def test_a_journal_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    about, path = {"sources": "a"}, tmp_path / "deep" / "frame.jsonl"
+    journal = Journal(path, about)
+    journal.add("one", {"ours": 1.0, "theirs": 2.0})
+    journal.note("one", {"rows": 3})
+    journal.add("two", {"ours": 5.0})
+    with path.open("a") as file:
+        file.write('{"part": "one", "rou')  # killed while it wrote
+    again = Journal(path, about)
+    again.add("one", {"ours": 3.0, "theirs": 4.0})
+    last = Journal(path, about)
+    assert last.columns("one") == {"ours": [1.0, 3.0], "theirs": [2.0, 4.0]}
+    assert (last.facts("one"), last.columns("two"), last.columns("none")) == ({"rows": 3}, {"ours": [5.0]}, {})
+    with pytest.raises(OtherJournal, match="remove it"):
+        Journal(path, {"sources": "b"})
+
+
+def test_rounds_that_are_there_are_not_run_again(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    class System:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, wanted: Any) -> str:
+            ran.append(self.name)
+            return self.name
+
+    systems: Any = {name: (System(name), []) for name in "ab"}
+    path = tmp_path / "frame.jsonl"
+
+    def plan(until_s: float = float("inf")) -> Plan:
+        return Plan(Journal(path, {}), Console(file=io.StringIO()), until_s)
+
+    first = plan().rounds("part", systems, 2, lambda drawn: {"drew": sorted(drawn)})
+    assert ran == ["a", "b", "a", "b", "b", "a"], "warm, and then in turns"
+    assert [len(values) for values in first.values()] == [2, 2]
+    ran.clear()
+    assert plan(until_s=0.0).rounds("part", systems, 2) == first
+    assert plan().journal.facts("part") == {"drew": ["a", "b"]}
+    assert not ran
+    with pytest.raises(Enough):
+        plan(until_s=0.0).rounds("part", systems, 3)
+    third = plan().rounds("part", systems, 3)
+    assert [values[:2] for values in third.values()] == list(first.values())
+    assert ran == ["a", "b", "a", "b"]
