@@ -12,7 +12,8 @@
 Whoever starts a run may follow and stop it (`customize_progress`): `--progress FILE` is told of steps and snapshots;
 SIGTERM, or a file at `--stop-file`, ends a run after the step in progress and its save. `--snapshots N` writes what was
 learned after each N-th part of the steps, as weights and card like the last ones. `--probes` draws the same pictures
-before the first step, at every snapshot and at the end, and puts what is recognised in them into the cards (`probes`).
+before the first step, at every snapshot and at the end, and puts what is recognised in them into the cards (`probes`);
+what was recognised before the first step, of which there is no card, it tells of.
 
 `--workers N` trains in N processes under Ray Train (`customize_ray`), without it this process trains alone. A step's
 batches are numbered, and every process takes its share of them: what is learned depends on how many there are, and but
@@ -85,7 +86,7 @@ from training.optimizer import OptimizerRecipe, Pace
 from training.peers import PeerEnded, Peers, joined
 from training.precision import autocast, default_device
 from training.probes import Drawn, Prober
-from training.storage import Checkpoint, load_checkpoint, save_checkpoint, with_prefix
+from training.storage import Checkpoint, load_checkpoint, save_bytes, save_checkpoint, with_prefix
 
 CHECKPOINT = "checkpoint.safetensors"
 PLAN = "plan.json"
@@ -467,23 +468,14 @@ def seconds_a_step(trainee: Customization, seed: int) -> float:
 def write_artefact(artefact: Artefact, path: Path) -> None:
     """Write the weights to `path` and the card to `card_path(path)`, the card last: where it is, the weights are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, artefact.payload)
+    save_bytes(path, artefact.payload)
     card = {**artefact.card, "weights": {"file": path.name, **artefact.card["weights"]}}
-    _write(card_path(path), (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
+    save_bytes(card_path(path), (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def card_path(path: Path) -> Path:
     """Where the card of the weights at `path` is."""
     return path.with_suffix(".json")
-
-
-def _write(path: Path, payload: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def toon_customization(method: str, *, learns: str = "lora") -> CustomizationRecipe:
@@ -573,7 +565,7 @@ def _planned(pack: Pack, arguments: argparse.Namespace, folder: Path, recipe: Cu
     def write() -> None:
         print(f"{seconds:.2f} s a step: {steps} steps", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(plan, json.dumps({"steps": steps, "seconds_a_step": round(seconds, 3)}).encode())
+        save_bytes(plan, json.dumps({"steps": steps, "seconds_a_step": round(seconds, 3)}).encode())
 
     peers.alone(write)
     return steps
@@ -661,7 +653,12 @@ def run(arguments: argparse.Namespace, progress: Progress, stop: Stop, peers: Pe
         progress.tell("snapshot", step=recipe.steps, file=str(arguments.out))
         return artefact.card
 
-    peers.alone(lambda: probed(0, None))
+    def measure_before() -> None:
+        """What is forgotten is forgotten since then, and no card of weights has these figures."""
+        if figures := probed(0, None):
+            progress.tell("probed", step=0, figures=figures)
+
+    peers.alone(measure_before)
     artefact = customize(
         pack,
         story,

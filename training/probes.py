@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import permutations
@@ -45,6 +44,7 @@ from services.models.world import World
 from training.customize_errors import RunStopped
 from training.new_story import NewStory
 from training.precision import default_device
+from training.storage import save_bytes
 
 FILE = "probes.jsonl"
 RECOGNISED, LOOK_ALIKE, KEPT = "recognised", "look_alike", "kept"
@@ -202,7 +202,7 @@ class Prober:
         for probe, pixels, one in zip(self.probes, pictures, seen, strict=True):
             image = _png(pixels)
             name = f"{step:06d}-{_file_name(probe.name)}.png"
-            _write(folder / name, image)
+            save_bytes(folder / name, image)
             found.append(
                 Drawn(
                     step=step,
@@ -217,7 +217,7 @@ class Prober:
         others = [one for one in drawn_in(folder) if one.step != step]
         both = sorted([*others, *found], key=lambda one: one.step)
         lines = (json.dumps(asdict(one), ensure_ascii=False) for one in both)
-        _write(folder / FILE, "".join(f"{line}\n" for line in lines).encode())
+        save_bytes(folder / FILE, "".join(f"{line}\n" for line in lines).encode())
         return found
 
     def _seen(self, probe: Probe, pixels: Pixels) -> Seen:
@@ -312,12 +312,3 @@ def _png(pixels: Pixels) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format="PNG", compress_level=6)
     return out.getvalue()
-
-
-def _write(path: Path, payload: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -1,14 +1,16 @@
 """Keeps what training makes between runs: checkpoints and caches, outside the repository.
 
-A checkpoint is one safetensors file: named tensors, and one JSON object in the header. It is written beside its final
-place and renamed, so it is complete or absent. Knows no network; nothing here is pickled.
+A checkpoint is one safetensors file: named tensors, and one JSON object in the header. It, and any file that others
+read while a run goes on, is written beside its final place and renamed, so it is complete or absent. Knows no network;
+nothing here is pickled.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +53,33 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` to `path`, replacing what is there only once the new one is complete on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + f".{os.getpid()}.part")
     # Tied or viewed tensors would be refused; a checkpoint is small enough to copy.
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in checkpoint.tensors.items()}
-    save_file(tensors, beside, metadata={_HEADER_KEY: json.dumps(checkpoint.facts, sort_keys=True)})
-    with beside.open("rb") as written:
-        os.fsync(written.fileno())
-    beside.replace(path)
+    with _complete(path) as part:
+        save_file(tensors, part, metadata={_HEADER_KEY: json.dumps(checkpoint.facts, sort_keys=True)})
+
+
+def save_bytes(path: Path, payload: bytes) -> None:
+    """Write a file of any kind to `path`, replacing what is there only once the new one is complete on disk."""
+    with _complete(path) as part:
+        part.write_bytes(payload)
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place when the block has written it.
+
+    When that fails it goes: on a full disk half a file would hold the room that others need to say what happened.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:

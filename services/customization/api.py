@@ -36,7 +36,9 @@ from services.customization.intake import (
     check_request_id,
     check_upload,
     clean_pictures,
+    description_window,
     given_story,
+    known_cast,
     known_pack,
     new_character,
     taught_pack,
@@ -51,7 +53,15 @@ from services.customization.publishing import (
     version_of,
     weights_of,
 )
-from services.customization.records import CharacterVersion, Checkpoint, Estimate, Event, Job, StoredFrame
+from services.customization.records import (
+    CharacterVersion,
+    Checkpoint,
+    Estimate,
+    Event,
+    Job,
+    StoredFrame,
+    TrainingSettings,
+)
 from services.customization.reporting import Reporter
 from services.customization.repository import Repository, unsuitable
 from services.customization.shelf import Shelf
@@ -151,15 +161,16 @@ class CustomizationApi:
         check_request_id(request.request_id)
         check_upload(request.frames)
         if not request.validate_only:
-            known = await self._repository.find_by_request(request.request_id, request.body_sha256)
-            if known is not None:
-                return Created(job=known, findings=known.findings, estimate=known.estimate, is_acceptable=True)
+            made = await self._repository.find_by_request(request.request_id, request.body_sha256)
+            if made is not None:
+                return Created(job=made, findings=made.findings, estimate=made.estimate, is_acceptable=True)
         name = request.pack or self._settings.default_pack
         pack = await asyncio.to_thread(taught_pack, name, self._pack_folders)
         settings = training_settings(request, pack, self._settings)
         story = given_story(request, pack)
         with CHECK_SECONDS.time():
-            findings = await asyncio.to_thread(self._look_over, story, await self._known(pack, story), pack)
+            known = await self._known(pack, story)
+            findings = await asyncio.to_thread(self._look_over, story, known, pack, settings)
         measured = await self._repository.measured(
             pack_digest=settings.pack_digest,
             method=settings.method,
@@ -202,16 +213,24 @@ class CustomizationApi:
             log.info("job_created", job_id=job.job_id, pack=settings.pack, method=settings.method)
         return Created(job=job, findings=job.findings, estimate=job.estimate, is_acceptable=True)
 
-    def _look_over(self, story: GivenStory, cast: Sequence[KnownCharacter], pack: TaughtPack) -> list[Finding]:
-        return check_story(story, cast, self._eyes(pack.folder))
+    def _look_over(
+        self, story: GivenStory, cast: Sequence[KnownCharacter], pack: TaughtPack, settings: TrainingSettings
+    ) -> list[Finding]:
+        return check_story(story, cast, self._eyes(pack.folder), description_window(pack, story, settings))
 
     async def _known(self, pack: TaughtPack, story: GivenStory) -> list[KnownCharacter]:
-        """The pack's cast, and who else was published for it: the same one may be taught again."""
+        """The pack's cast, who is in the stories that it is taught beside, and who else was published for it.
+
+        The same one as a published one may be taught again.
+        """
+        folder = self._settings.known_of(pack.manifest.name)
+        beside = () if folder is None else await asyncio.to_thread(known_cast, folder)
         published = await self._repository.versions(limit=1000)
         own = {one.character.name: one.character.phrase for one in published if one.pack == pack.manifest.name}
-        known = {*(one.name for one in pack.cast), story.name}
-        added = [KnownCharacter(name=name, phrase=phrase) for name, phrase in own.items() if name not in known]
-        return [*pack.cast, *added]
+        told = {one.name for one in pack.cast}
+        cast = [*pack.cast, *(one for one in beside if one.name not in told)]
+        known = {*(one.name for one in cast), story.name}
+        return [*cast, *(KnownCharacter(name=name, phrase=look) for name, look in own.items() if name not in known)]
 
     async def get(self, job_id: str) -> Job:
         """A job as it stands."""
@@ -258,16 +277,17 @@ class CustomizationApi:
     async def checkpoints(self, job_id: str, *, page_size: int, page_token: str) -> CheckpointPage:
         """What a job has learned so far, oldest first."""
         last = paging.place_after(page_token, _STEP)
-        every = await self._repository.checkpoints(_checked(job_id))
+        job = await self._repository.get(_checked(job_id))
+        every = await self._repository.checkpoints(job_id)
         found = [one for one in every if last is None or one.step > int(last[0])]
         checkpoints, token = paging.cut(found, paging.page_size(page_size), lambda one: str(one.step))
-        return CheckpointPage(checkpoints=checkpoints, suggested_step=_suggested(every), next_page_token=token)
+        return CheckpointPage(checkpoints=checkpoints, suggested_step=_suggested(every, job), next_page_token=token)
 
     async def publish(self, job_id: str, step: int) -> CharacterVersion:
         """Makes a checkpoint a version that frame services can draw at once; a deleted one is back by that."""
         job = await self._repository.get(_checked(job_id))
         if not step:
-            step = _suggested(await self._repository.checkpoints(job_id))
+            step = _suggested(await self._repository.checkpoints(job_id), job)
             if not step:
                 raise CheckpointNotFound("the job has no checkpoint yet; wait for the first one")
         checkpoint, file, card = await self._repository.checkpoint(job_id, step)
@@ -322,7 +342,7 @@ class CustomizationApi:
         return now_us() + round(self._settings.keep_deleted_s * 1e6)
 
     async def undelete(self, job_id: str) -> Job:
-        """Takes a deletion back."""
+        """Takes a deletion back. Raises CustomizationJobNotFound, also once its time is over."""
         return await self._repository.undelete(_checked(job_id))
 
     async def versions(self, *, page_size: int, page_token: str, name: str, show_deleted: bool) -> VersionPage:
@@ -393,8 +413,8 @@ class CustomizationApi:
         return await self._objects.get(sha256)
 
 
-def _suggested(checkpoints: Sequence[Checkpoint]) -> int:
-    chosen = suggestion([Measured(step=one.step, figures=one.figures) for one in checkpoints])
+def _suggested(checkpoints: Sequence[Checkpoint], job: Job) -> int:
+    chosen = suggestion([Measured(step=one.step, figures=one.figures) for one in checkpoints], job.baseline)
     return chosen.step if chosen is not None else 0
 
 

@@ -2,13 +2,15 @@
 
 Errors are what a training run would refuse, or could learn nothing from; warnings are risks that somebody may take.
 Everything from outside is read here, pictures included; nothing raises for what a client sent. Knows no job, no store
-and no transport, and of the pack only what it is given: whom it knows, and its eyes where it has some.
+and no transport, and of the pack only what it is given: whom it knows, how much text it takes, and its eyes if it has
+some.
 
     FRAMES_TOO_FEW  FRAMES_TOO_MANY  FRAMES_FEW           how many frames there are
     NAME_INVALID  NAME_TAKEN  NAME_LIKE_KNOWN  NAME_GENERIC
     PHRASE_INVALID  NOUN_INVALID  LOOK_ALIKE              who it is, and whom they could be taken for
     CAPTION_INVALID  CAPTIONS_WITHOUT_NAME
-    DESCRIPTION_INVALID  DESCRIPTION_WITHOUT_CHARACTER    what is told
+    DESCRIPTION_INVALID  DESCRIPTION_TOO_LONG
+    DESCRIPTION_WITHOUT_CHARACTER                         what is told
     FRAME_UNREADABLE  FRAME_TOO_LARGE  FRAME_TOO_SMALL  FRAME_SMALL  FRAME_SHAPE
     FRAME_EMPTY  FRAME_BLURRED  FRAME_REPEATED  FRAME_NEARLY_REPEATED
     CHARACTER_NOT_SEEN                                    what is shown
@@ -22,6 +24,7 @@ Pictures are uint8 `[H, W, 3]`, RGB.
 from __future__ import annotations
 
 import io
+import math
 import re
 import unicodedata
 import warnings
@@ -33,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from services.customization.window import Window
 from services.models.likeness import ALIKE, WORN, Vocabulary, matches, whole_word
 
 if TYPE_CHECKING:  # torch is not needed to look over a story
@@ -119,11 +123,13 @@ class Looks(Protocol):
         ...
 
 
-def check_story(story: GivenStory, cast: Sequence[KnownCharacter], look: Looks | None) -> list[Finding]:
+def check_story(
+    story: GivenStory, cast: Sequence[KnownCharacter], look: Looks | None, window: Window | None = None
+) -> list[Finding]:
     """What is wrong with a story: as a whole first, then frame by frame. Empty for one without fault.
 
     `cast` are those whom the pack knows already, `look` the pack's eyes; without eyes nobody says whether the character
-    is to be seen.
+    is to be seen, and without `window` whether a description fits the pack's text encoder.
     """
     vocabulary = None if look is None else Vocabulary(look.shape)
     pictures, unreadable = _pictures(story)
@@ -138,7 +144,7 @@ def check_story(story: GivenStory, cast: Sequence[KnownCharacter], look: Looks |
     ]
     by_frame: list[Finding] = []
     for number, frame in enumerate(story.frames, 1):
-        found = [*unreadable.get(number, ()), *_texts(story, frame, number)]
+        found = [*unreadable.get(number, ()), *_texts(story, frame, number), *_length(story, frame, number, window)]
         if number in pictures:
             found += [*_size(story, pictures[number], number), *_quality(story, pictures[number], number)]
             found += _repeats(pictures, number)
@@ -168,13 +174,29 @@ def is_told_in(story: GivenStory, text: str) -> bool:
     """Whether a text speaks of the character, by name or by phrase."""
     if story.name.strip() and whole_word(story.name.strip()).search(text):
         return True
+    what, wears = _look(story)
+    return bool(what and re.search(rf"\b(?:an?|the) {what}{wears}", text, re.IGNORECASE))
+
+
+def by_name(story: GivenStory, text: str) -> str:
+    """The same with the name alone where the look was told, as training reads it, too."""
+    name, (what, wears) = story.name.strip(), _look(story)
+    if not name or not what:
+        return text
+    after = rf"(?<!\w){re.escape(name)}(?:, (?:an?|the) {what}{wears},?| the {what}{wears})"
+    before = rf"\b(?:an?|the) {what} {re.escape(name)}{wears}"
+    named = re.sub(f"{after}|{before}", lambda _: name, text, flags=re.IGNORECASE)
+    if whole_word(name).search(named):
+        return named
+    return re.sub(rf"\b(?:an?|the) {what}{wears}", lambda _: name, named, flags=re.IGNORECASE)
+
+
+def _look(story: GivenStory) -> tuple[str, str]:
+    """Patterns of what somebody is ("black penguin"), empty for no phrase, and of what they may wear."""
     bare = re.sub(r"^(?:an?|the) ", "", story.phrase.strip(), flags=re.IGNORECASE)
     joint = WORN.search(bare)
     what, worn = (bare, "") if joint is None else (bare[: joint.start()], bare[joint.end() :])
-    if not what:
-        return False
-    wears = rf"(?: (?:with|wearing|in) {re.escape(worn)})?" if worn else ""
-    return bool(re.search(rf"\b(?:an?|the) {re.escape(what)}{wears}", text, re.IGNORECASE))
+    return re.escape(what), rf"(?: (?:with|wearing|in) {re.escape(worn)})?" if worn else ""
 
 
 class PictureTooLarge(ValueError):
@@ -364,6 +386,25 @@ def _texts(story: GivenStory, frame: GivenFrame, number: int) -> Iterator[Findin
             f"The {what} of frame {number} speaks neither of {_who(story)} nor of "
             f"{story.phrase.strip()[:MOST_PHRASE_LETTERS] or 'a look'}.",
             f"Say {_who(story)}, or the look, where now stands somebody of that kind.",
+            number,
+        )
+
+
+def _length(story: GivenStory, frame: GivenFrame, number: int, window: Window | None) -> Iterator[Finding]:
+    """Training reads a description as it is and with the name alone, and cuts neither off."""
+    text = (frame.description or frame.caption).strip()
+    if window is None or not _is_text(text, MOST_TEXT_LETTERS):
+        return
+    read = [found for told in (text, by_name(story, text)) if (found := window.overlong(told)) is not None]
+    if read:
+        worst = max(read, key=lambda one: one.token_count - one.limit)
+        words = math.ceil(len(text.split()) * (1.0 - worst.limit / worst.token_count))
+        what = "description" if frame.description else "caption, which stands for the description,"
+        yield _error(
+            "DESCRIPTION_TOO_LONG",
+            f"The {what} of frame {number} has {worst.token_count} tokens as training counts them, and the pack's text "
+            f"encoder takes {worst.limit}.",
+            f"Say it with about {words} words less, and only what is to be seen.",
             number,
         )
 

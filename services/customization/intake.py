@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import structlog
 from PIL import Image
 
 from services.customization.checks import (
@@ -30,6 +31,7 @@ from services.customization.checks import (
 )
 from services.customization.config import CustomizationSettings
 from services.customization.records import NewCharacter, StoredFrame, TrainingSettings
+from services.customization.window import Window, window_of
 from services.models.captions.cast import Cast
 from services.models.errors import AdapterDamaged, ModelError, PackNotFound
 from services.models.pack import Manifest, find_pack, read_manifest
@@ -66,6 +68,8 @@ _IMPORT_FIELDS = {
 }
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,255}")
 _STORY_FILE = "story.json"
+
+log = structlog.get_logger("fabula.customization.intake")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +157,36 @@ def _cast(folder: Path) -> tuple[KnownCharacter, ...]:
         raise FailedPrecondition(f"what the pack says of its cast cannot be read: {error}") from error
     looks = dict.fromkeys(names, "") | dict(told)
     return tuple(KnownCharacter(name=name, phrase=phrase) for name, phrase in sorted(looks.items()))
+
+
+def known_cast(folder: Path) -> tuple[KnownCharacter, ...]:
+    """Who is in the stories of a folder that a pack is taught beside: training takes nobody else of their names.
+
+    A story that cannot be read is passed over: whether it is needed, and what is wrong with it, training says.
+    """
+    names: set[str] = set()
+    for story in sorted(folder.glob(f"*/{_STORY_FILE}")):
+        try:
+            for frame in json.loads(story.read_bytes())["frames"]:
+                names |= {name.strip() for name in frame["characters"]}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            log.warning("known_story_unreadable", story=str(story), error=f"{type(error).__name__}: {error}")
+    return tuple(KnownCharacter(name=name) for name in sorted(names))
+
+
+def description_window(pack: TaughtPack, story: GivenStory, settings: TrainingSettings) -> Window:
+    """What the descriptions of a job have to fit into. Raises FailedPrecondition for a pack that is damaged."""
+    try:
+        return window_of(
+            pack.folder,
+            pack.manifest.architecture,
+            method=settings.method,
+            learns=settings.learns,
+            name=story.name,
+            phrase=story.phrase,
+        )
+    except (ValueError, OSError) as error:
+        raise FailedPrecondition(f"the tokenizer of the pack cannot be read: {error}") from error
 
 
 def training_settings(request: JobRequest, pack: TaughtPack, settings: CustomizationSettings) -> TrainingSettings:

@@ -48,7 +48,9 @@ class LocalBackend:
         self._niceness, self._program = niceness, tuple(program)
         found = os.environ if environment is None else environment
         self._environment = {name: value for name, value in found.items() if not name.startswith("RAY_")}
-        self._processes: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}  # by job, with the attempt
+        # By job, with the attempt. One that ended is kept until the job's next: how it ended may be asked again, when
+        # what followed from it could not be recorded.
+        self._processes: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}
         self._folders: dict[str, Path] = {}
 
     async def start(self, run: Run) -> None:
@@ -98,7 +100,6 @@ class LocalBackend:
             return None
         if process is not None and attempt == run.attempt and status is None:
             status = await asyncio.to_thread(process.wait)  # it let go of the lock, so it is all but gone
-        self._processes.pop(run.job_id, None)
         self._folders.pop(run.job_id, None)
         detail = " | ".join(last_lines(run.folder / LOG_FILE))[-500:]
         return Ended(status=status, detail=f"exit status {status}" + (f": {detail}" if detail else ""))

@@ -128,6 +128,7 @@ class Job:
     end_us: int | None = None
     delete_us: int | None = None
     purge_us: int | None = None
+    baseline: Mapping[str, float] = field(default_factory=dict)  # of the probes before the first step; empty: not known
     ahead_count: int = 0
     versions: tuple[CharacterVersion, ...] = ()
 

@@ -93,12 +93,13 @@ class JobReport:
     losses: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # by part: step and value
     probes: Sequence[ReportProbe] = ()
     checkpoints: Sequence[ReportCheckpoint] = ()
+    baseline: Mapping[str, float] = field(default_factory=dict)  # figures of the probes before the first step
     recipe: Mapping[str, Any] = field(default_factory=dict)  # as JSON has it
 
 
 def report_page(job: JobReport) -> str:
     """The whole page."""
-    chosen = suggestion([Measured(step=one.step, figures=one.figures) for one in job.checkpoints])
+    chosen = suggestion([Measured(step=one.step, figures=one.figures) for one in job.checkpoints], job.baseline)
     body = "".join(
         (
             _head(job),
@@ -186,6 +187,8 @@ def _gauges(job: JobReport, chosen: Suggestion | None) -> str:
         if gauge.figure not in shown.figures:
             continue
         series = [(one.step, one.figures[gauge.figure]) for one in probed if gauge.figure in one.figures]
+        if gauge.figure in job.baseline:
+            series = [(0, job.baseline[gauge.figure]), *series]
         value, first = shown.figures[gauge.figure], series[0][1]
         moved = ""
         if series[0][0] != shown.step:
@@ -341,7 +344,9 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 def _metrics(job: JobReport, chosen: Suggestion | None) -> str:
     if not job.checkpoints:
         return ""
-    names = list(dict.fromkeys(name for one in job.checkpoints for name in one.figures))
+    before = [ReportCheckpoint(step=0, figures=job.baseline)] if job.baseline else []
+    measured = [*before, *sorted(job.checkpoints, key=lambda one: one.step)]
+    names = list(dict.fromkeys(name for one in measured for name in one.figures))
     known = {gauge.figure: gauge.title for gauge in _GAUGES}
     heads = "".join(f'<th scope="col">{escape(known.get(name, name))}</th>' for name in names)
     rows = "".join(
@@ -349,7 +354,7 @@ def _metrics(job: JobReport, chosen: Suggestion | None) -> str:
         f'<th scope="row">{"before" if one.step == 0 else one.step}</th>'
         + "".join(f"<td>{_figure(name, one.figures.get(name))}</td>" for name in names)
         + f"<td>{_size(one.size_bytes)}</td><td><code>{escape(one.weights_sha256[:12])}</code></td></tr>"
-        for one in sorted(job.checkpoints, key=lambda one: one.step)
+        for one in measured
     )
     return (
         '<section><h2>Checkpoints</h2><div class="scroll"><table class="figures"><thead><tr><th scope="col">step</th>'

@@ -98,6 +98,7 @@ class Reporter:
             losses={name: sorted(points.items()) for name, points in losses.items()},
             probes=sorted(probes, key=lambda one: one.step),
             checkpoints=checkpoints,
+            baseline=job.baseline,
             recipe=dataclasses.asdict(job.settings),
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, insert, not_, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -189,7 +189,7 @@ class Repository:
             return await _move(connection, job_id, to, only_from, at, reason, message, following)
 
     async def begin_attempt(self, job_id: str, *, in_state: State, following: Following) -> int | None:
-        """Counts a job's next attempt, with its event; None when it is no longer in `in_state`.
+        """Counts a job's next attempt, with its event; None when it is no longer in `in_state`, or about to be purged.
 
         A job that is queued is provisioned by that; one that is running goes on running.
         """
@@ -198,7 +198,7 @@ class Repository:
         async with writing(self._engine) as connection:
             attempt = await connection.scalar(
                 update(jobs)
-                .where(jobs.c.job_id == job_id, jobs.c.state == in_state.value)
+                .where(jobs.c.job_id == job_id, jobs.c.state == in_state.value, not_(_due(at)))
                 .values(
                     state=to.value,
                     attempt=jobs.c.attempt + 1,
@@ -232,11 +232,12 @@ class Repository:
         running: bool = False,
         progress: Progress | None = None,
         cards: Mapping[int, tuple[str, Mapping[str, Any]]] | None = None,
+        baseline: Mapping[str, float] | None = None,
     ) -> None:
         """What was read of a job's training process: events in order, and how far it was read.
 
         `steps` is the number that was measured, `running` says that the process began its work, `cards` are file and
-        card of the checkpoints among the events, by step.
+        card of the checkpoints among the events, by step, `baseline` is what was measured before the first step.
         """
         at = now_us()
         async with writing(self._engine) as connection:
@@ -246,6 +247,8 @@ class Repository:
                 changed["settings"] = {**row.settings, "steps": steps}
             if progress is not None:
                 changed["progress"] = to_json(progress)
+            if baseline is not None:
+                changed["baseline"] = dict(baseline)
             await connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(**changed))
             if running:
                 await _move(connection, job_id, State.RUNNING, {State.PROVISIONING}, at)
@@ -488,36 +491,45 @@ class Repository:
             return await _job(connection, job_id)
 
     async def undelete(self, job_id: str) -> Job:
-        """Takes a deletion back. Raises CustomizationJobNotFound."""
+        """Takes a deletion back. Raises CustomizationJobNotFound, also once its time is over: its files may be gone."""
+        at = now_us()
         async with writing(self._engine) as connection:
-            await _row(connection, job_id)
+            row = await _row(connection, job_id, lock=True)
+            if row.purge_us is not None and row.purge_us <= at:
+                raise CustomizationJobNotFound(
+                    "the time in which this job could be undeleted is over", metadata={"job_id": job_id}
+                )
             await connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(delete_us=None, purge_us=None))
             return await _job(connection, job_id)
 
     async def purgeable(self, *, at_us: int) -> list[str]:
         """Deleted jobs whose time is over and that have no training process."""
         async with reading(self._engine) as connection:
-            rows = await connection.execute(
-                select(jobs.c.job_id).where(
-                    jobs.c.purge_us <= at_us, jobs.c.state.in_([state.value for state in State if not state.occupies])
-                )
-            )
+            rows = await connection.execute(select(jobs.c.job_id).where(_due(at_us)))
             return [row.job_id for row in rows]
 
-    async def purge(self, job_id: str) -> list[str]:
-        """Removes a job for good.
+    async def own_objects(self, job_id: str, *, at_us: int) -> list[str] | None:
+        """The objects of a job that is to be purged which nobody else has: its pictures, and its page last.
 
-        Returns its objects that nobody has any more: its page and its pictures; versions keep theirs, deleted ones too.
+        Versions keep theirs, deleted ones too. None for a job whose time is not over: it was undeleted since somebody
+        looked, or is gone. One whose time is over can neither come back nor be trained any more.
+        """
+        async with reading(self._engine) as connection:
+            return await _own_objects(connection, job_id, at_us)
+
+    async def purge(self, job_id: str, *, at_us: int, removed: Collection[str]) -> bool:
+        """Removes a job for good whose time is over and whose own objects are `removed`; says whether it did.
+
+        It stays when it has others since: the next look removes those, too.
         """
         async with writing(self._engine) as connection:
-            page = await connection.scalar(select(jobs.c.report_sha256).where(jobs.c.job_id == job_id))
-            own = list(await connection.scalars(select(images.c.sha256).where(images.c.job_id == job_id)))
+            own = await _own_objects(connection, job_id, at_us, lock=True)
+            if own is None or not set(own) <= set(removed):
+                return False
             for table in (events, checkpoints, images, request_keys):
                 await connection.execute(delete(table).where(table.c.job_id == job_id))
             await connection.execute(delete(jobs).where(jobs.c.job_id == job_id))
-            shared = set(await connection.scalars(select(images.c.sha256).where(images.c.sha256.in_(own))))
-            shared |= await _version_pictures(connection)
-            return [sha256 for sha256 in (*own, *([page] if page else ())) if sha256 not in shared]
+            return True
 
     # -- what the runner asks ----------------------------------------------------------------------------------------
 
@@ -561,6 +573,23 @@ class Repository:
                 .order_by(jobs.c.queue_us, jobs.c.job_id)
             )
             return [_job_from(row) for row in rows]
+
+
+def _due(at_us: int) -> ColumnElement[bool]:
+    """Jobs that are to be purged: deleted, their time is over, and they have no training process."""
+    idle = jobs.c.state.in_([state.value for state in State if not state.occupies])
+    return and_(jobs.c.purge_us.is_not(None), jobs.c.purge_us <= at_us, idle)
+
+
+async def _own_objects(connection: AsyncConnection, job_id: str, at_us: int, *, lock: bool = False) -> list[str] | None:
+    statement = select(jobs).where(jobs.c.job_id == job_id, _due(at_us))
+    row = (await connection.execute(statement.with_for_update() if lock else statement)).one_or_none()
+    if row is None:
+        return None
+    own = list(await connection.scalars(select(images.c.sha256).where(images.c.job_id == job_id)))
+    others = select(images.c.sha256).where(images.c.sha256.in_(own), images.c.job_id != job_id)
+    shared = set(await connection.scalars(others)) | await _version_pictures(connection)
+    return [sha256 for sha256 in (*own, *([row.report_sha256] if row.report_sha256 else ())) if sha256 not in shared]
 
 
 async def _append(connection: AsyncConnection, job_id: str, what: Durable, at: int) -> None:
@@ -717,6 +746,7 @@ def _job_from(row: Any) -> Job:
         end_us=row.end_us,
         delete_us=row.delete_us,
         purge_us=row.purge_us,
+        baseline=row.baseline or {},
     )
 
 

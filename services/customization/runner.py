@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Seen:
     running: bool = False
     progress: Progress | None = None
     cards: dict[int, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    baseline: Mapping[str, float] | None = None
 
 
 class Runner:
@@ -265,6 +267,11 @@ class Runner:
         ended = await self._backend.look(run)
         following = await self._read(job)
         job = await self._repository.get(job_id)  # a wish may have come meanwhile, and reading may have moved it
+        read_bytes = -1
+        while ended is not None and following.offset_bytes != read_bytes:  # how it ended stands at the very end
+            read_bytes = following.offset_bytes
+            following = await self._read(job)
+            job = await self._repository.get(job_id)
         if ended is not None:
             await self._ended(job, following, ended)
         elif job.state in (State.PAUSING, State.CANCELLING):
@@ -301,11 +308,17 @@ class Runner:
             self._broadcaster.note(job_id)
 
     async def _purge(self, job_id: str) -> None:
+        """Its files first: one who is killed before the rows go has the next look do it all again."""
+        if await self._repository.own_objects(job_id, at_us=now_us()) is None:
+            return  # others were purged before it, which takes its time, and it was undeleted meanwhile
+        await asyncio.to_thread(_remove, self._folder / job_id)
         async with self._shelf.alone():  # nobody puts or publishes meanwhile what is found unused here
-            for sha256 in await self._repository.purge(job_id):
+            at_us = now_us()
+            own = await self._repository.own_objects(job_id, at_us=at_us)
+            for sha256 in own or ():
                 await self._objects.delete(sha256)
-        await asyncio.to_thread(shutil.rmtree, self._folder / job_id, True)
-        log.info("job_purged", job_id=job_id)
+            if await self._repository.purge(job_id, at_us=at_us, removed=own or ()):
+                log.info("job_purged", job_id=job_id)
 
     # -- what a process told -----------------------------------------------------------------------------------------
 
@@ -316,21 +329,26 @@ class Runner:
         lines, offset = await asyncio.to_thread(read_lines, path, following.offset_bytes)
         if offset == following.offset_bytes:
             return following
-        seen = Seen(following=replace(following, offset_bytes=offset))
-        for line in lines:
-            try:
-                await self._fold(job, seen, line)
-            except (KeyError, TypeError, ValueError) as error:
-                log.warning("line_unreadable", job_id=job.job_id, event=str(line)[:200], exc_info=error)
-        await self._repository.record(
-            job.job_id,
-            following=seen.following,
-            happened=seen.happened,
-            steps=seen.steps,
-            running=seen.running,
-            progress=seen.progress,
-            cards=seen.cards,
-        )
+        async with AsyncExitStack() as turn:
+            if any(line["event"] == "probe" for line in lines):
+                # A picture that is put is not found unused by somebody who purges, before it is known whose it is.
+                await turn.enter_async_context(self._shelf.putting())
+            seen = Seen(following=replace(following, offset_bytes=offset))
+            for line in lines:
+                try:
+                    await self._fold(job, seen, line)
+                except (KeyError, TypeError, ValueError) as error:
+                    log.warning("line_unreadable", job_id=job.job_id, event=str(line)[:200], exc_info=error)
+            await self._repository.record(
+                job.job_id,
+                following=seen.following,
+                happened=seen.happened,
+                steps=seen.steps,
+                running=seen.running,
+                progress=seen.progress,
+                cards=seen.cards,
+                baseline=seen.baseline,
+            )
         self._broadcaster.note(job.job_id)
         return seen.following
 
@@ -355,6 +373,8 @@ class Runner:
                         image_sha256=await self._objects.put(picture),
                     )
                 )
+            case "probed" if int(line["step"]) == 0:  # of later steps the card of the weights says it
+                seen.baseline = {str(name): float(value) for name, value in line["figures"].items()}
             case "ended":
                 told = {key: str(line.get(key, "")) for key in ("outcome", "reason", "message")}
                 seen.following = replace(seen.following, outcome=told)
@@ -411,6 +431,12 @@ class Runner:
 def _fresh(following: Following) -> Following:
     """What is kept of what was seen when the next attempt begins."""
     return replace(following, outcome=None, stop_us=None, first_step=None, first_at=None, begin_at=None)
+
+
+def _remove(folder: Path) -> None:
+    """A folder with all that is in it, if it is there. Raises OSError."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _disk_trouble(error: OSError) -> tuple[str, str]:

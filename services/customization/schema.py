@@ -41,6 +41,7 @@ jobs = Table(
     Column("purge_us", BigInteger),
     Column("report_sha256", String(64)),  # the page on the job, in the object store
     Column("report_us", BigInteger),  # when it was made; of before the job's end: it is an old one
+    Column("baseline", JSON(none_as_null=True)),  # figures of the probes before the first step
     Index(None, "state"),
 )
 

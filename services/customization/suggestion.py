@@ -43,21 +43,20 @@ def forgotten(measured: Measured, before: Measured) -> float:
     return before.figures[KEPT] - measured.figures[KEPT]
 
 
-def suggestion(checkpoints: Sequence[Measured]) -> Suggestion | None:
-    """The one to publish; None where there is nothing to publish.
+def suggestion(checkpoints: Sequence[Measured], baseline: Mapping[str, float]) -> Suggestion | None:
+    """The one to publish; None where there is nothing to publish. `baseline` was measured before the first step.
 
-    Of checkpoints that were probed the best by what they recognise less what they confuse and have forgotten since the
-    first probes, which are of step 0 where a job began with them; the earlier of two that are nearly as good. Without
-    probes the last one.
+    Of checkpoints that were probed the best by what they recognise less what they confuse and have forgotten since
+    before the first step, or since the first of them where nothing is known of before; the earlier of two that are
+    nearly as good. Without probes the last one.
     """
-    if not any(one.step > 0 for one in checkpoints):
+    if not checkpoints:
         return None
     ordered = sorted(checkpoints, key=lambda one: one.step)
-    probed = [one for one in ordered if {RECOGNISED, LOOK_ALIKE, KEPT} <= one.figures.keys()]
-    learned = [one for one in probed if one.step > 0]
+    learned = [one for one in ordered if {RECOGNISED, LOOK_ALIKE, KEPT} <= one.figures.keys()]
     if not learned:
         return Suggestion(step=ordered[-1].step, why="It is the last one; nothing was measured on any.")
-    before = probed[0]
+    before = Measured(step=0, figures=baseline) if KEPT in baseline else learned[0]
     best = max(_worth(one, before) for one in learned)
     chosen = next(one for one in learned if _worth(one, before) >= best - _NEARLY)
     return Suggestion(step=chosen.step, why=_why(chosen, learned, before))
@@ -72,7 +71,11 @@ def _worth(measured: Measured, before: Measured) -> float:
 def _why(chosen: Measured, learned: Sequence[Measured], before: Measured) -> str:
     lost = forgotten(chosen, before)
     told = f"{chosen.figures[RECOGNISED]:.0%} of the new character's look is right in its probes"
-    told += f", and the old cast has lost {lost:.0%} of theirs" if lost > 0.005 else ", and the old cast lost nothing"
+    if chosen is before:
+        told += "; what the old cast has lost by then was not measured"
+    else:
+        since = f" since step {before.step}" if before.step else ""
+        told += f", and the old cast {f'has lost {lost:.0%} of theirs' if lost > 0.005 else 'lost nothing'}{since}"
     last = learned[-1]
     if chosen is last:
         return f"{told}. It is the last one."

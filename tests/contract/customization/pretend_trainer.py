@@ -1,8 +1,8 @@
 """Takes the arguments of `training.customize` and behaves like it, without a network: for tests of what is around it.
 
 A step hashes the state, so what comes out depends on every step having been taken once and in order. Checkpoints,
-snapshots, progress and signals are as the real one has them. `PRETEND_*` variables say how long a step takes and what
-goes wrong.
+snapshots, progress and signals are as the real one has them. `PRETEND_*` variables say how long a step takes, what
+probes show by step, and what goes wrong.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from training.customize_progress import NO_ROOM, STOPPED, Progress, Stop
 STEP_S = float(os.environ.get("PRETEND_STEP_S", "0.01"))
 SAVE_EVERY = int(os.environ.get("PRETEND_SAVE_EVERY", "5"))
 BUDGET_STEPS = 30
+FIGURES = {int(step): figures for step, figures in json.loads(os.environ.get("PRETEND_FIGURES", "{}")).items()}
 
 
 def write(path: Path, payload: bytes) -> None:
@@ -49,6 +50,7 @@ def leave(folder: Path, path: Path, step: int, state: str, arguments: argparse.N
         "dataset": {"new": {}, "existing": {}},
         "steps": step,
         "losses": {"total": [1.0 / (1 + step)]},
+        "figures": FIGURES.get(step, {}),
         "elapsed_s": time.time(),
     }
     write(path.with_suffix(".json"), json.dumps(card).encode())
@@ -59,6 +61,8 @@ def train(arguments: argparse.Namespace, progress: Progress, stop: Stop) -> int:
     progress.tell("began", pid=os.getpid(), steps=count)
     if arguments.workers is not None:  # what the real one would give to Ray
         write(arguments.folder / "workers.json", json.dumps([arguments.workers, arguments.worker_cpus]).encode())
+    if arguments.probes and 0 in FIGURES:
+        progress.tell("probed", step=0, figures=FIGURES[0])
     saved = arguments.folder / "checkpoint.json"
     step, state = 0, f"seed {arguments.seed}"
     if saved.is_file():

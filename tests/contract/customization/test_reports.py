@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,33 @@ async def test_a_page_shows_the_example_the_probes_the_losses_and_what_to_publis
     assert "Publish step 30" in told
     assert "<b>total</b>" in told
     assert "Otto runs." in told, "what the probe was drawn from"
+
+
+def figures(recognised: float, kept: float) -> dict[str, float]:
+    return {"recognised": recognised, "look_alike": 0.0, "kept": kept}
+
+
+async def test_what_is_forgotten_is_forgotten_since_before_the_first_step(tmp_path: Path) -> None:
+    """Though the first checkpoint that could tell is the last one, and has forgotten all of it already."""
+    told = {0: figures(0.1, 0.95), 30: figures(0.9, 0.7)}
+    async with running(tmp_path, snapshots=1, PRETEND_FIGURES=json.dumps(told)) as service:
+        job = await service.create()
+        await service.until(job.job_id, State.STATE_SUCCEEDED)
+        (page_,) = await until_kept(service, 1)
+    assert "the old cast has lost 25% of theirs" in page_
+    assert "−25 points since step 0" in page_
+    assert '<th scope="row">before</th><td>10%</td><td>0%</td><td>95%</td>' in page_
+
+
+async def test_the_checkpoint_that_is_suggested_has_forgotten_least_since_before(tmp_path: Path) -> None:
+    """Beside the first checkpoint alone the second one would have forgotten nothing, and be no better."""
+    told = {0: figures(0.1, 0.95), 15: figures(0.81, 0.7), 30: figures(0.82, 0.8)}
+    async with running(tmp_path, snapshots=2, PRETEND_FIGURES=json.dumps(told)) as service:
+        job = await service.create()
+        await service.until(job.job_id, State.STATE_SUCCEEDED)
+        found = [(one.step, one.is_suggested) for one in await service.checkpoints(job.job_id)]
+        assert found == [(15, False), (30, True)]
+        assert (await service.publish(job.job_id)).step == 30
 
 
 async def test_what_was_kept_is_read_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shlex
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from services.customization.backends import (
     read_lines,
 )
 from services.customization.kuberay import KubeRayBackend, KubeRaySettings, ray_job
+from services.customization.local import LocalBackend
 from services.customization.ray_jobs import RayJobsBackend
 from services.customization.records import TrainingSettings
 from services.customization.states import End
@@ -135,6 +137,28 @@ def test_how_an_attempt_ended(told: dict[str, str] | None, status: int | None, e
 def test_a_full_disk_is_known_by_the_exit_status() -> None:
     end = end_of(None, Ended(status=NO_ROOM))
     assert (end.outcome, end.reason) == ("failed", "DISK_FULL")
+
+
+async def end_seen(backend: LocalBackend, run: Run) -> Ended:
+    for _ in range(6000):
+        if (ended := await backend.look(run)) is not None:
+            return ended
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never ended")
+
+
+async def test_how_a_process_of_this_machine_ended_is_known_until_the_next_one(tmp_path: Path) -> None:
+    """Whoever asked may not have been able to record it: the database may be on the disk that was full."""
+    backend = LocalBackend(niceness=0, program=("/bin/sh", "-c", f"exit {NO_ROOM}"))
+    run = replace(RUN, folder=tmp_path, arguments=())
+    await backend.start(run)
+    ended = await end_seen(backend, run)
+    assert ended.status == NO_ROOM
+    assert await backend.look(run) == ended
+    again = replace(run, attempt=run.attempt + 1)
+    assert (await backend.look(again)) == Ended(status=None, detail="exit status None"), "of another attempt"
+    await backend.start(again)
+    assert (await end_seen(backend, again)).status == NO_ROOM
 
 
 # -- Ray Jobs, against a client that records what it is asked --------------------------------------------------------

@@ -18,6 +18,7 @@ from services.customization.checks import (
     GivenFrame,
     GivenStory,
     KnownCharacter,
+    by_name,
     check_story,
     is_acceptable,
     is_told_in,
@@ -341,5 +342,6 @@ def test_training_and_the_checks_agree_on_who_is_told_of() -> None:
         assert noun_of(story) == one.look.species
         for text in texts:
             assert is_told_in(story, text) == called.is_told_in(text), text
+            assert by_name(story, text) == called.by_name(text), text
             agreed[is_told_in(story, text)] += 1
     assert min(agreed[True], agreed[False]) > 100

@@ -34,7 +34,7 @@ from services.customization.repository import Repository
 from services.customization.schema import metadata
 from services.customization.states import State
 from services.runtime.config import ConfigInvalid
-from services.runtime.database import open_async
+from services.runtime.database import now_us, open_async
 from services.runtime.errors import CustomizationJobNotFound, IdempotencyKeyReused, QueueFull
 
 SETTINGS = TrainingSettings(
@@ -172,9 +172,42 @@ async def test_purging_says_which_pictures_nobody_has_any_more(repository: Repos
     await repository.delete(job_id(1), purge_us=5)
     assert await repository.purgeable(at_us=4) == []
     assert await repository.purgeable(at_us=5) == [job_id(1)]
-    assert await repository.purge(job_id(1)) == ["e" * 64], "the example's pictures are the other job's, too"
+    own = await repository.own_objects(job_id(1), at_us=5)
+    assert own == ["e" * 64], "the example's pictures are the other job's, too"
+    assert not await repository.purge(job_id(1), at_us=5, removed=()), "what is not removed yet is not forgotten"
+    assert await repository.purge(job_id(1), at_us=5, removed=own)
     with pytest.raises(CustomizationJobNotFound):
         await repository.get(job_id(1))
+
+
+async def test_only_a_deleted_job_whose_time_is_over_is_purged_and_then_it_cannot_come_back(
+    repository: Repository,
+) -> None:
+    for number in (1, 2, 3):
+        await made(repository, number)
+        await repository.change_state(job_id(number), State.QUEUED, only_from={State.VALIDATING})
+    assert await repository.begin_attempt(job_id(1), in_state=State.QUEUED, following=Following()) == 1
+    await repository.delete(job_id(1), purge_us=5)  # its process lives on
+    await repository.delete(job_id(2), purge_us=now_us() + 10**12)
+    for number in (1, 2, 3, 4):
+        assert await repository.own_objects(job_id(number), at_us=now_us()) is None
+        assert not await repository.purge(job_id(number), at_us=now_us(), removed=["e" * 64])
+    assert (await repository.undelete(job_id(2))).purge_us is None
+    assert (await repository.undelete(job_id(3))).delete_us is None
+    await repository.delete(job_id(2), purge_us=5)
+    with pytest.raises(CustomizationJobNotFound, match="could be undeleted is over"):
+        await repository.undelete(job_id(2))
+    assert await repository.begin_attempt(job_id(2), in_state=State.QUEUED, following=Following()) is None
+    assert (await repository.get(job_id(2))).state is State.QUEUED
+    assert await repository.purgeable(at_us=now_us()) == [job_id(2)]
+
+
+async def test_what_was_measured_before_the_first_step_stays_with_the_job(repository: Repository) -> None:
+    await made(repository, 1)
+    assert (await repository.get(job_id(1))).baseline == {}
+    await repository.record(job_id(1), following=Following(), happened=(), baseline={"kept": 0.9})
+    await repository.record(job_id(1), following=Following(offset_bytes=9), happened=())
+    assert (await repository.get(job_id(1))).baseline == {"kept": 0.9}
 
 
 def test_what_is_kept_of_a_version_the_release_before_can_read() -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -211,18 +212,32 @@ def test_a_run_is_told_to_draw_probes(
     words = ["customize", "--pack", str(pack.folder), "--world-character", "otto", "--method", "lora", "--steps", "2"]
     words += ["--folder", str(tmp_path / "run"), "--out", str(tmp_path / "otto.safetensors"), "--snapshots", "2"]
     monkeypatch.setattr(sys, "argv", [*words, "--probes", "--progress", str(tmp_path / "progress.jsonl")])
-    monkeypatch.setattr(command, "Prober", lambda pack, story: Prober(pack, story, RECIPE))
+    monkeypatch.setattr(command, "Prober", lambda pack, story: SeeingProber(pack, story, RECIPE))
     monkeypatch.setattr(command, "toon_customization", lambda method, learns: _short(method))
     command.main()
     told = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
-    kinds = [(one["event"], one.get("step")) for one in told if one["event"] in ("probe", "snapshot")]
-    assert kinds == [*[("probe", 0)] * 3, *[("probe", 1)] * 3, ("snapshot", 1), *[("probe", 2)] * 3, ("snapshot", 2)]
+    kinds = [(one["event"], one.get("step")) for one in told if one["event"] in ("probe", "probed", "snapshot")]
+    first = [*[("probe", 0)] * 3, ("probed", 0), *[("probe", 1)] * 3, ("snapshot", 1)]
+    assert kinds == [*first, *[("probe", 2)] * 3, ("snapshot", 2)]
+    (before,) = (one["figures"] for one in told if one["event"] == "probed")
+    assert before == {"recognised": 0.0, "look_alike": 0.0, "kept": 1.0}, "no card says what there was to forget"
     for one in told:
         if one["event"] == "probe":
             assert Path(one["file"]).is_file()
             assert {"probe", "description"} <= one.keys()
-    assert "mse_new" in json.loads((tmp_path / "otto.json").read_text())["figures"]
+    figures = json.loads((tmp_path / "otto.json").read_text())["figures"]
+    assert (figures["recognised"], figures["kept"]) == (1.0, 0.5)
+    assert "mse_new" in figures
     capsys.readouterr()
+
+
+class SeeingProber(Prober):
+    """The tiny pack has no eyes; these see the old cast well before anything is learned, and less of them after."""
+
+    def draw(self, step: int, payload: bytes | None, *others: Any) -> dict[str, float]:
+        assert super().draw(step, payload, *others) == {}
+        after = payload is not None
+        return {"recognised": float(after), "look_alike": 0.0, "kept": 0.5 if after else 1.0}
 
 
 def _short(method: str) -> command.CustomizationRecipe:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.storage import Checkpoint, load_checkpoint, save_checkpoint, training_dir, with_prefix
+from training import customize, probes
+from training.storage import Checkpoint, load_checkpoint, save_bytes, save_checkpoint, training_dir, with_prefix
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -34,7 +36,8 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypa
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, Checkpoint({"a": torch.zeros(1)}, {"step": 1}))
 
-    def full_disk(*arguments: object, **options: object) -> None:
+    def full_disk(_: object, part: Path, **options: object) -> None:
+        part.write_bytes(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr("training.storage.save_file", full_disk)
@@ -43,6 +46,26 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypa
     kept = load_checkpoint(path)
     assert kept is not None
     assert kept.facts == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path], "the half that was written gives its room back"
+
+
+def test_a_full_disk_is_no_fuller_for_what_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    save_bytes(path, b"old")
+
+    def full_disk(_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr("training.storage.os.fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    # Weights, cards and probes are written by the same function: none of them leaves its half.
+    assert customize.save_bytes is probes.save_bytes is save_bytes
 
 
 def test_the_training_folder_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
