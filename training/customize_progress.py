@@ -8,6 +8,7 @@ that was told to stop ends after the step in progress and its save. Knows no net
     {"event": "step", "step": 20, "losses": {"total": 0.11, …}}              every so often; 20 steps are taken
     {"event": "snapshot", "step": 100, "file": "snapshots/000100.safetensors"}    it is complete, its card beside it
     {"event": "probe", "step": 100, "probe": "alone", "description": "…", "file": "probes/000100-alone.png"}
+    {"event": "probed", "step": 0, "figures": {"recognised": 0.0, …}}        before the first step
     {"event": "ended", "outcome": "succeeded" | "stopped" | "failed", "step": 300, "reason": "", "message": ""}
 
 Every line also says `at`: seconds since 1970.
