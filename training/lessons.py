@@ -9,7 +9,7 @@ Shapes: F frames, B rows, P pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -98,17 +98,26 @@ class Lessons:
                 for n, (text, pixels) in enumerate(zip(general, drawn, strict=True))
             ]
             self.prior = self.backbone.shelf(own)
-        self._gallery = self._galleries()
+        self._gallery = self._galleries({story.id for story in new})
 
-    def _galleries(self) -> dict[str, list[tuple[int, int]]]:
-        """Where pictures of each character are, as (kind, frame): the first few of each."""
-        found: dict[str, list[tuple[int, int]]] = {}
+    def _galleries(self, taught: Collection[str]) -> dict[str, list[tuple[int, int]]]:
+        """Where pictures of each character are, as (kind, frame): the first few of each.
+
+        Of those who are `taught`, from the new stories; of all others from the known ones, even where they stand in a
+        lesson, whose picture would show the discriminator somebody new for somebody old. From the other kind only
+        where that is all there is of somebody.
+        """
+        found: dict[str, dict[int, list[tuple[int, int]]]] = {}
         for kind, shelf in ((NEW, self.new), (EXISTING, self.existing)):
             for number, frame in enumerate(shelf.frames):
-                for one in sorted(frame.characters):
-                    found.setdefault(one, []).append((kind, number))
-        # One more than are shown: a frame is never beside itself where there is another.
-        return {one: places[: self.recipe.exemplars + 1] for one, places in found.items()}
+                for one in frame.characters:
+                    found.setdefault(one, {NEW: [], EXISTING: []})[kind].append((kind, number))
+        gallery: dict[str, list[tuple[int, int]]] = {}
+        for one, places in found.items():
+            own, other = (NEW, EXISTING) if one in taught else (EXISTING, NEW)
+            # One more than are shown: a frame is never beside itself where there is another.
+            gallery[one] = (places[own] or places[other])[: self.recipe.exemplars + 1]
+        return gallery
 
     @property
     def frames(self) -> tuple[SeenFrame, ...]:

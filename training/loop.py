@@ -2,13 +2,19 @@
 
 Knows no model: a `Trainee` gives the loss of a batch drawn by a generator that depends on the step alone, so a resumed
 run sees what an uninterrupted one would have seen.
+
+What is kept is known to be good. A step that was too large leaves weights like any others, and only the next loss
+tells: so a state is kept on the way once the loss and the gradient of the step after it are finite, and at the end when
+the weights and what is measured with them are.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +47,9 @@ class Trainee(Protocol):
         ...
 
     def measure(self) -> dict[str, float]:
-        """Held-out figures, with the weights that are in `networks` now."""
+        """Held-out figures, with the weights that are in `networks` now. One that is not finite says that these are no
+        good, and ends a run.
+        """
         ...
 
 
@@ -125,7 +133,7 @@ def train(
     `optimizer_of` makes another optimizer than the recipe's, one that has `scale_rates`, of the parameters by name.
     Computes on `device` (the default one if None) and leaves the networks on the CPU.
     On return `path` holds the last state; `networks` hold the average where one is kept. Raises FloatingPointError when
-    the loss is not a number: the last checkpoint is then from before.
+    a loss, a gradient, or what was learned is not finite: the last checkpoint is then from before, and good.
     """
     peers = joined() if peers is None else peers
     networks = trainee.networks.to(device or default_device())
@@ -151,20 +159,18 @@ def train(
         raise PeersApart(f"the processes find different checkpoints at {path}")
     start = clock()
     saved = measured = start
+    saved_step = step
 
     def elapsed_s() -> float:
         return before_s + clock() - start
 
-    def keep(done: bool) -> None:
-        peers.alone(lambda: save(done))
-
-    def save(done: bool) -> None:
-        tensors = with_prefix("networks", networks.state_dict()) | with_prefix(
+    def save(counted: dict[str, Tensor], at_s: float, done: bool) -> None:
+        tensors = with_prefix("networks", networks.state_dict() | counted) | with_prefix(
             "optimizer", optimizer_tensors(optimizer)
         )
         if average is not None:
             tensors |= with_prefix("average", average.values)
-        facts: dict[str, Any] = {**origin, "step": step, "elapsed_s": elapsed_s(), "figures": figures, "done": done}
+        facts: dict[str, Any] = {**origin, "step": step, "elapsed_s": at_s, "figures": figures, "done": done}
         save_checkpoint(path, Checkpoint(tensors, facts))
 
     def look() -> dict[str, float]:
@@ -190,14 +196,21 @@ def train(
         progress, factor = recipe.pace.progress(step, now_s), recipe.pace.factor(step, now_s)
         if progress >= 1.0:
             break
+        is_due = step > saved_step and peers.agreed(float(clock() - saved > recipe.save_every_s)) > 0.0
+        counted = _counted(networks) if is_due else {}
         loss = trainee.loss(step, progress, step_generator(recipe.seed, step, peers.rank))
         value = float(loss.detach())
-        if peers.most(float(value != value)):
-            raise FloatingPointError(f"the loss is not a number at step {step}")
+        if peers.most(float(not math.isfinite(value))):
+            raise FloatingPointError(f"the loss is not finite at step {step}")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         peers.share(networks.parameters())
-        torch.nn.utils.clip_grad_norm_(networks.parameters(), recipe.optimizer.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(networks.parameters(), recipe.optimizer.clip_norm)
+        if not math.isfinite(float(norm)):  # of all processes: they share it
+            raise FloatingPointError(f"the gradient is not finite at step {step}")
+        if is_due:  # nothing has moved since the step before, and from there this one can be taken
+            peers.alone(partial(save, counted, now_s, done=False))
+            saved, saved_step = clock(), step
         optimizer.scale_rates(factor)
         optimizer.step()
         if average is not None:
@@ -213,14 +226,23 @@ def train(
         if peers.agreed(float(clock() - measured > recipe.measure_every_s)):
             figures = peers.alone(look) or figures
             measured = clock()
-        if peers.agreed(float(clock() - saved > recipe.save_every_s)):
-            keep(done=False)
-            saved = clock()
     done = (until_step is None and not stopped) or recipe.pace.progress(step, peers.agreed(elapsed_s())) >= 1.0
-    if done:
-        figures = peers.alone(look) or figures
-    keep(done=done)
+    figures = peers.alone(look) or figures
+    if peers.most(float(not _is_finite(named, figures))):
+        raise FloatingPointError(f"what was learned is not finite after step {step}")
+    peers.alone(lambda: save({}, elapsed_s(), done))
     if average is not None and done:
         average.swapped_into(networks)
     networks.to("cpu").eval()
     return RunResult(step, elapsed_s(), figures)
+
+
+def _counted(networks: nn.Module) -> dict[str, Tensor]:
+    """What of the networks is no parameter, as it is now: asking for a loss may count something there."""
+    parameters = {name for name, _ in networks.named_parameters()}
+    return {name: value.clone() for name, value in networks.state_dict().items() if name not in parameters}
+
+
+def _is_finite(named: list[tuple[str, nn.Parameter]], figures: dict[str, float]) -> bool:
+    """Whether weights can be gone on from and used: the figures alone need not ask all of them."""
+    return all(map(math.isfinite, figures.values())) and all(bool(weight.isfinite().all()) for _, weight in named)

@@ -17,8 +17,13 @@ its description and the frames drawn before it, and those that show the characte
 default descriptions say the name alone, for every method: the pack can read a look that is told, which the paper's
 networks cannot, so a phrase would measure the pack. `--wording phrase` does that.
 
-Every finished cell (cast, method, wording, seed) is a file; a later run goes on with those that are missing, and makes
-the tables of those that are there.
+`dreambooth` trains the whole UNet on the new stories alone, without a prior loss, as the paper's does. That one also
+gives each character a rare token and trains the encoders' word tables; here the name is told as it is, and no table
+moves.
+
+Every finished cell (cast, method, wording, seed) is a file, with the recipe that it was taught by; a later run goes on
+with those that are missing, refuses those that would be taught otherwise now, and makes the tables of those that are
+there: means over characters and seeds, and then each character alone.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +63,7 @@ from training.evaluation.figures import Figure, difference, mean, share
 from training.evaluation.frames import MAX_REFERENCES, Task
 from training.evaluation.judge import Judge, load_judge
 from training.evaluation.toon import DEFAULT_PACK
+from training.methods.dreambooth import DreamBoothRecipe
 from training.methods.epicevo import EpicEvoRecipe
 from training.methods.lora import LoraRecipe
 from training.new_story import Called, NewStory
@@ -82,7 +89,8 @@ WORDINGS = ("name", "phrase")
 METRICS = ("fid", "clip_i", "clip_t")
 _OLD_EPISODES = 8  # of each old hero: what a run learns from beside the new, and what forgetting is measured on
 _KNOWN_PER_NEW = 5  # stories of the old cast for each new character, as MODELS.md reads the paper
-_FORMAT = 1
+_FORMAT = 2  # of a cell; since 2 it holds the recipe
+_CLOCK = ("save_every_s", "measure_every_s")  # of a recipe: how often a run is looked at changes nothing of it
 Say = Callable[[str], None]
 Features = npt.NDArray[np.float64]
 
@@ -171,6 +179,8 @@ def recipe_of(cast: ToonCast, method: str, steps: int, seed: int) -> Customizati
         recipe = replace(recipe, method=replace(recipe.method, word_rate=0.0))
     elif name:
         recipe = toon_customization(method)
+        if isinstance(recipe.method, DreamBoothRecipe):  # the paper's learns from the new stories alone
+            recipe = replace(recipe, method=replace(recipe.method, existing_weight=0.0))
     elif variant == "-lora":
         recipe = toon_customization("epicevo")
     else:
@@ -182,6 +192,14 @@ def recipe_of(cast: ToonCast, method: str, steps: int, seed: int) -> Customizati
         )
         recipe = replace(recipe, method=replace(recipe.method, weights=weights))
     return replace(recipe, steps=steps, warmup_steps=min(recipe.warmup_steps, steps), seed=seed)
+
+
+def recipe_of_cell(cell: Cell, budget: Budget) -> CustomizationRecipe | None:
+    """What a cell is taught by; None where nothing is. Raises RecipeInvalid as `recipe_of` does."""
+    if cell.method == PRETRAINED:
+        return None
+    cast = CASTS[cell.cast]
+    return recipe_of(cast, cell.method, budget.steps_per_character * len(cast.new), cell.seed)
 
 
 def split_of(cast: ToonCast, budget: Budget) -> Split:
@@ -311,11 +329,11 @@ def run_cell(pack: Pack, cell: Cell, budget: Budget, out: Path, eye: Eye, say: S
     model = load_frame_model(pack)
     who = Dressed(model)
     losses: dict[str, Any] = {}
-    if cell.method != PRETRAINED:
+    recipe = recipe_of_cell(cell, budget)
+    if recipe is not None:
         stories: list[NewStory] = [new_story(cast, one.id, split.lessons[one.id], size) for one in cast.new]
         known = known_stories_of(cast, known_windows(cast, split, cell.seed), size)
-        recipe = recipe_of(cast, cell.method, budget.steps_per_character * len(stories), cell.seed)
-        folder = out / "runs" / cell.name
+        folder = _run_folder(out, cell)
         artefact = customize(pack, stories, known, recipe, folder, say=say)
         path = folder / "weights.safetensors"
         write_artefact(artefact, path)
@@ -341,6 +359,7 @@ def run_cell(pack: Pack, cell: Cell, budget: Budget, out: Path, eye: Eye, say: S
         "format": _FORMAT,
         "cell": asdict(cell),
         "settings": settings_of(pack, budget),
+        "recipe": {} if recipe is None else recipe.to_dict(),
         "split": split.to_dict() | {"pretraining": {k: len(v) for k, v in split.pretraining.items()}},
         "characters": told,
         "old": old,
@@ -375,15 +394,47 @@ def settings_of(pack: Pack, budget: Budget) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def finished(out: Path, settings: str) -> dict[str, dict[str, Any]]:
-    """Cells that are there, by name. Raises RunMismatch for one of other settings: another folder is needed."""
+def finished(out: Path, pack: Pack, budget: Budget) -> dict[str, dict[str, Any]]:
+    """Cells that are there, by name.
+
+    Raises RunMismatch for one of another format, pack, budget or recipe: no table mixes them.
+    """
     found: dict[str, dict[str, Any]] = {}
+    settings = settings_of(pack, budget)
     for path in sorted((out / "cells").glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
+        if document.get("format") != _FORMAT:
+            raise RunMismatch(f"{path} is of another format of cells: choose another --out, or remove it")
         if document["settings"] != settings:
             raise RunMismatch(f"{path} is of another pack or budget: choose another --out")
+        cell = Cell(**document["cell"])
+        if cell.cast not in CASTS or cell.method not in METHODS:
+            raise RunMismatch(f"{path} is of a cast or method that is none: choose another --out, or remove it")
+        recipe = recipe_of_cell(cell, budget)
+        before, now = _settings(document["recipe"]), _settings({} if recipe is None else recipe.to_dict())
+        if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+            raise RunMismatch(
+                f"{path} was taught by another recipe than {cell.method} has now ({', '.join(changed)}): "
+                f"choose another --out, or remove it and {_run_folder(out, cell)}"
+            )
         found[path.stem] = document
     return found
+
+
+def _settings(recipe: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """What a recipe says, by names such as `method.weights.adversarial`; without the clock."""
+    told: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if isinstance(value, Mapping):
+            told |= _settings(value, f"{within}{key}.")
+        elif key not in _CLOCK:
+            told[f"{within}{key}"] = value
+    return told
+
+
+def _run_folder(out: Path, cell: Cell) -> Path:
+    """Where a cell's training is kept."""
+    return out / "runs" / cell.name
 
 
 def write_cell(out: Path, name: str, document: Mapping[str, Any]) -> None:
@@ -429,18 +480,38 @@ def _cells_of(done: Mapping[str, Any], cast: str, method: str, wording: str) -> 
 
 
 def markdown(done: Mapping[str, Mapping[str, Any]], wording: str, casts: Sequence[str]) -> str:
-    """Tables 2 and 3 for each cast and variant, the paper's numbers beside ours; rows without a cell are left out."""
+    """Tables 2 and 3 for each cast and variant, the paper's numbers beside ours; then the characters one by one.
+
+    Rows without a cell are left out.
+    """
+
+    def lines(methods: Sequence[str], cast: str, variant: Variant) -> list[str]:
+        return [line for method in methods if (line := _row(done, cast, method, wording, variant))]
+
+    tables: tuple[tuple[str, str, Callable[[str, Variant], list[str]]], ...] = (
+        ("Table 2: methods", _TABLE_2_NOTE + _HEADER, partial(lines, TABLE_2 + BEYOND)),
+        ("Table 3: losses", _HEADER, partial(lines, TABLE_3)),
+        ("Characters", _CHARACTERS_HEADER, partial(_character_lines, done, wording)),
+    )
     parts = []
-    for title, methods in (("Table 2: methods", TABLE_2 + BEYOND), ("Table 3: losses", TABLE_3)):
+    for title, header, lines_of in tables:
         for cast in casts:
             for variant in VARIANTS:
-                lines = [_row(done, cast, method, wording, variant) for method in methods]
-                if any(lines):
+                if found := lines_of(cast, variant):
                     stands = f"{cast} (in the place of {CASTS[cast].stands_for}), {variant}, told by {wording}"
-                    parts.append(f"### {title}: {stands}\n\n{_HEADER}" + "\n".join(line for line in lines if line))
+                    parts.append(f"### {title}: {stands}\n\n{header}" + "\n".join(found))
     return "\n\n".join(parts) + "\n"
 
 
+_TABLE_2_NOTE = (
+    "`dreambooth` is the whole UNet on the new stories alone, without a prior loss; unlike the paper's it has no rare"
+    " token, and no word table is trained.\n\n"
+)
+_CHARACTERS_HEADER = (
+    "N: frames measured, seed by seed.\n\n"
+    "| character | method | N | FID ↓ | CLIP-I ↑ | CLIP-T ↑ | recognised ↑ |\n| " + " | ".join(["---"] * 7) + " |\n"
+)
+_TOO_FEW = "too few"
 _HEADER = (
     "| method | FID ↓ | paper | CLIP-I ↑ | paper | CLIP-T ↑ | paper | recognised ↑ | old cast lost ↓"
     " | frames a character | characters × seeds |\n| " + " | ".join(["---"] * 11) + " |\n"
@@ -462,10 +533,31 @@ def _row(done: Mapping[str, Mapping[str, Any]], cast: str, method: str, wording:
     return f"| {' | '.join(out)} |"
 
 
+def _character_lines(done: Mapping[str, Mapping[str, Any]], wording: str, cast: str, variant: Variant) -> list[str]:
+    """A line for each character and method: means over seeds, shares over figures."""
+    lines = []
+    for character in CASTS[cast].new:
+        for method in METHODS:
+            told = [done[cell.name]["characters"].get(character.id) for cell in _cells_of(done, cast, method, wording)]
+            rows = [one[variant] for one in told if one is not None]
+            if not rows:
+                continue
+            whole = [row for row in rows if "fid" in row]
+            out = [str(character.name), method, " + ".join(str(row["n"]) for row in rows)]
+            if whole:
+                out += [_told(mean(name, [row[name] for row in whole]), 2 if name == "fid" else 4) for name in METRICS]
+                out += [_told(share("recognised", [value for row in whole for value in row["recognised"]]), 3)]
+            else:
+                out += [_TOO_FEW] * (len(METRICS) + 1)
+            lines.append(f"| {' | '.join(out)} |")
+    return lines
+
+
 def _told(figure: Figure, digits: int) -> str:
     if figure.n == 0:
         return "—"
-    interval = "" if figure.low is None else f" ({figure.low:.{digits}f} … {figure.high:.{digits}f})"
+    is_alone = figure.n == 1 and not figure.is_share  # one value says nothing of its spread
+    interval = "" if figure.low is None or is_alone else f" ({figure.low:.{digits}f} … {figure.high:.{digits}f})"
     return f"{figure.value:.{digits}f}{interval}"
 
 
@@ -476,8 +568,7 @@ def run(
 
     Raises FramesSeen before anything is trained where the pack's frame model was shown somebody new.
     """
-    settings = settings_of(pack, budget)
-    done = finished(out, settings)
+    done = finished(out, pack, budget)
     missing = [cell for cell in todo if cell.name not in done]
     if missing:
         shelves = (*toon_frame().singles, *toon_frame().stories)

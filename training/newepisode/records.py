@@ -28,7 +28,7 @@ class Clip:
     id: str
     caption: str
     new: frozenset[str] = frozenset()  # ids of the new characters that it shows, as far as is known
-    known: frozenset[str] = frozenset()  # of the main cast, where the data set says so
+    known: frozenset[str] = frozenset()  # who else, where the data set says so, as it calls them; in lower case
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +139,16 @@ def _character(entry: Any, where: str) -> NewCharacter:
 
 
 def found_by_name(corpus: Corpus, registry: Registry) -> Corpus:
-    """The corpus with every clip marked whose caption names somebody new: PororoSV's rule, and where others begin."""
+    """The corpus with every clip marked that names somebody new: PororoSV's rule, and where others begin.
+
+    In its caption, or among those whom the data set itself says are there (FlintstonesSV): a caption may call them "a
+    lady". Who is new is then no longer counted as one of the known.
+    """
     changed: list[Clip] = []
     for clip in corpus.clips.values():
-        named = frozenset(one.id for one in registry.characters if one.is_named_in(clip.caption))
-        if not named <= clip.new:
-            changed.append(Clip(id=clip.id, caption=clip.caption, new=clip.new | named, known=clip.known))
+        labelled = {(label, one.id) for label in clip.known for one in registry.characters if one.is_named_in(label)}
+        named = {one.id for one in registry.characters if one.is_named_in(clip.caption)} | {one for _, one in labelled}
+        told = replace(clip, new=clip.new | named, known=clip.known - {label for label, _ in labelled})
+        if told != clip:
+            changed.append(told)
     return corpus.with_clips(changed)

@@ -147,6 +147,43 @@ def renamed(length: int) -> tuple[SeenFrame, ...]:
     )
 
 
+def exemplar_kinds(lessons: Lessons) -> dict[str, set[int]]:
+    """By character, of which kind the pictures are that the discriminator is shown of them, over some steps."""
+    latents = {NEW: lessons.new.latents_FCHW, EXISTING: lessons.existing.latents_FCHW}
+    shelves = {NEW: lessons.new, EXISTING: lessons.existing}
+
+    def place(one: torch.Tensor) -> tuple[int, int]:
+        return next((k, n) for k, own in latents.items() for n, its in enumerate(own) if torch.equal(its, one))
+
+    kinds: dict[str, set[int]] = {}
+    for step in range(12):
+        batch = lessons.batch(step_generator(0, step))
+        pairs = iter(zip(batch.pairs_P.tolist(), batch.exemplars_PCHW, strict=True))
+        for row, own in enumerate(batch.example.latents_BCHW):
+            kind, number = place(own)
+            for who in sorted(shelves[kind].frames[number].characters):  # a pair for each, in this order
+                of_row, exemplar = next(pairs)
+                assert of_row == row
+                shown, at = place(exemplar)
+                assert who in shelves[shown].frames[at].characters
+                kinds.setdefault(who, set()).add(shown)
+        assert next(pairs, None) is None
+    return kinds
+
+
+def test_an_old_character_in_a_lesson_is_shown_by_pictures_without_the_new_one(arldm: FrameModel) -> None:
+    """New characters by their lessons, old ones by what was pretrained on, as the paper is read (MODELS.md)."""
+    lesson = barney()
+    beside = ("fred", "fred", "dino", "dino", "fred")
+    frames = tuple(
+        replace(frame, characters=frame.characters | {who}) for frame, who in zip(lesson.frames, beside, strict=True)
+    )
+    lessons = Lessons(arldm, [replace(lesson, frames=frames)], known(), recipe(STORY_FRAMES))
+    # Of Dino there is no picture but those of the lesson.
+    expected = {"barney": {NEW}, "fred": {EXISTING}, "wilma": {EXISTING}, "dino": {NEW}}
+    assert exemplar_kinds(lessons) == expected
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("family", ["storygen", "arldm"])
 def test_a_story_of_any_length_is_learned_from(

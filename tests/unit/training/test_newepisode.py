@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from services.models.epicevo import EpicEvoWeights
 from services.models.pack import Pack
@@ -33,13 +35,16 @@ from training.evaluation.newepisode import (
     markdown,
     old_clips,
     recipe_of,
+    recipe_of_cell,
     run,
     settings_of,
     split_of,
     write_cell,
 )
+from training.methods.dreambooth import DreamBoothRecipe
 from training.methods.epicevo import EpicEvoRecipe
 from training.methods.lora import LoraRecipe
+from training.methods.method import EXISTING, NEW, reconstruction
 from training.new_story import Called, check_wall
 from training.newepisode.split import ALL, STRICT
 from training.newepisode.toon import (
@@ -183,6 +188,18 @@ def test_beside_the_papers_rows_stands_what_the_product_teaches_by_default() -> 
     assert plain.word_rate == 0.0  # the paper's row has no word
 
 
+def test_the_papers_dreambooth_is_not_the_first_row_of_its_ablation() -> None:
+    """The same UNet at the same rate on the same batches: what they are asked for is what tells them apart."""
+    dreambooth, mse = (recipe_of(HARBOUR, method, 7, 0).method for method in ("dreambooth", "epicevo-mse"))
+    assert isinstance(dreambooth, DreamBoothRecipe)
+    assert isinstance(mse, EpicEvoRecipe)
+    assert (dreambooth.existing_weight, dreambooth.prior_weight) == (0.0, 0.0)
+    assert mse.existing_weight == 1.0
+    errors_B, kinds_B = torch.tensor([2.0, 3.0]), torch.tensor([NEW, EXISTING])
+    totals = [float(reconstruction(errors_B, kinds_B, one.existing_weight)["mse"]) for one in (dreambooth, mse)]
+    assert totals == [2.0, 5.0]
+
+
 def test_cells_come_seed_by_seed() -> None:
     todo = cells(["meadow", "harbour"], ["lora", "epicevo"], "name", 3)
     assert [cell.seed for cell in todo] == [0] * 4 + [1] * 4 + [2] * 4
@@ -253,6 +270,33 @@ def test_tables_stand_beside_the_papers_numbers() -> None:
     assert not any(line.startswith("| dreambooth") for line in text.splitlines())  # not run, so not told
     assert set(PAPER["meadow"]) == set(PAPER["harbour"]) == set(TABLE_3)
     assert TABLE_2[0] == PRETRAINED
+    (above, *_) = text.split("| method |")
+    assert "no rare token, and no word table is trained" in above
+
+
+def test_each_character_has_a_line_for_each_method_with_its_own_figures() -> None:
+    documents = [
+        document(PRETRAINED, 0, (9.0, 8.0), [False, False], [True]),
+        document("epicevo", 0, (1.0, 2.0), [True, False], [True]),
+        document("epicevo", 1, (3.0, 4.0), [True, True], [True]),
+    ]
+    text = markdown({Cell(**one["cell"]).name: one for one in documents}, "name", ["harbour"])
+    whole, strict = (
+        text.split(f"### Characters: harbour (in the place of Pororo), {variant}, told by name\n")[1].split("###")[0]
+        for variant in (ALL, STRICT)
+    )
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in whole.splitlines() if line.startswith("| ")]
+    assert lines[0] == ["character", "method", "N", "FID ↓", "CLIP-I ↑", "CLIP-T ↑", "recognised ↑"]
+    assert [line[:3] for line in lines[2:]] == [
+        ["Zora", "pretrained", "4"],
+        ["Zora", "epicevo", "4 + 4"],
+        ["Vito", "pretrained", "4"],
+        ["Vito", "epicevo", "4 + 4"],
+    ]
+    assert lines[2][3:6] == ["9.00", "0.8000", "0.3000"]  # of one seed there is no interval
+    assert [line[3].split(" ")[0] for line in lines[3:]] == ["2.00", "8.00", "3.00"]
+    assert lines[3][6].startswith("0.750 (")
+    assert "| Zora | epicevo | 1 + 1 | too few | too few | too few | too few |" in strict
 
 
 # --- runs
@@ -271,7 +315,7 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is_gone_on_with(
     def run_cell(pack: Pack, cell: Cell, budget: Budget, out: Path, eye: object, say: Any) -> dict[str, Any]:
         ran.append(cell.name)
         told = document(cell.method, cell.seed, (1.0, 2.0), [True], [True])
-        return {**told, "settings": settings_of(pack, budget), "elapsed_s": 1.0}
+        return {**told, **kept_with(pack, cell, budget), "elapsed_s": 1.0}
 
     monkeypatch.setattr(newepisode, "run_cell", run_cell)
     monkeypatch.setattr(newepisode, "Eye", lambda pack: object())
@@ -287,6 +331,57 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is_gone_on_with(
     assert ran == [cell.name for cell in todo]
     with pytest.raises(RunMismatch, match="another pack or budget"):
         run(pack, todo, replace(TINY, steps_per_character=2), tmp_path, said.append)
+
+
+def kept_with(pack: Pack, cell: Cell, budget: Budget) -> dict[str, Any]:
+    """What a cell says of how it was made."""
+    recipe = recipe_of_cell(cell, budget)
+    told = {} if recipe is None else json.loads(json.dumps(recipe.to_dict()))
+    return {"format": newepisode._FORMAT, "settings": settings_of(pack, budget), "recipe": told}
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "told"),
+    [
+        ("lora", {"rate": 1.0}, "method.rate"),
+        ("lora", {"named_share": 0.25, "rank": 2}, "method.named_share, method.rank"),
+        ("epicevo", {"weights": {"adversarial": 0.5, "distillation": 0.25}}, "method.weights.adversarial"),
+    ],
+)
+def test_a_cell_of_an_older_recipe_is_refused_and_named(
+    pack: Pack, tmp_path: Path, method: str, changed: dict[str, Any], told: str
+) -> None:
+    """Half a table by one rate and half by another would be a table of neither."""
+    cell = Cell(cast="harbour", method=method, wording="name", seed=0)
+    kept = {**document(method, 0, (1.0, 2.0), [True], [True]), **kept_with(pack, cell, TINY)}
+    write_cell(tmp_path, cell.name, {**kept, "recipe": {**kept["recipe"], "save_every_s": 1.0}})
+    assert set(finished(tmp_path, pack, TINY)) == {cell.name}  # how often a run is saved changes nothing of it
+    older = {**kept["recipe"], "method": {**kept["recipe"]["method"], **changed}}
+    write_cell(tmp_path, cell.name, {**kept, "recipe": older})
+    with pytest.raises(RunMismatch, match=re.escape(told)) as refused:
+        run(pack, [cell], TINY, tmp_path, lambda line: None)
+    assert f"{cell.name}.json was taught by another recipe than {method} has now" in str(refused.value)
+    assert f"choose another --out, or remove it and {tmp_path / 'runs' / cell.name}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("instead", "told"),
+    [
+        ({"format": 1}, "another format"),
+        ({"settings": "0" * 16}, "another pack or budget"),
+        ({"cell": {"cast": "harbour", "method": "magic", "wording": "name", "seed": 0}}, "method that is none"),
+    ],
+)
+def test_a_cell_of_another_kind_is_refused(pack: Pack, tmp_path: Path, instead: dict[str, Any], told: str) -> None:
+    cell = Cell(cast="harbour", method=PRETRAINED, wording="name", seed=0)
+    kept = {**document(PRETRAINED, 0, (1.0, 2.0), [True], [True]), **kept_with(pack, cell, TINY)}
+    write_cell(tmp_path, cell.name, {**kept, **instead})
+    with pytest.raises(RunMismatch, match=told):
+        finished(tmp_path, pack, TINY)
+    old = {key: value for key, value in kept.items() if key not in ("format", "recipe")}
+    write_cell(tmp_path, cell.name, old)
+    with pytest.raises(RunMismatch, match="another format"):
+        finished(tmp_path, pack, TINY)
 
 
 def test_a_cell_trains_draws_and_measures(pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +411,9 @@ def test_a_cell_trains_draws_and_measures(pack: Pack, tmp_path: Path, monkeypatc
     assert told["losses"]["mse_new"]
     assert (tmp_path / "runs" / cell.name / "weights.safetensors").is_file()
     write_cell(tmp_path, cell.name, told)
-    assert json.dumps(finished(tmp_path, settings_of(pack, TINY))[cell.name]) == json.dumps(told)
+    assert json.dumps(finished(tmp_path, pack, TINY)[cell.name]) == json.dumps(told)
+    card = json.loads((tmp_path / "runs" / cell.name / "weights.json").read_text(encoding="utf-8"))
+    assert told["recipe"] == card["recipe"]
 
 
 def test_called_is_how_a_registry_tells_it() -> None:

@@ -183,6 +183,29 @@ def test_names_are_found_as_words_and_mentions_decide_nothing() -> None:
     assert not ALIEN.is_perhaps_in("Aliens land.")
 
 
+@pytest.mark.parametrize("label", ["Slaghoople", " MRS. Slaghoople "])
+def test_whom_the_data_set_itself_says_is_there_is_there_whatever_the_caption_calls_them(
+    tmp_path: Path, label: str
+) -> None:
+    folder = flintstones_folder(tmp_path)
+    entries = json.loads((folder / flintstones.ANNOTATIONS).read_text(encoding="utf-8"))
+    for number in (0, 1, 5, 6, 7):  # she is named in some of them, and labelled in all
+        entries[number]["description"] = "A lady speaks to Fred." if number < 6 else "Slaghoople speaks to Fred."
+        entries[number]["characters"].append({"entityLabel": label})
+    (folder / flintstones.ANNOTATIONS).write_text(json.dumps(entries), encoding="utf-8")
+    registry = Registry.read(SHIPPED / "flintstones.json")
+    corpus = found_by_name(flintstones.read_flintstones(folder), registry)
+    shown = {clip.id[-2:] for clip in corpus.clips.values() if clip.new == {"slaghoople"}}
+    assert shown == {"00", "01", "05", "06", "07"}
+    assert all(clip.known == {"fred"} for clip in corpus.clips.values())  # she is nobody else beside herself
+    split = build_split(corpus, frozenset({"slaghoople"}), Protocol())
+    assert not any(split.pretraining.values())
+    assert split.lessons["slaghoople"].id[-2:] == "03"  # clips 3 to 7: three of five, as in two windows after it
+    leaking = replace(split, pretraining={"train": corpus.windows[:1]})
+    with pytest.raises(FramesSeen, match="shows slaghoople"):
+        check_leaks(leaking, frozenset({"slaghoople"}))
+
+
 @pytest.mark.parametrize(
     ("caption", "told"),
     [
