@@ -44,6 +44,16 @@ async def until_kept(service: Service, count: int, containing: str = "") -> list
     raise AssertionError(f"there are {len(pages)} pages")
 
 
+async def until_known(service: Service, job_id: str) -> str:
+    """The digest of a job's page, once its row has it: the page itself is there a moment before."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        if sha256 := await service.process.api._repository.kept_report(job_id):
+            return sha256
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"no page of {job_id} is known")
+
+
 async def test_the_page_is_made_while_the_job_goes_on(tmp_path: Path) -> None:
     async with running(tmp_path, PRETEND_STEP_S=0.2) as service:
         job = await service.create()
@@ -142,7 +152,7 @@ async def test_a_service_that_was_away_when_the_job_ended_keeps_the_page_later(t
         await until_kept(service, 1)
         objects = ObjectStore.open("", tmp_path / "customization" / "objects")
         repository = service.process.api._repository
-        await objects.delete(await repository.kept_report(job.job_id))
+        await objects.delete(await until_known(service, job.job_id))
         await repository.keep_report(job.job_id, "0" * 64, at_us=0)  # as one of before the end
     async with running(tmp_path) as again:
         await until_kept(again, 1, job.job_id)
