@@ -209,7 +209,8 @@ class Captioner:
         if self.eyes is not None:
             text = companions.repaired(text, caption, earlier, self.eyes.shape)
         text = look_lock.repaired(self.cast.repaired(text, *context, looks=looks), looks)
-        return place_lock.repaired(text, at, self.world.places)
+        text = place_lock.repaired(text, at, self.world.places)
+        return text if self.eyes is None else companions.repaired(text, caption, earlier, self.eyes.shape)
 
     def _where(self, caption: str, image_HWC: npt.NDArray[np.uint8]) -> place_lock.At | None:
         word = self.eyes.place(image_HWC) if self.eyes is not None else None
