@@ -137,7 +137,8 @@ class NetworkPlaces:
         ahead = [asked_s for one, (asked_s, _) in self._line.items() if one != key]
         if key in self._users:
             leaves = min(self._since_s, key=lambda one: self._since_s[one]) == key
-            if leaves and ahead and now_s - ahead[0] >= self._patience_s:
+            is_full = len(self._users) >= self.count
+            if is_full and leaves and ahead and now_s - ahead[0] >= self._patience_s:
                 return False
         else:
             first_s, _ = self._line.get(key, (now_s, now_s))

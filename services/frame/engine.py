@@ -47,7 +47,7 @@ from services.frame.config import (
 from services.frame.decoding import Decoding
 from services.frame.job import Event, FrameJob, Preview, Progress, Queued, ReferenceImage, RenderedFrame
 from services.frame.picture import png, webp
-from services.frame.scheduler import Job, Refusal, Scheduler, SchedulerSettings
+from services.frame.scheduler import KINDS_MAX, Job, Refusal, Scheduler, SchedulerSettings
 from services.frame.sketch import CHARACTERS_MAX, checked_characters, sketch_of
 from services.models.character import CharacterWeights
 from services.models.cost import flops_of_a_row, peak_flops
@@ -265,7 +265,7 @@ class FrameEngine:
         self._submitting = ThreadPoolExecutor(_THREADS, "frame-submit")
         self._fetching = ThreadPoolExecutor(_THREADS, "frame-characters")
         self._arriving = 0  # that one of these threads looks at, or will
-        self._measured_kinds: set[Hashable] = set()
+        self._stepped_kinds: set[Hashable] = set()
         self._tickets: dict[int, Ticket] = {}  # of everybody who waits or is drawn, by the job's number
         self._arrivals = 0
         self._dead = False
@@ -478,7 +478,8 @@ class FrameEngine:
         """
         for name, model in self.models.items():
             full = flops_of_a_row(model)
-            shallow = flops_of_a_row(model, shallow=True) if self.settings.deep_every > 1 else full
+            reuses = self.settings.deep_every > 1 and model.has_deep_blocks
+            shallow = flops_of_a_row(model, shallow=True) if reuses else full
             self._row_flops[name] = (full, shallow)
             self._observer.peak_measured(flops_per_s=peak_flops(model.device, model.dtype))
             manifest = model.manifest
@@ -778,9 +779,11 @@ class FrameEngine:
             # The time of a step that was taken again, one by one, or that recorded, says nothing of the next one.
             # Nor does that of a kind's first one, which chose kernels and filled tables.
             kind = batch[0].job.kind
-            is_usual = rows.total > 0 and kind in self._measured_kinds
+            is_usual = rows.total > 0 and kind in self._stepped_kinds
             is_usual = is_usual and (graphs is None or graphs.recorded_count == recorded)
-            self._measured_kinds.add(kind)
+            if len(self._stepped_kinds) >= KINDS_MAX:
+                self._stepped_kinds.clear()
+            self._stepped_kinds.add(kind)
             numbers = [ticket.job.number for ticket in stepped]
             self._scheduler.stepped(numbers, seconds if is_usual else None, self._clock())
         flops = self._flops(batch[0], rows)
@@ -842,7 +845,14 @@ class FrameEngine:
             self._beside(functools.partial(self._preview, ticket, copy.copy(drawing)), or_not_at_all=True)
 
     def _preview(self, ticket: Ticket, drawing: Drawing) -> None:
-        event = Preview(image=webp(preview(ticket.model, drawing)), step=drawing.done)
+        """Tells how a frame looks now. One that cannot be made is left out: it costs nobody a frame."""
+        try:
+            event = Preview(image=webp(preview(ticket.model, drawing)), step=drawing.done)
+        except torch.AcceleratorError:
+            raise  # the device is broken, and with it everything
+        except Exception as error:  # noqa: BLE001 - as above
+            log.warning("preview_not_made", step=drawing.done, error=type(error).__name__)
+            return
         with self._changed:  # a job's last word is its last
             if ticket.job.number in self._tickets:
                 ticket.deliver(event)

@@ -31,7 +31,7 @@ from enum import IntEnum
 
 _FORGETTING = 0.97  # what a measurement still counts after the next one of its kind
 _REMEMBERED_S = 60.0  # a kind that was not measured for so long counts as not measured: the machine may be another now
-_KINDS_MAX = 1024  # that are remembered
+KINDS_MAX = 1024  # that are remembered
 _PREDICTED_MAX = 256  # jobs ahead that a prediction follows one by one; more are taken as one stream
 _RETRY_LEAST_S = 1.0
 
@@ -113,7 +113,7 @@ class StepTimes:
         n, x, y, xx, xy = (value * _FORGETTING for value in self._sums.pop(kind, (0.0,) * 5))
         self._sums[kind] = (n + 1, x + rows, y + seconds, xx + rows * rows, xy + rows * seconds)
         self._measured_s[kind] = now_s
-        if len(self._sums) > _KINDS_MAX:
+        if len(self._sums) > KINDS_MAX:
             oldest = next(iter(self._sums))
             del self._sums[oldest], self._measured_s[oldest]
 

@@ -343,7 +343,6 @@ def adapted_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 Layer = Callable[[Tensor], Tensor]
 MERGED_BYTES = 256 << 20  # of weights that have outfits merged in
-STACKS_BYTES = 8 << 30  # of adapters side by side
 
 
 class Worn(NamedTuple):
@@ -407,11 +406,11 @@ class AdapterSlots:
         rank_max: int,
         *,
         merged_bytes: int = MERGED_BYTES,
-        stacks_bytes_max: int = STACKS_BYTES,
+        stacks_bytes_max: int | None = None,
     ) -> None:
         """Room for `count` adapters besides nobody. Layers that no adapter changes cost nothing.
 
-        `stacks_bytes_max` is what all of them may take beside the network, on its device.
+        `stacks_bytes_max` is what all of them may take beside the network, on its device; None: what there is.
         Merged weights are for a processor and float32: in half precision they are another rounding than a sum.
         """
         if count < 1 or rank_max < 1:
@@ -483,7 +482,7 @@ class AdapterSlots:
             if (stack := self._stacks.get(name)) is None or stack.whole is None:
                 more += self._layers[name].weight.nbytes
         more *= self.count + 1
-        if self.stacks_bytes + more > self._stacks_bytes_max:
+        if self._stacks_bytes_max is not None and self.stacks_bytes + more > self._stacks_bytes_max:
             raise AdapterTooLarge(
                 f"{adapter.digest[:12]} changes layers that nobody's weights have changed yet; for {self.count} slots "
                 f"that takes {more >> 20} MiB more, and at most {self._stacks_bytes_max >> 20} MiB are for all of them"

@@ -37,7 +37,7 @@ from services.models.registry import FrameModel, load_frame_model
 from services.models.step import advance
 from services.runtime.config import Installation
 from tests.bench.frame import widths
-from tests.bench.frame.journal import Journal, sources_digest
+from tests.bench.frame.journal import Journal, OtherJournal, sources_digest
 from tests.bench.frame.report import GPU_TARGETS, TARGETS, Target, document, markdown, ratio, table
 from tests.bench.frame.serving import serve_ours, serve_split
 from tests.bench.frame.systems import Adapters, Done, Ours, Published, Split, SplitOurs
@@ -353,7 +353,10 @@ def main() -> int:
     }
     minutes = arguments.until_minutes
     until_s = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-    plan = Plan(Journal(arguments.journal, about), console, until_s)
+    try:
+        plan = Plan(Journal(arguments.journal, about), console, until_s)
+    except OtherJournal as error:
+        parser.error(str(error))
     try:
         figures |= closed_loop(model, adapters, arguments.rounds, plan)
         if arguments.stream:

@@ -536,6 +536,21 @@ async def test_a_companion_without_a_name_keeps_its_looks() -> None:
         assert notes.guarded == ([("look_lock", "repaired")] if guards.look_lock else [])
 
 
+async def test_they_are_both_also_when_one_of_them_was_miscopied() -> None:
+    """Who looks like nobody that was there does so once the look is mended."""
+    before = "On the left a red pig with a teal hat waves. On the right Tessa, a red duck with a teal hat, sits."
+    wrong = "On the right Tessa, a red dragon with a teal hat, runs."
+    both = "On the left a red pig with a teal hat runs. On the right Tessa, a red duck with a teal hat, runs."
+    eyes = FixedEyes()
+    species = ("pig", "duck", "dragon")
+    words = {"species": species, "colour": ("red",), "accessory": ("hat",), "accessory_colour": ("teal",)}
+    eyes.shape = EyesShape(figure=words, scene={})
+    model = replace(MODEL, world=WORLD_OF_PIP, eyes=eyes)
+    job = replace(DESCRIBE, previous_caption="Tessa came.", caption="They ran.", earlier_descriptions=(before,))
+    driver = ScriptedDriver([wrong] * (1 + NAME_LOCK_TRIES))
+    assert (await CaptionEngine(model, driver).describe(job)).text == both
+
+
 LONG_STORY = replace(STORY, captions=("Mina slept.", "She woke.", "It rained."))
 
 

@@ -208,3 +208,11 @@ def test_who_asks_no_more_holds_up_nobody() -> None:
     assert not places.enter("b", 1.0)
     assert not places.enter("a", 7.0), "b's turn comes first"
     assert places.enter("a", 40.0)
+
+
+def test_nobody_is_held_up_for_one_in_line_while_a_place_is_free() -> None:
+    places = NetworkPlaces(2, patience_s=5.0)
+    assert [places.enter(key, 0.0) for key in "abc"] == [True, True, False]
+    places.leave("b")
+    assert places.enter("a", 7.0), "c may come at any time"
+    assert places.enter("c", 8.0)

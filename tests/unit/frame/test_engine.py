@@ -835,18 +835,21 @@ def test_an_unknown_sampler_is_refused(tiny_model: FrameModel) -> None:
         engine.submit(job(sampler="magic"), lambda _: None)
 
 
+class Watcher(engine_module._Silence):
+    """Keeps what steps cost, and what the machine can do."""
+
+    def __init__(self) -> None:
+        self.flops: list[tuple[StepRows, float]] = []
+        self.peaks: list[float] = []
+
+    def step_done(self, *, jobs: int, rows: StepRows, seconds: float, flops: float) -> None:
+        self.flops.append((rows, flops))
+
+    def peak_measured(self, *, flops_per_s: float) -> None:
+        self.peaks.append(flops_per_s)
+
+
 def test_a_warmed_up_engine_knows_what_a_step_costs(tiny_model: FrameModel) -> None:
-    class Watcher(engine_module._Silence):
-        def __init__(self) -> None:
-            self.flops: list[tuple[StepRows, float]] = []
-            self.peaks: list[float] = []
-
-        def step_done(self, *, jobs: int, rows: StepRows, seconds: float, flops: float) -> None:
-            self.flops.append((rows, flops))
-
-        def peak_measured(self, *, flops_per_s: float) -> None:
-            self.peaks.append(flops_per_s)
-
     watcher = Watcher()
     engine = FrameEngine({"tiny": tiny_model}, "tiny", EngineSettings(max_running=1), watcher)
     engine.start()
@@ -864,13 +867,6 @@ def test_a_warmed_up_engine_knows_what_a_step_costs(tiny_model: FrameModel) -> N
 
 
 def test_shallow_rows_and_large_pictures_are_counted_as_what_they_cost(tiny_model: FrameModel) -> None:
-    class Watcher(engine_module._Silence):
-        def __init__(self) -> None:
-            self.flops: list[tuple[StepRows, float]] = []
-
-        def step_done(self, *, jobs: int, rows: StepRows, seconds: float, flops: float) -> None:
-            self.flops.append((rows, flops))
-
     watcher = Watcher()
     engine = FrameEngine({"tiny": tiny_model}, "tiny", EngineSettings(max_running=1, deep_every=2), watcher)
     engine.start()
@@ -905,6 +901,25 @@ def test_previews_and_warnings_do_not_hold_up_steps_where_pictures_are_decoded_b
     assert set(threads) <= {"frame-decoding"}
     assert shown == sorted(shown)
     assert set(shown) <= {2, 4}
+
+
+@pytest.mark.parametrize("decode_beside", [False, True])
+def test_a_preview_that_cannot_be_made_costs_nobody_a_frame(
+    tiny_model: FrameModel, monkeypatch: pytest.MonkeyPatch, decode_beside: bool
+) -> None:
+    tried: list[int] = []
+
+    def fails(model: FrameModel, drawing: Drawing) -> Any:
+        tried.append(drawing.done)
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine_module, "preview", fails)
+    with running(tiny_model, EngineSettings(decode_beside=decode_beside)) as engine:
+        shown, beside = Inbox(engine, job(1, steps=4, preview_every_steps=1)), Inbox(engine, job(2, steps=4))
+        assert shown.frame().image
+        assert beside.frame().image
+        assert Inbox(engine, job(3, steps=1)).frame().image, "the engine lives on"
+    assert tried
 
 
 def test_a_large_picture_counts_for_as_much_as_it_takes(tiny_model: FrameModel) -> None:

@@ -185,6 +185,7 @@ def test_an_engine_that_uses_deep_blocks_twice_draws_it_as_ever(
     other = FrameEngine(models, KLEIN, EngineSettings(deep_every=2))
     other.start()
     try:
+        other.warm_up()  # which counts what rows cost
         drawn = frame(other, job(1))
     finally:
         other.stop()

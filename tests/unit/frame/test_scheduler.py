@@ -181,7 +181,7 @@ def test_somebody_of_an_unknown_kind_does_not_hide_who_will_be_late() -> None:
 
 
 def test_only_so_many_kinds_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.frame.scheduler._KINDS_MAX", 2)
+    monkeypatch.setattr("services.frame.scheduler.KINDS_MAX", 2)
     times = StepTimes()
     for kind in "abac":
         times.add(kind, 1, 1.0, 0.0)
