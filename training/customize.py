@@ -241,8 +241,13 @@ class Customization:
         }
 
     def measure(self) -> dict[str, float]:
-        """The squared error on the story itself and on one that the pack knows, with the same noise at every call."""
+        """The squared error on the story itself and on one that the pack knows, with the same noise at every call.
+
+        Raises FloatingPointError when any part is not finite: what no error shows, as a discriminator's, counts too.
+        """
         parts = self.parts(torch.Generator().manual_seed(0), varied=False)
+        if broken := sorted(name for name, value in parts.items() if not bool(torch.isfinite(value).all())):
+            raise FloatingPointError(f"{', '.join(broken)} is not finite after training")
         return {name: float(parts[name]) for name in ("mse_new", "mse_existing")}
 
 

@@ -115,6 +115,19 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(
     assert parts.card["losses"] == whole.card["losses"]
 
 
+def test_a_discriminator_that_blew_up_in_the_last_step_ends_the_run(
+    pack: Pack, otto: NewStory, known: tuple[KnownStory, ...], tmp_path: Path
+) -> None:
+    """Its figures are in no error of the network's, and only the next step's loss would tell."""
+    recipe = recipe_of("epicevo", steps=1)
+    method = recipe.method
+    assert isinstance(method, EpicEvoRecipe)
+    weights = replace(method.weights, adversarial=0.1)
+    broken = replace(recipe, method=replace(method, weights=weights, discriminator_rate=1e30))
+    with pytest.raises(LossNotFinite, match="discriminator"):
+        customize(pack, otto, known, broken, tmp_path, say=lambda line: None)
+
+
 def test_another_runs_folder_is_refused(
     pack: Pack, otto: NewStory, known: tuple[KnownStory, ...], tmp_path: Path
 ) -> None:
