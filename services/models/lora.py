@@ -7,11 +7,11 @@ everybody else's: `AdapterSlots` keeps a few of them side by side on the device,
 and convolution adds to each row what that row's slot says. Slot 0 is nobody and adds exactly nothing. A small change of
 the text encoder is the business of `services.models.text_encoder`, which reads one job's texts at a time.
 
-There are two ways to compute it, with equal results. Together: two batched matrix products a layer more, however many
-adapters there are, over factors gathered row by row; few calls and little memory, which is what counts on a GPU. Run by
-run: rows that wear the same go through weights that have it merged in, which costs what the layer costs anyway; such
-weights are kept for as many outfits as `merged_bytes` holds, and a pass that wears more is computed together. On a
-processor the second is the faster one (`python -m tests.bench.frame.profile`). Sorted rows make long runs.
+There are two ways to compute it, with equal results. Added: two batched matrix products a layer more, however many
+adapters there are, over factors gathered row by row; little memory, which is what counts on a GPU. Merged: rows that
+wear the same go through weights that have it merged in, side by side in one batched product, which costs what the layer
+costs anyway. A pass whose weights do not fit into `merged_bytes` is computed in the other way. On a processor the
+second is the faster one (`python -m tests.bench.frame.profile`). Neighbours that wear the same need fewer weights.
 
     slots = AdapterSlots(unet, count=8, rank_max=16)
     slots.put(3, read_adapter(payload, unet))
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -342,7 +343,7 @@ def adapted_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 Layer = Callable[[Tensor], Tensor]
-MERGED_BYTES = 256 << 20  # of weights that have outfits merged in
+MERGED_BYTES = 512 << 20  # of weights that have outfits merged in
 
 
 class Worn(NamedTuple):
@@ -359,25 +360,18 @@ NOBODY = Worn(0, 0.0)
 
 
 Merged = Mapping[str, Tensor]
-"""Weights with an outfit merged in, by layer; of the layers that it changes."""
-
-
-class _Run(NamedTuple):
-    """Neighbouring rows that wear the same."""
-
-    first: int
-    end: int
-    weights: Merged
+"""`[R, O, I…]` by layer: weights with outfits merged in, of R equally long runs of rows that wear the same. Without the
+layers that none of them changes."""
 
 
 @dataclass(frozen=True)
 class WornRows:
-    """What one pass's rows wear: by row, on the device; or run by run, where there are merged weights for everybody."""
+    """What one pass's rows wear: by row, on the device; and merged, where there is room for such weights."""
 
     count: int
     slots_BM: Tensor
     scales_BM: Tensor
-    runs: tuple[_Run, ...] | None
+    merged: Merged | None
 
 
 @dataclass
@@ -419,7 +413,7 @@ class AdapterSlots:
         first = next(unet.parameters())
         self._merged_bytes = merged_bytes if first.device.type == "cpu" and first.dtype == torch.float32 else 0
         self._stacks_bytes_max = stacks_bytes_max
-        self._merged: OrderedDict[tuple[Worn, ...], Merged] = OrderedDict()  # used longest ago first
+        self._merged: OrderedDict[tuple[Outfit, ...], Merged] = OrderedDict()  # used longest ago first
         self._layers = adapted_layers(unet)
         self._stacks: dict[str, _Stack] = {}
         self._held: dict[int, str] = {}  # digests by slot
@@ -491,8 +485,8 @@ class AdapterSlots:
     def clear(self, slot: int) -> None:
         """Make a slot nobody's. Its numbers are zeroed, so that a stale row number could only add nothing."""
         self._held.pop(slot, None)
-        for outfit in [one for one in self._merged if any(worn.slot == slot for worn in one)]:
-            del self._merged[outfit]
+        for outfits in [key for key in self._merged if any(worn.slot == slot for outfit in key for worn in outfit)]:
+            del self._merged[outfits]
         for stack in self._stacks.values():
             if slot in stack.ranks or slot in stack.wholes:
                 stack.ranks.pop(slot, None)
@@ -538,50 +532,43 @@ class AdapterSlots:
             raise ValueError(f"nobody lies in the slots {unknown}")
         whole = [[*outfit, *[NOBODY] * (most - len(outfit))] for outfit in outfits]
         device = next(iter(self._layers.values())).weight.device
-        return WornRows(
-            len(outfits),
-            sent([[one.slot for one in outfit] for outfit in whole], device),
-            sent([[one.scale for one in outfit] for outfit in whole], device),
-            self._runs([tuple(outfit) for outfit in outfits]),
+        slots_BM = sent([[one.slot for one in outfit] for outfit in whole], device)
+        scales_BM = sent([[one.scale for one in outfit] for outfit in whole], device)
+        rows = WornRows(len(outfits), slots_BM, scales_BM, None)
+        return (
+            rows if self._merged_bytes == 0 else replace(rows, merged=self._side_by_side([*map(tuple, outfits)], rows))
         )
 
-    def _runs(self, outfits: Sequence[tuple[Worn, ...]]) -> tuple[_Run, ...] | None:
-        """Everybody's runs; None where their merged weights have no room side by side."""
-        wanted = dict.fromkeys(outfits)
-        changed = {outfit: self._changed_by(outfit) for outfit in wanted}
-        if sum(self._layers[name].weight.nbytes for names in changed.values() for name in names) > self._merged_bytes:
-            return None
-        for outfit in wanted:
-            if outfit not in self._merged:
-                self._merged[outfit] = {name: self._with(name, outfit) for name in changed[outfit]}
-            self._merged.move_to_end(outfit)
-        held = {outfit: sum(one.nbytes for one in weights.values()) for outfit, weights in self._merged.items()}
-        for outfit in list(self._merged):
-            if sum(held.values()) <= self._merged_bytes:
+    def _side_by_side(self, outfits: Sequence[Outfit], rows: WornRows) -> Merged | None:
+        """The weights of as few runs of equal length as there can be; None where they have no room."""
+        length = math.gcd(*(sum(1 for _ in run) for _, run in groupby(outfits)))
+        worn = tuple(outfits[::length])
+        if (found := self._merged.pop(worn, None)) is None:
+            slots = {one.slot for outfit in worn for one in outfit}
+            changed = [name for name, stack in self._stacks.items() if slots & (stack.ranks.keys() | stack.wholes)]
+            if len(worn) * sum(self._layers[name].weight.nbytes for name in changed) > self._merged_bytes:
+                return None
+            some = WornRows(len(worn), rows.slots_BM[::length], rows.scales_BM[::length], None)
+            found = {name: self._with(name, some) for name in changed}
+        self._merged[worn] = found
+        held = [sum(one.nbytes for one in merged.values()) for merged in self._merged.values()]
+        for older in held[:-1]:
+            if sum(held) <= self._merged_bytes:
                 break
-            del self._merged[outfit], held[outfit]
-        found, first = [], 0
-        for outfit, group in groupby(outfits):
-            end = first + sum(1 for _ in group)
-            found.append(_Run(first, end, self._merged[outfit]))
-            first = end
-        return tuple(found)
+            self._merged.popitem(last=False)
+            held.remove(older)
+        return found
 
-    def _changed_by(self, outfit: Sequence[Worn]) -> list[str]:
-        slots = {one.slot for one in outfit}
-        return [name for name, stack in self._stacks.items() if slots & (stack.ranks.keys() | stack.wholes)]
-
-    def _with(self, name: str, outfit: Sequence[Worn]) -> Tensor:
-        """A layer's weight with what an outfit adds to it."""
-        stack = self._stacks[name]
-        weight = self._layers[name].weight.detach().clone()
-        flat_OI = weight.flatten(1)  # a view
-        for slot, scale in outfit:
-            if (rank := stack.ranks.get(slot)) is not None and stack.down is not None and stack.up is not None:
-                flat_OI.addmm_(stack.up[slot, :, :rank], stack.down[slot, :rank].flatten(1), alpha=scale)
-            if slot in stack.wholes and stack.whole is not None:
-                flat_OI.add_(stack.whole[slot], alpha=scale)
-        return weight
+    def _with(self, name: str, rows: WornRows) -> Tensor:
+        """`[B, O, I…]`: a layer's weight with what each of some rows adds to it."""
+        stack, weight = self._stacks[name], self._layers[name].weight.detach()
+        merged_BOI = weight.flatten(1).expand(rows.count, -1, -1)
+        if stack.down is not None:
+            down_BRI, up_BOR = self._gathered(stack, rows)
+            merged_BOI = torch.baddbmm(merged_BOI, up_BOR, down_BRI.flatten(2))
+        if stack.whole is not None:
+            merged_BOI = merged_BOI + self._whole_of(stack.whole, rows)
+        return merged_BOI.view(rows.count, *weight.shape)
 
     def _stack(self, name: str) -> _Stack:
         if name not in self._stacks:
@@ -611,11 +598,12 @@ class AdapterSlots:
             return plain(given)
         if len(given) != rows.count:
             raise ValueError(f"{name} has {len(given)} rows, {rows.count} were announced")
-        if rows.runs is None:
-            return self._added_together(stack, rows, layer, given, plain(given))
-        return _run_by_run(name, rows.runs, layer, given)
+        if rows.merged is None:
+            return self._added(stack, rows, layer, given, plain(given))
+        weights_ROI = rows.merged.get(name)
+        return plain(given) if weights_ROI is None else run_by_run(weights_ROI, layer, given)
 
-    def _added_together(self, stack: _Stack, rows: WornRows, layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
+    def _added(self, stack: _Stack, rows: WornRows, layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
         if isinstance(layer, nn.Conv2d):
             down_BRIKK, up_BOR = self._gathered(stack, rows)
             low = _convolved(layer, given, down_BRIKK).flatten(2)
@@ -626,8 +614,7 @@ class AdapterSlots:
             down_BRI, up_BOR = self._gathered(stack, rows)
             added = torch.bmm(torch.bmm(flat_BLI, down_BRI.transpose(1, 2)), up_BOR.transpose(1, 2))
         if stack.whole is not None:
-            whole_BMOI = stack.whole[rows.slots_BM] * rows.scales_BM.to(given.dtype)[..., None, None]
-            difference = torch.bmm(flat_BLI, whole_BMOI.sum(dim=1).transpose(1, 2))
+            difference = torch.bmm(flat_BLI, self._whole_of(stack.whole, rows).transpose(1, 2))
             added = difference if added is None else added + difference
         assert added is not None
         return answer + added.view_as(answer)
@@ -641,6 +628,11 @@ class AdapterSlots:
         up_BMOr = up_BMOr * rows.scales_BM.to(up_BMOr.dtype)[..., None, None]
         return down_BMrI.flatten(1, 2), up_BMOr.transpose(1, 2).flatten(2)
 
+    @staticmethod
+    def _whole_of(whole_SOI: Tensor, rows: WornRows) -> Tensor:
+        """`[B, O, I]`: the whole difference of what a row wears."""
+        return (whole_SOI[rows.slots_BM] * rows.scales_BM.to(whole_SOI.dtype)[..., None, None]).sum(dim=1)
+
 
 class _Dressed:
     """A layer's `forward` while it has adapters."""
@@ -652,25 +644,27 @@ class _Dressed:
         return self._slots.answer(self._name, self._layer, self._plain, given)
 
 
-def _run_by_run(name: str, runs: Sequence[_Run], layer: nn.Linear | nn.Conv2d, given: Tensor) -> Tensor:
-    """Each run through its own weights."""
-    if isinstance(layer, nn.Conv2d):
-        parts = [
-            layer._conv_forward(given[run.first : run.end], run.weights.get(name, layer.weight), layer.bias)
-            for run in runs
-        ]
-        return torch.cat(parts)
-    given_NI = given.flatten(0, -2)
-    answer_NO = given.new_empty(len(given_NI), layer.out_features)
-    length = len(given_NI) // len(given)
-    for run in runs:
-        rows = slice(run.first * length, run.end * length)
-        weight_IO = run.weights.get(name, layer.weight).T
-        if layer.bias is None:
-            torch.mm(given_NI[rows], weight_IO, out=answer_NO[rows])
-        else:
-            torch.addmm(layer.bias, given_NI[rows], weight_IO, out=answer_NO[rows])
-    return answer_NO.view(*given.shape[:-1], -1)
+def run_by_run(weights_ROI: Tensor, layer: nn.Linear | nn.Conv2d, given: Tensor) -> Tensor:
+    """A layer's answer, each of R equally long runs of rows through its own weights `[R, O, I…]` and the same bias."""
+    count, bias = len(weights_ROI), layer.bias
+    if isinstance(layer, nn.Linear):
+        if count == 1:
+            return F.linear(given, weights_ROI[0], bias)
+        given_RLI, weights_RIO = given.reshape(count, -1, layer.in_features), weights_ROI.transpose(1, 2)
+        answer = torch.bmm(given_RLI, weights_RIO) if bias is None else torch.baddbmm(bias, given_RLI, weights_RIO)
+        return answer.view(*given.shape[:-1], -1)
+    if count == 1 or not _is_pointwise(layer):
+        runs = zip(given.chunk(count), weights_ROI, strict=True)
+        return torch.cat([layer._conv_forward(run, weight, bias) for run, weight in runs])
+    weights_BOI = weights_ROI.flatten(2).repeat_interleave(len(given) // count, dim=0)
+    given_BIL = given.flatten(2)
+    answer = torch.bmm(weights_BOI, given_BIL) if bias is None else torch.baddbmm(bias[:, None], weights_BOI, given_BIL)
+    return answer.view(len(given), -1, *given.shape[2:])
+
+
+def _is_pointwise(layer: nn.Conv2d) -> bool:
+    """A matrix product at every position."""
+    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
 
 
 def _convolved(layer: nn.Conv2d, given_BIHW: Tensor, down_BrIKK: Tensor) -> Tensor:

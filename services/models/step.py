@@ -325,7 +325,7 @@ def _through(
 ) -> Outputs:
     """`work` of rows that wear what they wear, replayed where the device has it recorded. It looks into `blocks`."""
     worn = worn_by(model, outfits)
-    if model.graphs is None or (worn is not None and worn.runs is not None):
+    if model.graphs is None or (worn is not None and worn.merged is not None):
         with wearing(model, worn):
             return work(inputs)
     if worn is not None:

@@ -77,23 +77,25 @@ class Plan:
         count: int,
         facts: Callable[[dict[str, Done]], dict[str, Any]] = lambda drawn: {},
     ) -> dict[str, list[float]]:
-        """Seconds of each system, round by round; `facts` of what they drew are noted."""
+        """Seconds of each system, round by round; `facts` of what they drew in a round are noted."""
         missing = count - len(self.journal.rounds(part))
         if missing > 0:
             self.console.print(f"{part} …")
             self.check_time()
-            drawn = {name: system.run(wanted) for name, (system, wanted) in systems.items()}  # warm: tables filled
-            self.journal.note(part, facts(drawn))
+            for system, wanted in systems.values():
+                system.run(wanted)  # warm: tables filled
         names = list(systems)
         for number in range(count - missing, count):
             self.check_time()
             self.console.print(f"  round {number + 1} of {count}")
-            seconds = {}
+            seconds, drawn = {}, {}
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 system, wanted = systems[name]
                 start = time.perf_counter()
-                system.run(wanted)
+                drawn[name] = system.run(wanted)
                 seconds[name] = time.perf_counter() - start
+            if number == 0:
+                self.journal.note(part, facts(drawn))
             self.journal.add(part, {name: seconds[name] for name in names})
         return {name: values[:count] for name, values in self.journal.columns(part).items()}
 
@@ -229,22 +231,22 @@ def eight_frames(model: FrameModel, four: Adapters, count: int, plan: Plan) -> d
 
 
 def sixteen_characters(model: FrameModel, sixteen: Adapters, count: int, plan: Plan) -> dict[str, Any]:
-    """Sixteen frames, each of a character of its own, against sixteen of one."""
+    """Sixteen frames at once, each of a character of its own, against sixteen of one."""
     many = requests(model, 16, adapters=16, steps=(STEPS,), seed=2, policy=SHARED)
     one = [replace(request, adapter=0) for request in many]
     seconds = plan.rounds(
         "sixteen characters",
         {
-            "sixteen": (Ours(model, sixteen), many),
-            "sixteen_unmerged": (Ours(model, sixteen, merges=False), many),
-            "one_unmerged": (Ours(model, sixteen, merges=False), one),
-            "peft": (Ours(model, sixteen, "peft"), many),
+            "sixteen": (Ours(model, sixteen, together=16), many),
+            "sixteen_unmerged": (Ours(model, sixteen, merges=False, together=16), many),
+            "one_unmerged": (Ours(model, sixteen, merges=False, together=16), one),
+            "peft": (Ours(model, sixteen, "peft", together=16), many),
         },
         count,
     )
     merged: dict[str, tuple[System, Sequence[Request]]] = {
-        "sixteen": (Ours(model, sixteen), many),
-        "one": (Ours(model, sixteen), one),
+        "sixteen": (Ours(model, sixteen, together=16), many),
+        "one": (Ours(model, sixteen, together=16), one),
     }
     both = plan.rounds("sixteen characters, merged", merged, max(1, count // 3))
     return {

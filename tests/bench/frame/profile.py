@@ -112,7 +112,7 @@ def adapter_cases(model: FrameModel, adapters: Adapters) -> dict[str, Forward]:
 
         return run
 
-    for name, merged_bytes in (("run by run", MERGED_BYTES), ("together", 0)):
+    for name, merged_bytes in (("merged", MERGED_BYTES), ("added", 0)):
         own = copy.deepcopy(unet)
         slots = AdapterSlots(own, count=adapters.count, rank_max=RANK, merged_bytes=merged_bytes)
         for number in range(adapters.count):
@@ -182,11 +182,11 @@ def main() -> None:
         "| --- | " + " | ".join("---" for _ in widths) + " |",
         "| ms a row | " + " | ".join(f"{1000 * value / int(rows):.1f}" for rows, value in widths.items()) + " |",
         "",
-        f"| characters in {ROWS} rows, rank {RANK} | run by run | together | PEFT's `adapter_names` |",
+        f"| characters in {ROWS} rows, rank {RANK} | merged weights | products added | PEFT's `adapter_names` |",
         "| --- | --- | --- | --- |",
         *(
             f"| {count} | "
-            + " | ".join(f"×{forms[f'{count}, {name}'] / nobody:.2f}" for name in ("run by run", "together", "PEFT"))
+            + " | ".join(f"×{forms[f'{count}, {name}'] / nobody:.2f}" for name in ("merged", "added", "PEFT"))
             + " |"
             for count in CHARACTERS
         ),

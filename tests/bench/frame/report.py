@@ -58,7 +58,7 @@ TARGETS = (
     Target("pixel_difference_mixed", 2, "and its pictures, against batches with our rows, levels of 255", at_most=True),
     Target("adapters_16_vs_1_unmerged", 0.95, "16 characters against one, all unmerged"),
     Target("mixed_vs_peft_4", 1.2, "against PEFT's mixed batch, 4 characters"),
-    Target("mixed_vs_peft_16", 1.5, "against PEFT's mixed batch, 16 characters"),
+    Target("mixed_vs_peft_16", 1.5, "the same, 16 characters at once"),
     Target("p99_ratio_at_80", 0.5, "p99 latency at 80 % of the batches' capacity, against theirs", at_most=True),
     Target("tenant_spread_at_80", 1.5, "slowest tenant's mean latency to the fastest's", at_most=True),
 )

@@ -255,7 +255,7 @@ class Ours:
         together: int = TOGETHER,
         graphs: Graphs | None = None,
     ) -> None:
-        """`merges`: rows that wear the same go through merged weights, as the engine does on a processor."""
+        """`merges`: rows go through weights with what they wear merged in, as the engine does on a processor."""
         self.name, self.strict, self.prefill_rows, self.together = name, strict, prefill_rows, together
         if name.startswith("peft"):
             self.model = with_unet(model, adapters.peft.base_model.model, PeftNames(adapters))

@@ -12,11 +12,20 @@ import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from services.models import lora
 from services.models.errors import AdapterDamaged, AdapterTooLarge, AdapterWrongBase, AdapterWrongShape
-from services.models.lora import ALPHA, BASE_DIGEST, NOBODY, AdapterSlots, Worn, adapted_layers, read_adapter_file
+from services.models.lora import (
+    ALPHA,
+    BASE_DIGEST,
+    NOBODY,
+    AdapterSlots,
+    Worn,
+    adapted_layers,
+    read_adapter_file,
+    run_by_run,
+)
 from services.models.storygen import References, StoryGenUNet, build_storygen
 from services.models.tiny import UNET
 
@@ -62,7 +71,7 @@ def files(adapted: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return found
 
 
-@pytest.fixture(params=[1 << 20, 0], ids=["run by run", "together"])
+@pytest.fixture(params=[1 << 20, 0], ids=["merged", "added"])
 def slots(
     unet: StoryGenUNet, files: dict[str, Path], request: pytest.FixtureRequest
 ) -> tuple[StoryGenUNet, AdapterSlots]:
@@ -126,13 +135,13 @@ def test_a_row_that_wears_nothing_is_the_networks_own(
 
 
 @torch.no_grad()
-def test_outfits_that_do_not_fit_side_by_side_are_computed_together(
+def test_outfits_whose_weights_do_not_fit_side_by_side_are_added(
     unet: StoryGenUNet, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ways: list[str] = []
-    whole, together = lora._run_by_run, AdapterSlots._added_together
-    monkeypatch.setattr(lora, "_run_by_run", lambda *given: (ways.append("run by run"), whole(*given))[1])
-    monkeypatch.setattr(AdapterSlots, "_added_together", lambda *given: (ways.append("together"), together(*given))[1])
+    merged, added = lora.run_by_run, AdapterSlots._added
+    monkeypatch.setattr(lora, "run_by_run", lambda *given: (ways.append(f"{len(given[0])} runs"), merged(*given))[1])
+    monkeypatch.setattr(AdapterSlots, "_added", lambda *given: (ways.append("added"), added(*given))[1])
     own = copy.deepcopy(unet)
     weights = sum(
         layer.weight.nbytes for name, layer in adapted_layers(own).items() if re.fullmatch(LINEARS, name) is not None
@@ -141,22 +150,50 @@ def test_outfits_that_do_not_fit_side_by_side_are_computed_together(
     for slot, name in enumerate(("one", "two"), start=1):
         held.put(slot, read_adapter_file(files[name], own))
     held.put(3, read_adapter_file(files["one"], own))
-    latents, timesteps, text = inputs(3)
+    latents, timesteps, text = inputs(6)
 
     def drawn(*slots: int) -> Tensor:
         ways.clear()
         with held.rows([(Worn(slot, 1.0),) for slot in slots]):
-            return own.predict(latents, timesteps, text)
+            return own.predict(latents[: len(slots)], timesteps[: len(slots)], text[: len(slots)])
 
-    side_by_side = drawn(1, 2, 2)
-    assert set(ways) == {"run by run"}
+    side_by_side = drawn(1, 1, 1, 2, 2, 2)
+    assert set(ways) == {"2 runs"}
     mixed = drawn(1, 2, 3)
-    assert set(ways) == {"together"}
-    torch.testing.assert_close(mixed[:2], side_by_side[:2], **CLOSE)
-    again = drawn(3, 3, 3)  # in the place of the one that was worn longest ago
-    assert set(ways) == {"run by run"}
+    assert set(ways) == {"added"}
+    torch.testing.assert_close(mixed[0], side_by_side[0], **CLOSE)
+    again = drawn(3, 3, 3)  # in the place of those that were worn longest ago
+    assert set(ways) == {"1 runs"}
     torch.testing.assert_close(again[2], mixed[2], **CLOSE)
-    assert torch.equal(drawn(1, 2, 2), side_by_side)
+    assert torch.equal(drawn(1, 1, 1, 2, 2, 2), side_by_side)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("runs", [1, 2, 6])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(4, 5),
+        nn.Linear(4, 5, bias=False),
+        nn.Conv2d(4, 5, 1),
+        nn.Conv2d(4, 5, 1, bias=False),
+        nn.Conv2d(4, 5, 1, stride=2),
+        nn.Conv2d(4, 5, 3, stride=2, padding=1),
+    ],
+    ids=str,
+)
+def test_every_row_goes_through_its_own_weights(layer: nn.Linear | nn.Conv2d, runs: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    shape = (6, 7, 4) if isinstance(layer, nn.Linear) else (6, 4, 8, 8)
+    given, weights = (
+        torch.randn(shape, generator=generator),
+        torch.randn(runs, *layer.weight.shape, generator=generator),
+    )
+    answer = run_by_run(weights, layer, given)
+    for row in range(6):
+        own = {"weight": weights[row * runs // 6]}
+        alone = torch.func.functional_call(layer, own, (given[row : row + 1],))
+        torch.testing.assert_close(answer[row : row + 1], alone, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -270,7 +307,7 @@ def test_adapters_side_by_side_have_a_budget(unet: StoryGenUNet, files: dict[str
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged_bytes", [1 << 20, 0], ids=["run by run", "together"])
+@pytest.mark.parametrize("merged_bytes", [1 << 20, 0], ids=["merged", "added"])
 def test_whole_differences_of_keys_and_values_are_added(unet: StoryGenUNet, tmp_path: Path, merged_bytes: int) -> None:
     own = copy.deepcopy(unet)
     layers = {name: layer for name, layer in adapted_layers(own).items() if name.endswith("attn2.to_k")}
