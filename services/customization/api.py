@@ -369,11 +369,15 @@ class CustomizationApi:
         log.info("version_undeleted", version_id=version_id)
         return version
 
-    async def read_weights(self, version_id: str) -> bytes:
-        """The safetensors file of a version. Raises CharacterVersionNotFound, CharacterVersionDeleted."""
+    async def read_weights(self, version_id: str, chunk_bytes: int) -> AsyncGenerator[bytes, None]:
+        """The safetensors file of a version, chunk by chunk: it may be a whole network.
+
+        Raises CharacterVersionNotFound, CharacterVersionDeleted.
+        """
         version = await self._version(version_id)
         try:
-            return await self._characters.get(version.weights_sha256)
+            async for chunk in self._characters.chunks(version.weights_sha256, chunk_bytes):
+                yield chunk
         except ObjectNotFound:
             await self._version(version_id)  # it may have been deleted just now
             raise

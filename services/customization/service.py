@@ -152,9 +152,9 @@ class CustomizationServicer(pb_grpc.CustomizationServiceServicer):  # type: igno
 
     @stream_method(pb.ReadWeightsResponse)
     async def ReadWeights(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        weights = await (await self._api()).read_weights(request.version_id)
-        for start in range(0, len(weights), CHUNK_BYTES):
-            yield pb.ReadWeightsResponse(chunk=weights[start : start + CHUNK_BYTES])
+        async with aclosing((await self._api()).read_weights(request.version_id, CHUNK_BYTES)) as chunks:
+            async for chunk in chunks:
+                yield pb.ReadWeightsResponse(chunk=chunk)
 
     @stream_method(pb.ReadImageResponse)
     async def ReadImage(self, request: Any, context: Any) -> AsyncIterator[Any]:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -90,6 +90,31 @@ class ObjectStore:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ObjectCorrupt(metadata={"sha256": sha256})
         return data
+
+    async def chunks(self, sha256: str, chunk_bytes: int) -> AsyncGenerator[bytes, None]:
+        """The bytes of a large object, at most `chunk_bytes` at a time, without holding it whole.
+
+        Raises what `get` raises. What no longer matches never arrives whole: the last chunk comes after the check.
+        """
+        if not SHA256.fullmatch(sha256):
+            raise ObjectNotFound(metadata={"sha256": sha256[:64]})
+        seen, held = hashlib.sha256(), b""
+        try:
+            result = await obstore.get_async(self._backend, _path(sha256))
+            async for buffer in result.stream(min_chunk_size=chunk_bytes):
+                seen.update(buffer)
+                for start in range(0, len(buffer), chunk_bytes):
+                    if held:
+                        yield held
+                    held = bytes(buffer[start : start + chunk_bytes])
+        except (NotFoundError, FileNotFoundError):
+            raise ObjectNotFound(metadata={"sha256": sha256}) from None
+        except (BaseError, OSError) as error:
+            raise _failure(error) from error
+        if seen.hexdigest() != sha256:
+            raise ObjectCorrupt(metadata={"sha256": sha256})
+        if held:
+            yield held
 
     async def modified_time(self, sha256: str) -> datetime | None:
         """When an object was put last; None if it is not there."""

@@ -51,6 +51,10 @@ class NewCharacter:
         """Whether a mention stands there that may mean them, and no name."""
         return bool(self.mentions) and not self.is_named_in(caption) and bool(_words(self.mentions).search(caption))
 
+    def is_meant_by(self, label: str) -> bool:
+        """Whether they are who a data set's label says is there; who has no name can be labelled by a mention alone."""
+        return self.is_named_in(label) or (not self.names and self.is_perhaps_in(label))
+
     def told_by_phrase(self, caption: str) -> str:
         """The caption with the phrase in place of every name; of the first mention where there is no name.
 
@@ -146,7 +150,7 @@ def found_by_name(corpus: Corpus, registry: Registry) -> Corpus:
     """
     changed: list[Clip] = []
     for clip in corpus.clips.values():
-        labelled = {(label, one.id) for label in clip.known for one in registry.characters if one.is_named_in(label)}
+        labelled = {(label, one.id) for label in clip.known for one in registry.characters if one.is_meant_by(label)}
         named = {one.id for one in registry.characters if one.is_named_in(clip.caption)} | {one for _, one in labelled}
         told = replace(clip, new=clip.new | named, known=clip.known - {label for label, _ in labelled})
         if told != clip:

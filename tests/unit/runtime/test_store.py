@@ -43,6 +43,32 @@ async def test_what_is_put_is_got(store: ObjectStore, tmp_path: Path) -> None:
         await store.get(sha256)
 
 
+@pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 100, 101])
+async def test_a_large_object_comes_in_chunks(store: ObjectStore, size: int) -> None:
+    data = os.urandom(size)
+    got = [chunk async for chunk in store.chunks(await store.put(data), 10)]
+    assert b"".join(got) == data
+    assert all(0 < len(chunk) <= 10 for chunk in got)
+
+
+async def test_a_large_object_that_is_damaged_never_arrives_whole(store: ObjectStore, tmp_path: Path) -> None:
+    sha256 = await store.put(os.urandom(100))
+    (path,) = files(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    got: list[bytes] = []
+
+    async def collect() -> None:
+        async for chunk in store.chunks(sha256, 10):
+            got.append(chunk)  # noqa: PERF401 - what came before the error counts
+
+    with pytest.raises(ObjectCorrupt):
+        await collect()
+    assert sum(map(len, got)) < 100
+    for absent in ("0" * 64, "../x"):
+        with pytest.raises(ObjectNotFound):
+            await anext(store.chunks(absent, 10))
+
+
 @given(st.binary(max_size=2000))
 def test_any_bytes(data: bytes) -> None:
     memory = ObjectStore.open("memory://", Path("/nonexistent"))

@@ -183,6 +183,14 @@ def test_names_are_found_as_words_and_mentions_decide_nothing() -> None:
     assert not ALIEN.is_perhaps_in("Aliens land.")
 
 
+def test_who_has_no_name_is_labelled_by_a_mention() -> None:
+    nameless = replace(ALIEN, names=())
+    assert nameless.is_meant_by("Green alien")
+    assert not nameless.is_meant_by("aliens")
+    assert not ALIEN.is_meant_by("alien"), "whose name would stand there"
+    assert ALIEN.is_meant_by("zorp")
+
+
 @pytest.mark.parametrize("label", ["Slaghoople", " MRS. Slaghoople "])
 def test_whom_the_data_set_itself_says_is_there_is_there_whatever_the_caption_calls_them(
     tmp_path: Path, label: str
