@@ -247,7 +247,7 @@ class Customization:
         """
         parts = self.parts(torch.Generator().manual_seed(0), varied=False)
         if broken := sorted(name for name, value in parts.items() if not bool(torch.isfinite(value).all())):
-            raise FloatingPointError(f"{', '.join(broken)} is not finite after training")
+            raise FloatingPointError(f"{', '.join(broken)} is not finite in what was learned")
         return {name: float(parts[name]) for name in ("mse_new", "mse_existing")}
 
 

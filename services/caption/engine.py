@@ -373,8 +373,11 @@ class CaptionEngine:
             text = cast.repaired(text, *captions, fits, looks) if locked else text
             mended = look_lock.repaired(text, looks) if self._guards.look_lock else text
             mended = place_lock.repaired(mended, at, places) if self._guards.place_lock else mended
-            mended = dressed(mended)  # only now somebody may look like who was there
-            return mended if fits(mended) or not fits(text) else text
+            both = dressed(mended)  # only now somebody may look like who was there
+            for best in (both, mended):  # who has no room beside the other is left out, and the rest stays mended
+                if fits(best) or not fits(text):
+                    return best
+            return text
 
         rules: dict[str, Rule] = {"name_lock": lambda text: cast.faults(text, *captions)} if locked else {}
         if self._guards.look_lock:

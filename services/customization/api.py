@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -376,8 +377,9 @@ class CustomizationApi:
         """
         version = await self._version(version_id)
         try:
-            async for chunk in self._characters.chunks(version.weights_sha256, chunk_bytes):
-                yield chunk
+            async with aclosing(self._characters.chunks(version.weights_sha256, chunk_bytes)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except ObjectNotFound:
             await self._version(version_id)  # it may have been deleted just now
             raise

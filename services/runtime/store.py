@@ -25,6 +25,7 @@ from services.runtime.errors import ObjectCorrupt, ObjectNotFound, StorageFull, 
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PREFIX = "sha256"
+PIECE_BYTES = 8 << 20  # of a large object that are read at once
 # No space left, file too large (a limit on the process), quota exceeded; then how object stores say it.
 FULL = re.compile(r"(os error|Errno) (28|27|122)\b|No space left|QuotaExceeded|InsufficientStorage|507 ", re.IGNORECASE)
 
@@ -96,25 +97,32 @@ class ObjectStore:
 
         Raises what `get` raises. What no longer matches never arrives whole: the last chunk comes after the check.
         """
-        if not SHA256.fullmatch(sha256):
-            raise ObjectNotFound(metadata={"sha256": sha256[:64]})
         seen, held = hashlib.sha256(), b""
-        try:
-            result = await obstore.get_async(self._backend, _path(sha256))
-            async for buffer in result.stream(min_chunk_size=chunk_bytes):
-                seen.update(buffer)
-                for start in range(0, len(buffer), chunk_bytes):
-                    if held:
-                        yield held
-                    held = bytes(buffer[start : start + chunk_bytes])
-        except (NotFoundError, FileNotFoundError):
-            raise ObjectNotFound(metadata={"sha256": sha256}) from None
-        except (BaseError, OSError) as error:
-            raise _failure(error) from error
+        async for piece in self._pieces(sha256):
+            seen.update(piece)
+            for start in range(0, len(piece), chunk_bytes):
+                if held:
+                    yield held
+                held = piece[start : start + chunk_bytes]
         if seen.hexdigest() != sha256:
             raise ObjectCorrupt(metadata={"sha256": sha256})
         if held:
             yield held
+
+    async def _pieces(self, sha256: str) -> AsyncIterator[bytes]:
+        """An object by ranges. One request for all of it would end with the store's patience, however slow a reader."""
+        if not SHA256.fullmatch(sha256):
+            raise ObjectNotFound(metadata={"sha256": sha256[:64]})
+        path = _path(sha256)
+        try:
+            size = (await obstore.head_async(self._backend, path))["size"]
+            for start in range(0, size, PIECE_BYTES):
+                end = min(size, start + PIECE_BYTES)
+                yield bytes(await obstore.get_range_async(self._backend, path, start=start, end=end))
+        except (NotFoundError, FileNotFoundError):
+            raise ObjectNotFound(metadata={"sha256": sha256}) from None
+        except (BaseError, OSError) as error:
+            raise _failure(error) from error
 
     async def modified_time(self, sha256: str) -> datetime | None:
         """When an object was put last; None if it is not there."""

@@ -218,6 +218,7 @@ class Customizations:
     async def read(self, method: str, request: Any) -> AsyncGenerator[bytes, None]:
         """The chunks of ReadImage, ReadReport or ReadWeights."""
         stream = self._channel.stream(getattr(self._stub, method), request, timeout_s=self._limit_s(method))
-        async with aclosing(stream) as messages:  # type: ignore[type-var]  # as above
+        async with aclosing(stream) as messages:  # type: ignore[type-var]  # an async generator, by construction
             async for message in messages:
-                yield message.chunk
+                if message.chunk:  # as above
+                    yield message.chunk

@@ -536,8 +536,9 @@ async def test_a_companion_without_a_name_keeps_its_looks() -> None:
         assert notes.guarded == ([("look_lock", "repaired")] if guards.look_lock else [])
 
 
-async def test_they_are_both_also_when_one_of_them_was_miscopied() -> None:
-    """Who looks like nobody that was there does so once the look is mended."""
+@pytest.mark.parametrize("has_room", [True, False])
+async def test_they_are_both_also_when_one_of_them_was_miscopied(has_room: bool) -> None:
+    """Who looks like nobody that was there does so once the look is mended, and stays mended alone without room."""
     before = "On the left a red pig with a teal hat waves. On the right Tessa, a red duck with a teal hat, sits."
     wrong = "On the right Tessa, a red dragon with a teal hat, runs."
     both = "On the left a red pig with a teal hat runs. On the right Tessa, a red duck with a teal hat, runs."
@@ -546,9 +547,11 @@ async def test_they_are_both_also_when_one_of_them_was_miscopied() -> None:
     words = {"species": species, "colour": ("red",), "accessory": ("hat",), "accessory_colour": ("teal",)}
     eyes.shape = EyesShape(figure=words, scene={})
     model = replace(MODEL, world=WORLD_OF_PIP, eyes=eyes)
+    room = len(MODEL.wording.encode(both)) - (not has_room)
     job = replace(DESCRIBE, previous_caption="Tessa came.", caption="They ran.", earlier_descriptions=(before,))
     driver = ScriptedDriver([wrong] * (1 + NAME_LOCK_TRIES))
-    assert (await CaptionEngine(model, driver).describe(job)).text == both
+    written = await CaptionEngine(model, driver).describe(replace(job, sampling=Sampling(max_tokens=room)))
+    assert written.text == (both if has_room else wrong.replace("dragon", "duck"))
 
 
 LONG_STORY = replace(STORY, captions=("Mina slept.", "She woke.", "It rained."))

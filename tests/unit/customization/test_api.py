@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +43,35 @@ async def test_a_version_that_goes_while_it_is_read_is_told_of_as_gone(
 ) -> None:
     otto = await bench.publish("Otto", pictures=(b"1",))
     api = api_of(bench)
-    real = Store.get
+    get, pieces = Store.get, Store._pieces
 
-    async def late(store: Store, sha256: str) -> bytes:
-        monkeypatch.setattr(Store, "get", real)
+    async def goes() -> None:
+        monkeypatch.setattr(Store, "get", get)
+        monkeypatch.setattr(Store, "_pieces", pieces)
         await bench.delete(otto, purge_us=now_us() if purged else now_us() + 10**12)
         await bench.look()
         if not purged:
             await bench.objects.delete(sha(b"1"))
-        return await real(store, sha256)
+
+    async def late(store: Store, sha256: str) -> bytes:
+        await goes()
+        return await get(store, sha256)
+
+    async def late_pieces(store: Store, sha256: str) -> AsyncIterator[bytes]:
+        await goes()
+        async for piece in pieces(store, sha256):
+            yield piece
 
     monkeypatch.setattr(Store, "get", late)
-    reading = api.read_weights(otto.version_id) if kind == "weights" else api.read_image("", sha(b"1"), otto.version_id)
+    monkeypatch.setattr(Store, "_pieces", late_pieces)
+
+    async def read() -> bytes:
+        if kind == "image":
+            return await api.read_image("", sha(b"1"), otto.version_id)
+        return b"".join([chunk async for chunk in api.read_weights(otto.version_id, 10)])
+
     with pytest.raises(CharacterVersionNotFound if purged else CharacterVersionDeleted):
-        await reading
+        await read()
 
 
 async def test_a_picture_that_is_lost_is_not_a_version_that_is(bench: Bench) -> None:

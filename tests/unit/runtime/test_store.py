@@ -44,14 +44,18 @@ async def test_what_is_put_is_got(store: ObjectStore, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 100, 101])
-async def test_a_large_object_comes_in_chunks(store: ObjectStore, size: int) -> None:
+async def test_a_large_object_comes_in_chunks(store: ObjectStore, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "PIECE_BYTES", 25)
     data = os.urandom(size)
     got = [chunk async for chunk in store.chunks(await store.put(data), 10)]
     assert b"".join(got) == data
     assert all(0 < len(chunk) <= 10 for chunk in got)
 
 
-async def test_a_large_object_that_is_damaged_never_arrives_whole(store: ObjectStore, tmp_path: Path) -> None:
+async def test_a_large_object_that_is_damaged_never_arrives_whole(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "PIECE_BYTES", 25)
     sha256 = await store.put(os.urandom(100))
     (path,) = files(tmp_path)
     path.write_bytes(path.read_bytes()[:-1] + b"?")

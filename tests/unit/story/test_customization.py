@@ -50,6 +50,9 @@ class Channel:
 
     async def stream(self, method: str, request: Any, *, timeout_s: float) -> AsyncGenerator[Any, None]:
         self.limits[method] = timeout_s
+        if method in self.failures:  # as a replica ends a stream: a status travels only together with a message
+            yield pb.ReadWeightsResponse()
+            raise self.failures[method]
         yield pb.ReadWeightsResponse(chunk=b"w")
 
     async def call(self, method: str, request: Any, *, timeout_s: float) -> Any:
@@ -92,6 +95,13 @@ class Edge:
 async def edge(monkeypatch: pytest.MonkeyPatch) -> Edge:
     monkeypatch.setattr("services.story.customization.pb_grpc.CustomizationServiceStub", Stub)
     return Edge()
+
+
+async def test_what_is_refused_is_no_file_of_nothing(edge: Edge) -> None:
+    """A first chunk, though empty, would be answered with a status of success."""
+    edge.channel.failures["ReadWeights"] = CharacterVersionNotFound()
+    with pytest.raises(CharacterVersionNotFound):
+        await anext(edge.customizations.read("ReadWeights", None))
 
 
 async def test_what_moves_gigabytes_may_take_longer(edge: Edge) -> None:
