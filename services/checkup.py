@@ -83,26 +83,39 @@ def check_packs() -> Iterator[Finding]:
             yield Finding(name=f"pack {name}", ok=True, detail=detail)
 
 
-def check_database() -> Iterator[Finding]:
-    """Whether the database answers and every migration is applied. An embedded one that does not exist yet is well."""
+def check_databases() -> Iterator[Finding]:
+    """Whether they answer and every migration is applied. An embedded one that does not exist yet is well."""
+    from services.customization import database as customization
     from services.story.database import database_urls
     from services.story.migrate import is_current
 
     installation = Installation.load()
-    if not installation.database_url and not (installation.home / "fabula.db").exists():
-        yield Finding(name="database", ok=True, detail="made at the first `fabula up`")
-        return
-    urls = database_urls(installation.database_url, installation.home)
-    try:
-        current = is_current(urls)
-    except Exception as error:  # noqa: BLE001 - every driver has errors of its own, and each is the same finding
-        mend = "Check that the database of FABULA_DATABASE_URL runs and lets you in."
-        detail = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        yield Finding(name="database", ok=False, detail=detail, mend=mend)
-        return
-    mend = "" if current else "Run `python -m services.story migrate` (`fabula up` does it for the embedded database)."
-    detail = "reachable, migrations applied" if current else "migrations missing"
-    yield Finding(name="database", ok=current, detail=detail, mend=mend)
+    url, home = installation.database_url, installation.home
+
+    def story_is_current() -> bool:
+        return is_current(database_urls(url, home))
+
+    def customization_is_current() -> bool:
+        return customization.is_current(customization.database_url(url, home))
+
+    for service, file, look in (
+        ("story", "fabula.db", story_is_current),
+        ("customization", customization.FILE_NAME, customization_is_current),
+    ):
+        name = f"database of {service}"
+        if not url and not (home / file).exists():
+            yield Finding(name=name, ok=True, detail="made at the first `fabula up`")
+            continue
+        try:
+            current = look()
+        except Exception as error:  # noqa: BLE001 - every driver has errors of its own, and each is the same finding
+            mend = "Check that the database of FABULA_DATABASE_URL runs and lets you in."
+            detail = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            yield Finding(name=name, ok=False, detail=detail, mend=mend)
+            continue
+        mend = f"Run `python -m services.{service} migrate` (`fabula up` does it for the embedded database)."
+        detail = "reachable, migrations applied" if current else "migrations missing"
+        yield Finding(name=name, ok=current, detail=detail, mend="" if current else mend)
 
 
 def check_libraries() -> Iterator[Finding]:
@@ -117,7 +130,7 @@ def check_libraries() -> Iterator[Finding]:
     yield Finding(name="libraries", ok=True, detail=f"{', '.join(LIBRARIES)} import")
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (check_settings, check_packs, check_database, check_libraries)
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (check_settings, check_packs, check_databases, check_libraries)
 
 
 def main() -> int:

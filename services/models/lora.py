@@ -9,9 +9,10 @@ the text encoder is the business of `services.models.text_encoder`, which reads 
 
 There are two ways to compute it, with equal results. Added: two batched matrix products a layer more, however many
 adapters there are, over factors gathered row by row; little memory, which is what counts on a GPU. Merged: rows that
-wear the same go through weights that have it merged in, side by side in one batched product, which costs what the layer
-costs anyway. A pass whose weights do not fit into `merged_bytes` is computed in the other way. On a processor the
-second is the faster one (`python -m tests.bench.frame.profile`). Neighbours that wear the same need fewer weights.
+wear the same go through weights that have it merged in, side by side in one batched product where that is possible,
+which costs what the layer costs anyway. A pass whose weights do not fit into `merged_bytes` is computed in the other
+way. On a processor the second is the faster one (`python -m tests.bench.frame.profile`). Neighbours that wear the same
+need fewer weights.
 
     slots = AdapterSlots(unet, count=8, rank_max=16)
     slots.put(3, read_adapter(payload, unet))
@@ -34,7 +35,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -344,6 +346,8 @@ def adapted_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 Layer = Callable[[Tensor], Tensor]
 MERGED_BYTES = 512 << 20  # of weights that have outfits merged in
+_COPIES_MAX = 2  # of one outfit's weights in a pass, on average
+_REPEATED_BYTES = 32 << 20  # of a layer's weights that are repeated row by row
 
 
 class Worn(NamedTuple):
@@ -359,19 +363,39 @@ NOBODY = Worn(0, 0.0)
 """What a row wears of a character that changes no layer."""
 
 
-Merged = Mapping[str, Tensor]
-"""`[R, O, I…]` by layer: weights with outfits merged in, of R equally long runs of rows that wear the same. Without the
-layers that none of them changes."""
+class Merged:
+    """Weights with outfits merged in, of R runs of neighbouring rows that wear the same each, by layer.
+
+    A layer's are made when they are first asked for: not every pass goes through every layer.
+    """
+
+    def __init__(self, made: Callable[[str], Tensor], names: Collection[str], bytes_max: int) -> None:
+        """`made`: what makes a layer's `[R, O, I…]`. `names`: the layers that the outfits change."""
+        self.bytes_max = bytes_max  # once all of them are made
+        self._made, self._names = made, frozenset(names)
+        self._weights: dict[str, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of those that are made."""
+        return sum(one.nbytes for one in self._weights.values())
+
+    def of(self, name: str) -> Tensor | None:
+        """A layer's, `[R, O, I…]`; None where nobody changes it."""
+        if name not in self._weights and name in self._names:
+            self._weights[name] = self._made(name)
+        return self._weights.get(name)
 
 
 @dataclass(frozen=True)
 class WornRows:
-    """What one pass's rows wear: by row, on the device; and merged, where there is room for such weights."""
+    """What one pass's rows wear: by row, on the device; and merged, by run, where there is room for such weights."""
 
     count: int
     slots_BM: Tensor
     scales_BM: Tensor
     merged: Merged | None
+    runs: tuple[int, ...] = ()  # how many rows each run of `merged` has
 
 
 @dataclass
@@ -535,29 +559,32 @@ class AdapterSlots:
         slots_BM = sent([[one.slot for one in outfit] for outfit in whole], device)
         scales_BM = sent([[one.scale for one in outfit] for outfit in whole], device)
         rows = WornRows(len(outfits), slots_BM, scales_BM, None)
-        return (
-            rows if self._merged_bytes == 0 else replace(rows, merged=self._side_by_side([*map(tuple, outfits)], rows))
-        )
+        return rows if self._merged_bytes == 0 else self._side_by_side([*map(tuple, outfits)], rows)
 
-    def _side_by_side(self, outfits: Sequence[Outfit], rows: WornRows) -> Merged | None:
-        """The weights of as few runs of equal length as there can be; None where they have no room."""
-        length = math.gcd(*(sum(1 for _ in run) for _, run in groupby(outfits)))
-        worn = tuple(outfits[::length])
-        if (found := self._merged.pop(worn, None)) is None:
+    def _side_by_side(self, outfits: Sequence[Outfit], rows: WornRows) -> WornRows:
+        """The same rows with merged weights, if these have room."""
+        lengths = [sum(1 for _ in run) for _, run in groupby(outfits)]
+        length = math.gcd(*lengths)
+        # Runs of one length are one product. Some weights more than once are worth it, one copy for every row is not.
+        runs = (length,) * (len(outfits) // length)
+        if len(runs) > _COPIES_MAX * len(lengths):
+            runs = tuple(lengths)
+        first = [*accumulate(runs, initial=0)][:-1]
+        worn = tuple(outfits[row] for row in first)
+        if (merged := self._merged.get(worn)) is None:
             slots = {one.slot for outfit in worn for one in outfit}
-            changed = [name for name, stack in self._stacks.items() if slots & (stack.ranks.keys() | stack.wholes)]
-            if len(worn) * sum(self._layers[name].weight.nbytes for name in changed) > self._merged_bytes:
-                return None
-            some = WornRows(len(worn), rows.slots_BM[::length], rows.scales_BM[::length], None)
-            found = {name: self._with(name, some) for name in changed}
-        self._merged[worn] = found
-        held = [sum(one.nbytes for one in merged.values()) for merged in self._merged.values()]
-        for older in held[:-1]:
-            if sum(held) <= self._merged_bytes:
-                break
+            names = [name for name, stack in self._stacks.items() if slots & (stack.ranks.keys() | stack.wholes)]
+            some = WornRows(len(worn), rows.slots_BM[first], rows.scales_BM[first], None)
+            bytes_max = len(worn) * sum(self._layers[name].weight.nbytes for name in names)
+            merged = Merged(partial(self._with, rows=some), names, bytes_max)
+        if merged.bytes_max > self._merged_bytes:
+            return rows
+        self._merged.pop(worn, None)
+        # Only the one that is worn grows, so it has room for all that it may come to.
+        while self._merged and merged.bytes_max + sum(one.nbytes for one in self._merged.values()) > self._merged_bytes:
             self._merged.popitem(last=False)
-            held.remove(older)
-        return found
+        self._merged[worn] = merged
+        return replace(rows, merged=merged, runs=runs)
 
     def _with(self, name: str, rows: WornRows) -> Tensor:
         """`[B, O, I…]`: a layer's weight with what each of some rows adds to it."""
@@ -600,8 +627,8 @@ class AdapterSlots:
             raise ValueError(f"{name} has {len(given)} rows, {rows.count} were announced")
         if rows.merged is None:
             return self._added(stack, rows, layer, given, plain(given))
-        weights_ROI = rows.merged.get(name)
-        return plain(given) if weights_ROI is None else run_by_run(weights_ROI, layer, given)
+        weights_ROI = rows.merged.of(name)
+        return plain(given) if weights_ROI is None else run_by_run(weights_ROI, rows.runs, layer, given)
 
     def _added(self, stack: _Stack, rows: WornRows, layer: nn.Module, given: Tensor, answer: Tensor) -> Tensor:
         if isinstance(layer, nn.Conv2d):
@@ -644,22 +671,43 @@ class _Dressed:
         return self._slots.answer(self._name, self._layer, self._plain, given)
 
 
-def run_by_run(weights_ROI: Tensor, layer: nn.Linear | nn.Conv2d, given: Tensor) -> Tensor:
-    """A layer's answer, each of R equally long runs of rows through its own weights `[R, O, I…]` and the same bias."""
-    count, bias = len(weights_ROI), layer.bias
+def run_by_run(weights_ROI: Tensor, runs: Sequence[int], layer: nn.Linear | nn.Conv2d, given: Tensor) -> Tensor:
+    """A layer's answer, R runs of so many rows each through their own weights `[R, O, I…]` and the same bias."""
     if isinstance(layer, nn.Linear):
-        if count == 1:
-            return F.linear(given, weights_ROI[0], bias)
-        given_RLI, weights_RIO = given.reshape(count, -1, layer.in_features), weights_ROI.transpose(1, 2)
-        answer = torch.bmm(given_RLI, weights_RIO) if bias is None else torch.baddbmm(bias, given_RLI, weights_RIO)
-        return answer.view(*given.shape[:-1], -1)
-    if count == 1 or not _is_pointwise(layer):
-        runs = zip(given.chunk(count), weights_ROI, strict=True)
-        return torch.cat([layer._conv_forward(run, weight, bias) for run, weight in runs])
-    weights_BOI = weights_ROI.flatten(2).repeat_interleave(len(given) // count, dim=0)
-    given_BIL = given.flatten(2)
+        return _linear_by_run(weights_ROI, runs, layer, given)
+    if len(runs) == 1:
+        return _convolution(layer, given, weights_ROI[0])
+    is_even = len(set(runs)) == 1
+    if not is_even or not _is_pointwise(layer) or runs[0] * weights_ROI.nbytes > _REPEATED_BYTES:
+        parts = zip(torch.split(given, [*runs]), weights_ROI, strict=True)
+        return torch.cat([_convolution(layer, part, weight) for part, weight in parts])
+    weights_BOI = weights_ROI.flatten(2).repeat_interleave(runs[0], dim=0)
+    given_BIL, bias = given.flatten(2), layer.bias
     answer = torch.bmm(weights_BOI, given_BIL) if bias is None else torch.baddbmm(bias[:, None], weights_BOI, given_BIL)
     return answer.view(len(given), -1, *given.shape[2:])
+
+
+def _linear_by_run(weights_ROI: Tensor, runs: Sequence[int], layer: nn.Linear, given: Tensor) -> Tensor:
+    bias, weights_RIO = layer.bias, weights_ROI.transpose(1, 2)
+    if len(runs) == 1:
+        return F.linear(given, weights_ROI[0], bias)
+    if len(set(runs)) == 1:
+        given_RLI = given.reshape(len(runs), -1, layer.in_features)
+        answer = torch.bmm(given_RLI, weights_RIO) if bias is None else torch.baddbmm(bias, given_RLI, weights_RIO)
+        return answer.view(*given.shape[:-1], -1)
+    answer = given.new_empty(*given.shape[:-1], layer.out_features)
+    parts = zip(torch.split(given, [*runs]), weights_RIO, torch.split(answer, [*runs]), strict=True)
+    for part, weight_IO, out in parts:
+        if bias is None:
+            torch.mm(part.flatten(0, -2), weight_IO, out=out.flatten(0, -2))
+        else:
+            torch.addmm(bias, part.flatten(0, -2), weight_IO, out=out.flatten(0, -2))
+    return answer
+
+
+def _convolution(layer: nn.Conv2d, given: Tensor, weight: Tensor) -> Tensor:
+    answer: Tensor = layer._conv_forward(given, weight, layer.bias)
+    return answer
 
 
 def _is_pointwise(layer: nn.Conv2d) -> bool:

@@ -22,7 +22,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pydantic_settings.sources import InitSettingsSource
 
 PREFIX = "FABULA_"
-SECTIONS = ("story", "caption", "frame", "customization", "cli", "test")  # the words that own a FABULA_<WORD>_ prefix
+# The words that own a FABULA_<WORD>_ prefix.
+SECTIONS = ("story", "caption", "frame", "customization", "training", "cli", "test")
 SHIPPED_PACKS = Path(__file__).resolve().parents[1] / "models" / "packs"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -100,7 +101,7 @@ def worn(characters: int) -> Sequence[Outfit]:
 
 
 def adapter_cases(model: FrameModel, adapters: Adapters) -> dict[str, Forward]:
-    """A batch of 24 rows: without adapters, in both forms, and as PEFT does it."""
+    """A batch of 24 rows: without adapters, in both forms, and as PEFT does it; merged weights kept and made anew."""
     unet = unet_of(model)
     cases: dict[str, Forward] = {"nobody": wide(model, unet, ROWS)}
 
@@ -112,6 +113,17 @@ def adapter_cases(model: FrameModel, adapters: Adapters) -> dict[str, Forward]:
 
         return run
 
+    def anew(slots: AdapterSlots, forward: Forward, outfits: Sequence[Outfit]) -> Forward:
+        """As when somebody joins or leaves at every step: with a scale that no pass had, nothing is merged yet."""
+        scales = itertools.count(1)
+
+        def run() -> Any:
+            scale = 1.0 + next(scales) * 1e-6
+            with slots.rows([[one._replace(scale=scale) for one in outfit] for outfit in outfits]):
+                return forward()
+
+        return run
+
     for name, merged_bytes in (("merged", MERGED_BYTES), ("added", 0)):
         own = copy.deepcopy(unet)
         slots = AdapterSlots(own, count=adapters.count, rank_max=RANK, merged_bytes=merged_bytes)
@@ -119,6 +131,8 @@ def adapter_cases(model: FrameModel, adapters: Adapters) -> dict[str, Forward]:
             slots.put(number + 1, read_adapter(adapters.file(number), own))
         for characters in CHARACTERS:
             cases[f"{characters}, {name}"] = wearing(slots, wide(model, own, ROWS), worn(characters))
+            if merged_bytes:
+                cases[f"{characters}, anew"] = anew(slots, wide(model, own, ROWS), worn(characters))
     theirs = PeftNames(adapters)
     for characters in CHARACTERS:
         forward = wide(model, adapters.peft.base_model.model, ROWS)
@@ -182,11 +196,11 @@ def main() -> None:
         "| --- | " + " | ".join("---" for _ in widths) + " |",
         "| ms a row | " + " | ".join(f"{1000 * value / int(rows):.1f}" for rows, value in widths.items()) + " |",
         "",
-        f"| characters in {ROWS} rows, rank {RANK} | merged weights | products added | PEFT's `adapter_names` |",
-        "| --- | --- | --- | --- |",
+        f"| characters in {ROWS} rows, rank {RANK} | merged | merged anew | products added | PEFT's `adapter_names` |",
+        "| --- | --- | --- | --- | --- |",
         *(
             f"| {count} | "
-            + " | ".join(f"×{forms[f'{count}, {name}'] / nobody:.2f}" for name in ("merged", "added", "PEFT"))
+            + " | ".join(f"×{forms[f'{count}, {name}'] / nobody:.2f}" for name in ("merged", "anew", "added", "PEFT"))
             + " |"
             for count in CHARACTERS
         ),

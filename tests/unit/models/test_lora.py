@@ -71,7 +71,7 @@ def files(adapted: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return found
 
 
-@pytest.fixture(params=[1 << 20, 0], ids=["merged", "added"])
+@pytest.fixture(params=[1 << 30, 0], ids=["merged", "added"])
 def slots(
     unet: StoryGenUNet, files: dict[str, Path], request: pytest.FixtureRequest
 ) -> tuple[StoryGenUNet, AdapterSlots]:
@@ -80,6 +80,9 @@ def slots(
     held = AdapterSlots(own, count=4, rank_max=4, merged_bytes=request.param)
     for slot, file in enumerate(files.values(), start=1):
         held.put(slot, read_adapter_file(file, own))
+    worn = held.prepared([(Worn(slot, 1.0),) for slot in (1, 2, 3)])
+    assert worn is not None
+    assert (worn.merged is not None) == (request.param > 0), "the way that it is named for"
     return own, held
 
 
@@ -166,10 +169,35 @@ def test_outfits_whose_weights_do_not_fit_side_by_side_are_added(
     assert set(ways) == {"1 runs"}
     torch.testing.assert_close(again[2], mixed[2], **CLOSE)
     assert torch.equal(drawn(1, 1, 1, 2, 2, 2), side_by_side)
+    uneven = drawn(1, 2, 2, 2, 2)
+    assert set(ways) == {"2 runs"}, "not one copy for every row"
+    torch.testing.assert_close(uneven[[0, 3, 4]], side_by_side[[0, 3, 4]], **CLOSE)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("runs", [1, 2, 6])
+def test_merged_weights_stay_within_their_room_and_are_made_where_they_are_used(
+    unet: StoryGenUNet, files: dict[str, Path]
+) -> None:
+    own = copy.deepcopy(unet)
+    held = AdapterSlots(own, count=2, rank_max=4, merged_bytes=1 << 20)
+    held.put(1, read_adapter_file(files["one"], own))
+    latents, timesteps, text = inputs(2)
+    for scale in (1.0, 0.5, 0.25, 0.125):
+        worn = held.prepared([(Worn(1, scale),), ()])
+        assert worn is not None
+        assert worn.merged is not None
+        assert worn.merged.nbytes == 0
+        with held.worn(worn):
+            own.predict(latents, timesteps, text)
+        assert 0 < worn.merged.nbytes <= worn.merged.bytes_max
+        kept = list(held._merged.values())
+        assert kept[-1] is worn.merged
+        assert sum(one.nbytes for one in kept) <= 1 << 20
+    assert len(kept) < 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("runs", [(6,), (3, 3), (1,) * 6, (1, 3, 2)], ids=str)
 @pytest.mark.parametrize(
     "layer",
     [
@@ -182,18 +210,19 @@ def test_outfits_whose_weights_do_not_fit_side_by_side_are_added(
     ],
     ids=str,
 )
-def test_every_row_goes_through_its_own_weights(layer: nn.Linear | nn.Conv2d, runs: int) -> None:
+def test_every_row_goes_through_its_own_weights(
+    layer: nn.Linear | nn.Conv2d, runs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(3)
-    shape = (6, 7, 4) if isinstance(layer, nn.Linear) else (6, 4, 8, 8)
-    given, weights = (
-        torch.randn(shape, generator=generator),
-        torch.randn(runs, *layer.weight.shape, generator=generator),
-    )
-    answer = run_by_run(weights, layer, given)
+    given = torch.randn((6, 7, 4) if isinstance(layer, nn.Linear) else (6, 4, 8, 8), generator=generator)
+    weights = torch.randn(len(runs), *layer.weight.shape, generator=generator)
+    answer = run_by_run(weights, runs, layer, given)
+    own = [number for number, rows in enumerate(runs) for _ in range(rows)]
     for row in range(6):
-        own = {"weight": weights[row * runs // 6]}
-        alone = torch.func.functional_call(layer, own, (given[row : row + 1],))
+        alone = torch.func.functional_call(layer, {"weight": weights[own[row]]}, (given[row : row + 1],))
         torch.testing.assert_close(answer[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(lora, "_REPEATED_BYTES", 0)
+    torch.testing.assert_close(run_by_run(weights, runs, layer, given), answer, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -307,7 +336,7 @@ def test_adapters_side_by_side_have_a_budget(unet: StoryGenUNet, files: dict[str
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged_bytes", [1 << 20, 0], ids=["merged", "added"])
+@pytest.mark.parametrize("merged_bytes", [1 << 30, 0], ids=["merged", "added"])
 def test_whole_differences_of_keys_and_values_are_added(unet: StoryGenUNet, tmp_path: Path, merged_bytes: int) -> None:
     own = copy.deepcopy(unet)
     layers = {name: layer for name, layer in adapted_layers(own).items() if name.endswith("attn2.to_k")}
